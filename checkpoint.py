@@ -1,0 +1,176 @@
+"""Checkpoints: written whole, read without running code, exchanged with the released scripts.
+
+A checkpoint is a dict: `epoch` (finished epochs), `model` = [image state, text state],
+`best_rsum`, `opt` (argparse.Namespace), `Eiters` (steps), as the released code writes it. Ours
+add `vocabulary` (words), `caption_reading`, `optimizer` and `random_states`.
+"""
+
+import argparse
+import shutil
+
+import numpy as np
+import torch
+
+from errors import InputError, replacing
+from vocab import READINGS, vocabulary_of
+
+# What an older checkpoint (VSE++'s) may lack, with the released defaults.
+OPTION_DEFAULTS = {
+    "measure": "cosine", "use_abs": False, "no_imgnorm": False, "finetune": False, "cnn_type": "vgg19",
+    "num_layers": 1, "word_dim": 300, "embed_size": 1024, "img_dim": 4096, "crop_size": 224, "batch_size": 128,
+    "workers": 10, "use_restval": False, "data_path": "data", "data_name": "precomp", "vocab_path": "./vocab/",
+    "logger_name": "runs/runX", "margin": 0.2, "max_violation": False, "sum_violation": False, "memory_bank": False,
+}
+# What makes another model of the same flags; a resumed run must agree on it.
+MODEL_OPTIONS = ("data_name", "img_dim", "embed_size", "word_dim", "num_layers", "vocab_size", "measure", "use_abs",
+                 "no_imgnorm", "finetune", "cnn_type")
+_SCALARS = [argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+            np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
+
+
+def save(path, content):
+    """Write a checkpoint dict in one step: a reader or a crash sees the old file or the new one, whole."""
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def copy(source, target):
+    """Copy a checkpoint file in one step."""
+    with open(source, "rb") as original, replacing(target) as file:
+        shutil.copyfileobj(original, file)
+
+
+def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum):
+    """The checkpoint dict of a run after `epoch` epochs and `steps` steps."""
+    return {
+        "epoch": epoch,
+        "model": [model.img_enc.state_dict(), model.txt_enc.state_dict()],
+        "best_rsum": float(best_rsum),
+        "opt": opt,
+        "Eiters": steps,
+        "vocabulary": vocabulary.words,
+        "caption_reading": opt.caption_reading,
+        "optimizer": optimizer.state_dict(),
+        "random_states": {"cpu": torch.get_rng_state(),
+                          "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
+    }
+
+
+def load(path):
+    """Read a checkpoint file and check its shape; options it lacks take the released defaults.
+
+    Nothing but tensors, plain containers, NumPy scalars and argparse.Namespace is admitted.
+    Raises InputError if the file is missing, torn, of another kind, or asks for anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error.strerror or error}): check the path") from error
+    except Exception as error:  # torn files raise many kinds
+        reason = str(error) or repr(error)
+        if "Unsupported global" in reason or "Unsupported class" in reason:
+            name = reason.split("GLOBAL ")[-1].split(" ")[0]
+            raise InputError(f"checkpoint {path} is refused: it asks to load {name}, which could run code") from error
+        raise InputError(f"{path} is not a checkpoint, or is cut short ({reason.splitlines()[0]}): fetch or make it "
+                         "again") from error
+    _check(content, path)
+    opt = content["opt"]
+    for name, value in {**OPTION_DEFAULTS, **_sizes(content["model"])}.items():
+        if not hasattr(opt, name):
+            setattr(opt, name, value)
+    for name, value in _sizes(content["model"]).items():
+        if getattr(opt, name) != value and not (name == "img_dim" and not opt.data_name.endswith("_precomp")):
+            raise InputError(f"checkpoint {path} contradicts itself: its options give {name} as "
+                             f"{getattr(opt, name)}, its weights have {value}")
+    for name, value in OPTION_DEFAULTS.items():
+        if type(getattr(opt, name)) is not type(value) and not (
+                isinstance(value, float) and isinstance(getattr(opt, name), int)):
+            raise InputError(f"checkpoint {path} has the option {name} = {getattr(opt, name)!r}, which should be like "
+                             f"{value!r}")
+    return content
+
+
+def _check(content, path):
+    """Raise InputError unless `content` has a checkpoint's parts."""
+    lacking = [name for name in ("model", "opt") if not isinstance(content, dict) or name not in content]
+    if lacking:
+        raise InputError(f"{path} is not a checkpoint of this family: it lacks {' and '.join(lacking)}")
+    states = content["model"]
+    if not (isinstance(states, (list, tuple)) and len(states) == 2 and all(isinstance(s, dict) for s in states)):
+        raise InputError(f"checkpoint {path}: 'model' is not [image state, text state]")
+    for name, tensor in [item for state in states for item in state.items()]:
+        if not isinstance(tensor, torch.Tensor) or tensor.numel() > tensor.untyped_storage().nbytes():
+            raise InputError(f"checkpoint {path}: {name} is not a whole tensor")
+    needed = {("fc.weight", 0): 2, ("embed.weight", 1): 2, ("rnn.weight_hh_l0", 1): 2}
+    for (name, part), dimensions in needed.items():
+        if name not in states[part] or states[part][name].dim() != dimensions:
+            raise InputError(f"checkpoint {path} has no {name} of {dimensions} dimensions: it is not of this family")
+    if not isinstance(content["opt"], argparse.Namespace):
+        raise InputError(f"checkpoint {path}: 'opt' is not an argparse.Namespace")
+    if content.get("caption_reading", "text") not in READINGS:
+        raise InputError(f"checkpoint {path}: unknown caption reading {content['caption_reading']!r}")
+
+
+def _sizes(states):
+    """The model's sizes as its weights show them."""
+    image_state, text_state = states
+    vocab_size, word_dim = text_state["embed.weight"].shape
+    return {"vocab_size": vocab_size, "word_dim": word_dim, "embed_size": text_state["rnn.weight_hh_l0"].shape[1],
+            "num_layers": sum(str(name).startswith("rnn.weight_ih_l") for name in text_state),
+            "img_dim": image_state["fc.weight"].shape[1]}
+
+
+def load_weights(model, content, path):
+    """Load a checkpoint's weights; raises InputError where they are another model's."""
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        detail = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise InputError(f"the weights in {path} do not fit the model that the options describe: {detail}") from error
+
+
+def caption_reading(content):
+    """How the captions were read in training: "text", or "released" (see `vocab.tokenize`).
+
+    A checkpoint without our marker is HAL's released one if it has HAL's options, and was trained in the
+    released reading if its features were precomputed.
+    """
+    opt = content["opt"]
+    released = hasattr(opt, "local_alpha") and opt.data_name.endswith("_precomp")
+    return content.get("caption_reading", "released" if released else "text")
+
+
+def vocabulary(content, path):
+    """The Vocabulary that a checkpoint carries, or None; raises InputError where it does not fit the weights."""
+    words = content.get("vocabulary")
+    if words is None:
+        return None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise InputError(f"checkpoint {path}: 'vocabulary' is not a list of words")
+    return vocabulary_of(words, f"the vocabulary in {path}")
+
+
+def restore(content, path, model, optimizer, opt):
+    """Take up a run where a checkpoint of ours left it: weights, optimizer, random states.
+
+    Returns (epoch, steps, best_rsum). Raises InputError for a checkpoint that lacks the optimizer
+    (the released code's) and for options that make another model.
+    """
+    if "optimizer" not in content or "random_states" not in content:
+        raise InputError(f"--resume {path}: this checkpoint has no optimizer state, so it cannot be continued; start "
+                         f"from its weights with --init_from {path}")
+    for name in MODEL_OPTIONS:
+        if getattr(opt, name) != getattr(content["opt"], name):
+            raise InputError(f"--resume {path}: --{name} was {getattr(content['opt'], name)} there and is "
+                             f"{getattr(opt, name)} here; give it as it was, or use --init_from")
+    load_weights(model, content, path)
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["random_states"]["cpu"])
+        if torch.cuda.is_available() and len(content["random_states"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(content["random_states"]["cuda"])
+        return int(content["epoch"]), int(content["Eiters"]), float(content["best_rsum"])
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        raise InputError(f"--resume {path}: its optimizer or random states are damaged ({error!r}); start from its "
+                         f"weights with --init_from {path}") from error

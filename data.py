@@ -1,0 +1,380 @@
+"""Images with their captions, and how batches are made of them.
+
+Captions are tokenized once, into one flat array of word ids with offsets; a batch of
+precomputed features is one gather from that array and one from the feature file. The order of
+an epoch follows from the seed and the epoch's number alone.
+
+Every data set has five captions an image, in image order, unless it says otherwise.
+"""
+
+import io
+import os
+from contextlib import redirect_stdout
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from errors import InputError
+from vocab import COCO_ANNOTATIONS, flickr_json_name, read_captions, read_flickr_json, tokenize
+
+CAPTIONS_PER_IMAGE = 5
+DEV_CAPTIONS = 5000  # the released code's cap on the dev split
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FULL_IMG_DIM = 4096  # the released default, without effect on raw images
+FEATURE_BLOCK = 4096  # rows of a feature file checked at a time
+
+
+def seed_for(*numbers):
+    """A seed for torch that is a function of the given non-negative integers alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# Captions as word ids ---------------------------------------------------------------------------
+
+class WordIds(NamedTuple):
+    """n captions as one flat array: caption c is words[offsets[c]:offsets[c + 1]]."""
+
+    words: torch.Tensor  # (total words,) int32
+    offsets: torch.Tensor  # (n + 1,) int64
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self):
+        """(n,) words a caption, <start> and <end> included."""
+        return self.offsets.diff()
+
+    def padded(self, indices):
+        """(B,) caption indices -> (B, longest) int64 word ids, filled up with 0."""
+        lengths = self.lengths[indices].unsqueeze(1)
+        places = torch.arange(int(lengths.max()), device=lengths.device)
+        words = self.words[(self.offsets[indices].unsqueeze(1) + places).clamp(max=len(self.words) - 1)]
+        return words.long() * (places < lengths)
+
+    def first(self, n):
+        """The first n captions."""
+        return WordIds(self.words[:self.offsets[n]], self.offsets[:n + 1])
+
+
+def number_words(captions, vocab, reading="text"):
+    """Tokenize captions (list of str) into WordIds: <start>, the words or <unk>, <end>."""
+    start, end = vocab("<start>"), vocab("<end>")
+    numbered = [[start, *map(vocab, tokenize(caption, reading)), end] for caption in captions]
+    offsets = torch.zeros(len(numbered) + 1, dtype=torch.int64)
+    offsets[1:] = torch.tensor([len(words) for words in numbered]).cumsum(0)
+    return WordIds(torch.tensor([word for words in numbered for word in words], dtype=torch.int32), offsets)
+
+
+def by_length(lengths):
+    """Positions that sort by length, longest first, stable."""
+    return torch.sort(lengths, descending=True, stable=True).indices
+
+
+# Data sets --------------------------------------------------------------------------------------
+
+class PrecompDataset:
+    """Precomputed features: `<data_path>/<split>_ims.npy` (n_images, img_dim) and `<split>_caps.txt`.
+
+    A feature file with as many rows as there are captions has row c for caption c (and image i's
+    row is 5i where each image is wanted once), otherwise row c // 5. Features stay memory-mapped.
+    Raises InputError if a file is missing or broken, the two do not match, or the width is not `img_dim`.
+    """
+
+    def __init__(self, data_path, data_split, vocab, reading="text", img_dim=None):
+        caption_file = os.path.join(data_path, f"{data_split}_caps.txt")
+        self.feature_file = os.path.join(data_path, f"{data_split}_ims.npy")
+        if not os.path.isdir(data_path):
+            raise InputError(f"data folder {data_path} is not there: check --data_path and --data_name")
+        self.captions = read_captions(caption_file)
+        self.images = open_features(self.feature_file)
+        rows, captions = len(self.images), len(self.captions)
+        if captions not in (rows, rows * CAPTIONS_PER_IMAGE):
+            raise InputError(f"{self.feature_file} has {rows} rows and {caption_file} has {captions} captions: "
+                             f"there must be {CAPTIONS_PER_IMAGE} captions a row, or one")
+        if img_dim is not None and self.images.shape[1] != img_dim:
+            raise InputError(f"{self.feature_file} has features of width {self.images.shape[1]}, but {img_dim} was "
+                             "expected: check --img_dim, or the checkpoint against the data")
+        self.captions_per_row = captions // rows
+        if data_split == "dev":
+            self.captions = self.captions[:DEV_CAPTIONS]
+        self.word_ids = number_words(self.captions, vocab, reading)
+
+    def __len__(self):
+        return len(self.word_ids)
+
+    def __getitem__(self, index):
+        """(image (img_dim,), word ids (T,), caption index, image index) of one caption."""
+        words = self.word_ids.words[self.word_ids.offsets[index]:self.word_ids.offsets[index + 1]].long()
+        return self._rows([index // self.captions_per_row])[0], words, index, index // CAPTIONS_PER_IMAGE
+
+    def _rows(self, rows):
+        return torch.from_numpy(np.asarray(self.images[rows], dtype=np.float32))
+
+    def load(self, batches, workers=0, epoch=0):
+        """For each (B,) tensor of caption indices: images, captions, lengths, ids, indices, longest caption first."""
+        for indices in batches:
+            indices = indices[by_length(self.word_ids.lengths[indices])]
+            rows = (indices // self.captions_per_row).numpy()
+            yield (self._rows(rows), self.word_ids.padded(indices), self.word_ids.lengths[indices], indices, indices)
+
+    def load_images(self, batch_size, workers=0):
+        """The features of each image once, in order, in batches."""
+        rows = np.arange(0, len(self), CAPTIONS_PER_IMAGE) // self.captions_per_row
+        for start in range(0, len(rows), batch_size):
+            yield self._rows(rows[start:start + batch_size])
+
+
+def open_features(path):
+    """The (n, width) feature array in a .npy file, memory-mapped and checked to hold finite numbers."""
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"feature file {path} cannot be read ({error.strerror or error}): check --data_path and "
+                         "--data_name") from error
+    except Exception as error:  # a torn header may raise anything
+        raise InputError(f"feature file {path} is not a whole .npy array of numbers ({error}): fetch or make it "
+                         "again") from error
+    if not isinstance(features, np.ndarray) or features.dtype.kind not in "fiu":
+        kind = features.dtype if isinstance(features, np.ndarray) else type(features).__name__
+        raise InputError(f"feature file {path} holds {kind}, not numbers: save float16 or float32 features")
+    if features.ndim != 2 or 0 in features.shape:
+        raise InputError(f"feature file {path} has shape {features.shape}: it must be (images, feature width)")
+    for start in range(0, len(features), FEATURE_BLOCK):
+        finite = np.isfinite(features[start:start + FEATURE_BLOCK]).all(axis=1)
+        if not finite.all():
+            raise InputError(f"feature file {path} has NaN or infinity in row {start + int(finite.argmin())}: "
+                             "make the features again")
+    return features
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Image files and their captions, decoded and transformed when asked for.
+
+    image_files: (n_images,) paths; captions: list of str; image_of: for each caption its image.
+    """
+
+    def __init__(self, image_files, captions, image_of, vocab, transform=None, reading="text", seed=0):
+        self.image_files, self.captions, self.image_of = image_files, captions, image_of
+        self.word_ids = number_words(captions, vocab, reading)
+        self.transform, self.seed, self.epoch = transform, seed, 0
+
+    def __len__(self):
+        return len(self.word_ids)
+
+    def __getitem__(self, index):
+        """(image (3, H, W), word ids (T,), caption index, image index) of one caption.
+
+        Random transforms draw from the seed, the epoch and the caption: workers do not change them.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(self.seed, self.epoch, index))
+            image = self.image(self.image_of[index])
+        words = self.word_ids.words[self.word_ids.offsets[index]:self.word_ids.offsets[index + 1]].long()
+        return image, words, index, self.image_of[index]
+
+    def image(self, number):
+        """One image, decoded and transformed. Raises InputError if it cannot be decoded."""
+        from PIL import Image
+        path = self.image_files[number]
+        try:
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
+        except Exception as error:  # decoders raise many kinds on broken files
+            raise InputError(f"image {path} cannot be read ({error}): fetch it again or take it out") from error
+        return self.transform(picture) if self.transform else picture
+
+    def load(self, batches, workers=0, epoch=0):
+        """For each (B,) tensor of caption indices a batch as `collate_fn` makes it."""
+        self.epoch = epoch
+        yield from torch.utils.data.DataLoader(
+            self, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers, collate_fn=collate_fn,
+            pin_memory=torch.cuda.is_available())
+
+    def load_images(self, batch_size, workers=0):
+        """Each image once, in order, in batches (B, 3, H, W)."""
+        yield from torch.utils.data.DataLoader(_Images(self), batch_size=batch_size, num_workers=workers)
+
+
+class _Images(torch.utils.data.Dataset):
+    """The images of an ImageDataset, one by one, without their captions."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset.image_files)
+
+    def __getitem__(self, number):
+        return self.dataset.image(number)
+
+
+def _image_path(root, name, source):
+    """A path inside `root`; raises InputError for a file name that reaches outside it."""
+    if not name or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
+        raise InputError(f"{source} names the image {name!r}, which lies outside {root}: mend that file")
+    return os.path.join(root, name)
+
+
+class FlickrDataset(ImageDataset):
+    """One split of a Karpathy-layout JSON file (Flickr8k, Flickr30k, own photos), images below `root`."""
+
+    def __init__(self, root, json, split, vocab, transform=None, reading="text", seed=0):
+        images = [image for image in read_flickr_json(json) if image["split"] == split]
+        if not images:
+            raise InputError(f"{json} has no image of split {split!r}")
+        files = [_image_path(root, image["filename"], json) for image in images]
+        captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
+        image_of = [number for number, image in enumerate(images) for _ in image["sentences"]]
+        if not captions:
+            raise InputError(f"{json} has no caption for split {split!r}")
+        super().__init__(files, captions, image_of, vocab, transform, reading, seed)
+
+
+class CocoDataset(ImageDataset):
+    """COCO captions by their ids, in the ids' order; `root`, `json` and `ids` may be tuples of sources to join."""
+
+    def __init__(self, root, json, vocab, transform=None, ids=None, reading="text", seed=0):
+        sources = zip(root, json, ids) if isinstance(root, (list, tuple)) else [(root, json, ids)]
+        files, captions, image_of, numbers = [], [], [], {}
+        for folder, annotation_file, caption_ids in sources:
+            annotations, names = _read_coco(annotation_file)
+            for caption_id in annotations if caption_ids is None else caption_ids.tolist():
+                if caption_id not in annotations:
+                    raise InputError(f"caption id {caption_id} is not in {annotation_file}: the id arrays belong to "
+                                     "other annotations")
+                caption, image_id = annotations[caption_id]
+                if image_id not in names:
+                    raise InputError(f"{annotation_file} has no image {image_id} for caption {caption_id}")
+                path = _image_path(folder, names[image_id], annotation_file)
+                image_of.append(numbers.setdefault(path, len(numbers)))
+                captions.append(caption)
+        files = list(numbers)
+        super().__init__(files, captions, image_of, vocab, transform, reading, seed)
+
+
+def _read_coco(path):
+    """{caption id: (caption, image id)} and {image id: file name} of a COCO caption file."""
+    from pycocotools.coco import COCO
+    if not os.path.exists(path):
+        raise InputError(f"{path} is not there: check --data_path")
+    try:
+        with redirect_stdout(io.StringIO()):
+            coco = COCO(path)
+        annotations = {number: (str(entry["caption"]), entry["image_id"]) for number, entry in coco.anns.items()}
+        return annotations, {number: str(entry["file_name"]) for number, entry in coco.imgs.items()}
+    except Exception as error:  # COCO raises whatever its parsing meets
+        raise InputError(f"{path} is not a COCO caption file ({type(error).__name__}: {error})") from error
+
+
+def collate_fn(samples):
+    """Samples (image, word ids, caption index, image index) -> a batch sorted by caption length, longest first.
+
+    Returns images, captions (B, T) padded with 0, lengths (B,), ids (B,) and indices (B,); the last two are
+    both the captions' positions in their file.
+    """
+    lengths = torch.tensor([len(words) for _, words, _, _ in samples])
+    order = by_length(lengths)
+    images, words, indices, _ = zip(*[samples[number] for number in order.tolist()])
+    captions = torch.nn.utils.rnn.pad_sequence(words, batch_first=True)
+    indices = torch.tensor(indices)
+    return torch.stack(images), captions, lengths[order], indices, indices
+
+
+# Loaders ----------------------------------------------------------------------------------------
+
+class Loader:
+    """Batches of a data set; `epoch` and the seed decide a shuffled order, whatever came before."""
+
+    def __init__(self, dataset, batch_size, shuffle=False, workers=0, seed=0):
+        self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
+        self.workers, self.seed, self.epoch = workers, seed, 0
+
+    def __len__(self):
+        return -(-len(self.dataset) // self.batch_size)
+
+    def batches(self, draw=0):
+        """This epoch's caption indices, batch by batch; another `draw` is another order."""
+        if not self.shuffle:
+            return torch.arange(len(self.dataset)).split(self.batch_size)
+        generator = torch.Generator().manual_seed(seed_for(self.seed, self.epoch, draw))
+        return torch.randperm(len(self.dataset), generator=generator).split(self.batch_size)
+
+    def load(self, batches):
+        """Iterate over the batches of the given caption indices."""
+        return self.dataset.load(batches, self.workers, self.epoch)
+
+    def __iter__(self):
+        return self.load(self.batches())
+
+
+def image_transform(train, crop_size):
+    """Random crop and flip for training, else the centre 224 of 256; then ImageNet's mean and deviation."""
+    from torchvision import transforms
+    crop = [transforms.RandomResizedCrop(crop_size), transforms.RandomHorizontalFlip()] if train else [
+        transforms.Resize(256), transforms.CenterCrop(224)]
+    return transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def _coco_ids(folder, split):
+    path = os.path.join(folder, "annotations", f"coco_{split}_ids.npy")
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except Exception as error:  # missing, torn, or holding objects
+        raise InputError(f"caption ids {path} cannot be read ({error}): check --data_path") from error
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"caption ids {path} hold {ids.dtype}, not integers")
+    return ids.ravel()
+
+
+def _coco_dataset(folder, split, vocab, transform, use_restval, **options):
+    source = {"train": "train"}.get(split, "val")
+    parts = [(source, _coco_ids(folder, split))]
+    if split == "dev":
+        parts = [(source, parts[0][1][:DEV_CAPTIONS])]
+    if split == "train" and use_restval:
+        parts.append(("val", _coco_ids(folder, "restval")))
+    roots, jsons, ids = zip(*[(os.path.join(folder, "images", f"{part}2014"),
+                               os.path.join(folder, COCO_ANNOTATIONS[part]), part_ids) for part, part_ids in parts])
+    return CocoDataset(roots, jsons, vocab, transform, ids, **options)
+
+
+def get_dataset(split, data_name, vocab, crop_size, opt):
+    """One split of a data set; opt: data_path and, where there, use_restval, img_dim, caption_reading, seed.
+
+    train, dev, test, testall; the JSON sets call dev val, and COCO's test is all of its test.
+    """
+    folder, reading = os.path.join(opt.data_path, data_name), getattr(opt, "caption_reading", None) or "text"
+    if data_name.endswith("_precomp"):
+        return PrecompDataset(folder, "dev" if split == "val" else split, vocab, reading,
+                              getattr(opt, "img_dim", None))
+    options = {"reading": reading, "seed": getattr(opt, "seed", 0)}
+    transform = image_transform(split == "train", crop_size)
+    if not os.path.isdir(folder):
+        raise InputError(f"data folder {folder} is not there: check --data_path and --data_name")
+    if data_name == "coco":
+        split = {"val": "dev", "testall": "test"}.get(split, split)
+        return _coco_dataset(folder, split, vocab, transform, getattr(opt, "use_restval", False), **options)
+    split = {"dev": "val"}.get(split, split)
+    return FlickrDataset(os.path.join(folder, "images"), os.path.join(folder, flickr_json_name(data_name)), split,
+                         vocab, transform, **options)
+
+
+def get_loaders(data_name, vocab, crop_size, batch_size, workers, opt):
+    """The shuffled training loader and the dev loader; sets opt.img_dim where it is None."""
+    train = get_dataset("train", data_name, vocab, crop_size, opt)
+    if getattr(opt, "img_dim", None) is None:
+        opt.img_dim = train.images.shape[1] if data_name.endswith("_precomp") else FULL_IMG_DIM
+    return (Loader(train, batch_size, shuffle=True, workers=workers, seed=getattr(opt, "seed", 0)),
+            get_test_loader("dev", data_name, vocab, crop_size, batch_size, workers, opt))
+
+
+def get_test_loader(split_name, data_name, vocab, crop_size, batch_size, workers, opt):
+    """A loader of one split in its own order, checked to have five captions an image."""
+    dataset = get_dataset(split_name, data_name, vocab, crop_size, opt)
+    images = getattr(dataset, "image_of", [index // CAPTIONS_PER_IMAGE for index in range(len(dataset))])
+    if len(dataset) % CAPTIONS_PER_IMAGE or images != [i // CAPTIONS_PER_IMAGE for i in range(len(dataset))]:
+        raise InputError(f"split {split_name} of {data_name} has {len(dataset)} captions that are not "
+                         f"{CAPTIONS_PER_IMAGE} for each image in turn: evaluation needs that")
+    return Loader(dataset, batch_size, workers=workers)

@@ -1,0 +1,82 @@
+"""The one error that tells a person what to mend, and how a script ends with it.
+
+Bad input of any kind (a flag, a file, a device that is not there) raises `InputError`
+with one sentence: what was found, where, and what to do. `run_script` prints that
+sentence and exits with 2; everything else is a bug and keeps its traceback.
+"""
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+
+
+class InputError(Exception):
+    """Bad input; the message is one sentence for the person at the keyboard."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with whole flag names only, defaults shown, and errors as one sentence."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def number(kind, low, high=math.inf, low_allowed=True):
+    """An argparse type: an int or float from `low` (or just above it) to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high) or (value == low and not low_allowed) or value == math.inf:
+            bounds = f"{'at least' if low_allowed else 'above'} {low}"
+            bounds += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give a number {bounds}")
+        return value
+    parse.__name__ = kind.__name__  # argparse's "invalid int value"
+    return parse
+
+
+def run_script(main):
+    """Run a script's `main`; bad input ends with one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@contextmanager
+def replacing(path, mode="wb", **options):
+    """A file that takes `path`'s place in one step when the block ends well, else leaves no trace.
+
+    Written beside its target under a temporary name, synced, then renamed.
+    Raises InputError where the folder or the disk does not let it be written.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=folder)
+        with os.fdopen(descriptor, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({error.strerror or error}): "
+                         "free some space or name another folder") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)

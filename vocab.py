@@ -1,0 +1,287 @@
+"""Words: reading captions, tokenizing them, and the vocabulary that numbers the words.
+
+As a script it builds a vocabulary file from a data set's training and dev captions:
+
+    python3 vocab.py --data_path data --data_name f30k_precomp --vocab_path ./vocab/
+
+The words are those of NLTK's `word_tokenize` (Punkt sentences, then the Treebank-style
+word tokenizer), without its download: the English Punkt model comes from a package.
+"""
+
+import json
+import os
+import pickle
+from collections import Counter
+from functools import lru_cache
+
+from errors import ArgumentParser, InputError, number, replacing, run_script
+
+SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
+READINGS = ("text", "released")
+ASCII_SPACE = " \t\n\r\x0b\x0c"
+COCO_ANNOTATIONS = {"train": "annotations/captions_train2014.json", "val": "annotations/captions_val2014.json"}
+
+
+# Captions ---------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=1)
+def _tokenizers():
+    from nltk.tokenize.destructive import NLTKWordTokenizer
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+    from punkt import load_model
+
+    model, parameters = load_model("english"), PunktParameters()
+    parameters.abbrev_types.update(model.abbrev_types)
+    parameters.collocations.update(model.collocations)
+    parameters.sent_starters.update(model.sent_starters)
+    parameters.ortho_context.update(model.ortho_context)
+    return PunktSentenceTokenizer(parameters), NLTKWordTokenizer()
+
+
+def tokenize(caption, reading="text"):
+    """A caption's words, lower-cased, without <start> and <end>.
+
+    reading: "text" takes the caption as it stands. "released" reads it as the released
+    precomputed loader does on Python 3, through the `str` of its bytes: `A man.` becomes
+    `b'a man . '`, which checkpoints published with that code were trained on.
+    """
+    caption = caption.strip(ASCII_SPACE)
+    if reading == "released":
+        caption = str(caption.encode("utf-8", "surrogatepass"))
+    sentences, words = _tokenizers()
+    return [word for sentence in sentences.tokenize(caption.lower()) for word in words.tokenize(sentence)]
+
+
+def read_captions(path):
+    """The captions of a text file, one a line, split at newlines only and stripped of ASCII white space.
+
+    Raises InputError if the file is missing, empty, or not UTF-8 (naming the line).
+    """
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        raise InputError(f"caption file {path} cannot be read ({error.strerror}): check --data_path and "
+                         "--data_name") from error
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise InputError(f"caption file {path} is empty: it needs one caption a line, five for each image")
+    captions = []
+    for place, line in enumerate(lines, start=1):
+        try:
+            captions.append(line.strip(ASCII_SPACE.encode()).decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"caption file {path}, line {place}: not UTF-8 ({error.reason} at byte "
+                             f"{error.start}); convert the file to UTF-8") from error
+    return captions
+
+
+def read_json(path):
+    """A JSON file's content; raises InputError if it is missing or broken."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): it may be cut short; fetch it again") from error
+
+
+def flickr_json_name(data_name):
+    """The Karpathy-layout file of a raw-image data set: dataset_flickr8k.json for f8k, dataset_<name>.json else."""
+    name = {"f8k": "flickr8k", "f30k": "flickr30k"}.get(data_name, data_name)
+    return f"dataset_{name}.json"
+
+
+def read_flickr_json(path):
+    """The `images` of a Karpathy-layout JSON file, each checked to have filename, split and raw sentences."""
+    content = read_json(path)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not images:
+        raise InputError(f"{path} has no list 'images': it should be a Karpathy split file")
+    for place, image in enumerate(images):
+        sentences = image.get("sentences") if isinstance(image, dict) else None
+        if not (isinstance(sentences, list) and isinstance(image.get("filename"), str)
+                and isinstance(image.get("split"), str)
+                and all(isinstance(s, dict) and isinstance(s.get("raw"), str) for s in sentences)):
+            raise InputError(f"{path}, images[{place}]: it needs 'filename', 'split' and 'sentences' with 'raw' texts")
+    return images
+
+
+def _coco_captions(path):
+    content = read_json(path)
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list) or not all(isinstance(annotation, dict) and isinstance(
+            annotation.get("caption"), str) for annotation in annotations):
+        raise InputError(f"{path} has no list 'annotations' with a 'caption' each: it should be a COCO caption file")
+    return [annotation["caption"] for annotation in annotations]
+
+
+# Vocabulary -------------------------------------------------------------------------------------
+
+class Vocabulary:
+    """Numbers words in the order in which they are added; `vocab(word)` is <unk>'s number for a stranger."""
+
+    def __init__(self):
+        self.word2idx, self.idx2word, self.idx = {}, {}, 0
+
+    def add_word(self, word):
+        """Give the next number to `word`, unless it has one."""
+        if word not in self.word2idx:
+            self.word2idx[word] = self.idx
+            self.idx2word[self.idx] = word
+            self.idx += 1
+
+    def __call__(self, word):
+        return self.word2idx.get(word, self.word2idx["<unk>"])
+
+    def __len__(self):
+        return len(self.word2idx)
+
+    @property
+    def words(self):
+        """All words, in the order of their numbers."""
+        return [self.idx2word[index] for index in range(len(self.idx2word))]
+
+
+def vocabulary_of(words, source="the word list"):
+    """A Vocabulary of the given words in their order; raises InputError unless it can number captions."""
+    if list(words[:len(SPECIAL_WORDS)]) != list(SPECIAL_WORDS):
+        raise InputError(f"{source} does not begin with the special words {' '.join(SPECIAL_WORDS)} "
+                         f"(found {' '.join(map(repr, words[:4])) or 'nothing'}): build it with vocab.py")
+    vocabulary = Vocabulary()
+    for word in words:
+        vocabulary.add_word(word)
+    if len(vocabulary) != len(words):
+        raise InputError(f"{source} holds {len(words) - len(vocabulary)} words twice: build it with vocab.py")
+    return vocabulary
+
+
+def _caption_sources(data_path, data_name):
+    """The caption files that a data set's vocabulary is built from: its training and dev captions."""
+    if data_name.endswith("_precomp"):
+        return ["train_caps.txt", "dev_caps.txt"]
+    if data_name == "coco":
+        return list(COCO_ANNOTATIONS.values())
+    return [flickr_json_name(data_name)]
+
+
+def build_vocab(data_path, data_name, jsons=None, threshold=4):
+    """A Vocabulary of the special words and every word counted at least `threshold` times.
+
+    Words stand in order of first appearance. jsons: {data_name: [file, ...]} overrides the
+    caption files, which are named relative to `<data_path>/<data_name>`.
+    """
+    counts = Counter()
+    for name in (jsons or {}).get(data_name) or _caption_sources(data_path, data_name):
+        path = os.path.join(data_path, data_name, name)
+        if path.endswith(".txt"):
+            captions = read_captions(path)
+        elif data_name == "coco":
+            captions = _coco_captions(path)
+        else:
+            captions = [sentence["raw"] for image in read_flickr_json(path) for sentence in image["sentences"]]
+        for caption in captions:
+            counts.update(tokenize(caption))
+    vocabulary = vocabulary_of(list(SPECIAL_WORDS))
+    for word, count in counts.items():
+        if count >= threshold:
+            vocabulary.add_word(word)
+    return vocabulary
+
+
+# Files ------------------------------------------------------------------------------------------
+
+class _VocabularyUnpickler(pickle.Unpickler):
+    """Admits the vocabulary class and nothing else: a pickle from a stranger can never run code."""
+
+    class Record:
+        """Takes the pickled attributes; has no behaviour of its own."""
+
+    def find_class(self, module, name):
+        if (module, name) in {("vocab", "Vocabulary"), ("__main__", "Vocabulary")}:
+            return self.Record
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no vocabulary needs")
+
+
+def _load_pickle(path):
+    try:
+        with open(path, "rb") as file:
+            record = _VocabularyUnpickler(file).load()
+        return vars(record) if isinstance(record, _VocabularyUnpickler.Record) else None
+    except OSError as error:
+        raise InputError(f"vocabulary {path} cannot be read ({error.strerror})") from error
+    except Exception as error:  # an unpickler may raise anything on a broken stream
+        raise InputError(f"vocabulary {path} is not a vocabulary pickle ({error}): build one with vocab.py") from error
+
+
+def read_vocabulary(path):
+    """The Vocabulary in a JSON file of SCAN's format or in the released code's pickle.
+
+    Raises InputError if the file is broken, runs code, or lacks the special words.
+    """
+    content = _load_pickle(path) if path.endswith(".pkl") else read_json(path)
+    numbers = content.get("word2idx") if isinstance(content, dict) else None
+    if not isinstance(numbers, dict) or not all(isinstance(word, str) for word in numbers):
+        raise InputError(f"vocabulary {path} has no 'word2idx': build one with vocab.py")
+    if sorted(numbers.values(), key=repr) != sorted(range(len(numbers)), key=repr):
+        raise InputError(f"vocabulary {path} does not number its {len(numbers)} words from 0 on: build one with "
+                         "vocab.py")
+    return vocabulary_of(sorted(numbers, key=numbers.get), source=f"vocabulary {path}")
+
+
+def vocabulary_path(vocab_path, data_name, suffix="json"):
+    """Where a data set's vocabulary file stands."""
+    return os.path.join(vocab_path, f"{data_name}_vocab.{suffix}")
+
+
+def find_vocabulary(vocab_path, data_name):
+    """The Vocabulary of a data set from its JSON or pickle file, or None where there is neither.
+
+    Raises InputError if both are there and differ, since either could be the one that was meant.
+    """
+    paths = [vocabulary_path(vocab_path, data_name, suffix) for suffix in ("json", "pkl")]
+    found = {path: read_vocabulary(path) for path in paths if os.path.exists(path)}
+    if len(found) == 2 and len({tuple(vocabulary.words) for vocabulary in found.values()}) == 2:
+        raise InputError(f"{' and '.join(found)} differ: remove the one that is not meant")
+    return next(iter(found.values()), None)
+
+
+def write_vocabulary(vocabulary, path):
+    """Write SCAN's JSON (word2idx, idx2word, idx), or the released code's pickle where the path ends in .pkl."""
+    if path.endswith(".pkl"):
+        with replacing(path) as file:
+            pickle.dump(vocabulary, file, protocol=2)
+        return
+    with replacing(path, "w", encoding="utf-8") as file:
+        json.dump({"word2idx": vocabulary.word2idx, "idx2word": vocabulary.idx2word, "idx": vocabulary.idx}, file)
+
+
+# Script -----------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    """The script's flags."""
+    parser = ArgumentParser("Build a vocabulary file from a data set's training and dev captions.")
+    parser.add_argument("--data_path", default="data", help="folder that holds the data sets")
+    parser.add_argument("--data_name", default="sample_precomp", help="data set: *_precomp, coco, f8k, f30k, ...")
+    parser.add_argument("--vocab_path", default="./vocab/", help="folder for <data_name>_vocab.json")
+    parser.add_argument("--threshold", default=4, type=number(int, 1),
+                        help="smallest count of a word that gets a number")
+    parser.add_argument("--pickle", action="store_true", help="also write the released code's <data_name>_vocab.pkl")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Build and write the vocabulary."""
+    options = parse_args(argv)
+    vocabulary = build_vocab(options.data_path, options.data_name, threshold=options.threshold)
+    for suffix in ("json", "pkl") if options.pickle else ("json",):
+        path = vocabulary_path(options.vocab_path, options.data_name, suffix)
+        write_vocabulary(vocabulary, path)
+        print(f"{path}: {len(vocabulary)} words")
+
+
+if __name__ == "__main__":
+    from vocab import main  # under its own name, so that the pickle names vocab.Vocabulary
+    run_script(main)
