@@ -26,7 +26,7 @@ def parse_args(argv=None):
                         help="how captions become words (default: as in the checkpoint's training)")
     machine = parser.add_argument_group("how")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
-    machine.add_argument("--batch_size", type=number(int, 1), 
+    machine.add_argument("--batch_size", type=number(int, 1),
                          help="items encoded at a time (default: the checkpoint's)")
     output = parser.add_argument_group("what to write")
     output.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "

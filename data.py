@@ -1,8 +1,8 @@
 """Images with their captions, and how batches are made of them.
 
-Captions are tokenized once, into one flat array of word ids with offsets; a batch of
-precomputed features is one gather from that array and one from the feature file. The order of
-an epoch follows from the seed and the epoch's number alone.
+A batch of precomputed features is one gather from the captions' flat array of word ids and one from
+the features, on the device where they live. The order of an epoch follows from the seed and the
+epoch's number alone.
 
 Every data set has five captions an image, in image order, unless it says otherwise.
 """
@@ -10,13 +10,13 @@ Every data set has five captions an image, in image order, unless it says otherw
 import io
 import os
 from contextlib import redirect_stdout
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from captions import by_length, number_words
 from errors import InputError
-from vocab import COCO_ANNOTATIONS, flickr_json_name, read_captions, read_flickr_json, tokenize
+from vocab import COCO_ANNOTATIONS, flickr_json_name, read_captions, read_flickr_json
 
 CAPTIONS_PER_IMAGE = 5
 DEV_CAPTIONS = 5000  # the released code's cap on the dev split
@@ -30,106 +30,90 @@ def seed_for(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-# Captions as word ids ---------------------------------------------------------------------------
-
-class WordIds(NamedTuple):
-    """n captions as one flat array: caption c is words[offsets[c]:offsets[c + 1]]."""
-
-    words: torch.Tensor  # (total words,) int32
-    offsets: torch.Tensor  # (n + 1,) int64
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self):
-        """(n,) words a caption, <start> and <end> included."""
-        return self.offsets.diff()
-
-    def padded(self, indices):
-        """(B,) caption indices -> (B, longest) int64 word ids, filled up with 0."""
-        lengths = self.lengths[indices].unsqueeze(1)
-        places = torch.arange(int(lengths.max()), device=lengths.device)
-        words = self.words[(self.offsets[indices].unsqueeze(1) + places).clamp(max=len(self.words) - 1)]
-        return words.long() * (places < lengths)
-
-    def first(self, n):
-        """The first n captions."""
-        return WordIds(self.words[:self.offsets[n]], self.offsets[:n + 1])
-
-
-def number_words(captions, vocab, reading="text"):
-    """Tokenize captions (list of str) into WordIds: <start>, the words or <unk>, <end>."""
-    start, end = vocab("<start>"), vocab("<end>")
-    numbered = [[start, *map(vocab, tokenize(caption, reading)), end] for caption in captions]
-    offsets = torch.zeros(len(numbered) + 1, dtype=torch.int64)
-    offsets[1:] = torch.tensor([len(words) for words in numbered]).cumsum(0)
-    return WordIds(torch.tensor([word for words in numbered for word in words], dtype=torch.int32), offsets)
-
-
-def by_length(lengths):
-    """Positions that sort by length, longest first, stable."""
-    return torch.sort(lengths, descending=True, stable=True).indices
-
-
 # Data sets --------------------------------------------------------------------------------------
 
 class PrecompDataset:
     """Precomputed features: `<data_path>/<split>_ims.npy` (n_images, img_dim) and `<split>_caps.txt`.
 
     A feature file with as many rows as there are captions has row c for caption c (and image i's
-    row is 5i where each image is wanted once), otherwise row c // 5. Features stay memory-mapped.
-    Raises InputError if a file is missing or broken, the two do not match, or the width is not `img_dim`.
+    row is 5i where each image is wanted once), otherwise row c // 5. Features stay memory-mapped
+    unless `place` moves them. Raises InputError if a file is missing or broken, the two do not match, or the
+    width is not `img_dim`.
     """
 
-    def __init__(self, data_path, data_split, vocab, reading="text", img_dim=None):
+    def __init__(self, data_path, data_split, vocab, reading="text", img_dim=None, cache_dir=None):
         caption_file = os.path.join(data_path, f"{data_split}_caps.txt")
-        self.feature_file = os.path.join(data_path, f"{data_split}_ims.npy")
+        feature_file = os.path.join(data_path, f"{data_split}_ims.npy")
         if not os.path.isdir(data_path):
             raise InputError(f"data folder {data_path} is not there: check --data_path and --data_name")
         self.captions = read_captions(caption_file)
-        self.images = open_features(self.feature_file)
+        self.images = open_features(feature_file)
         rows, captions = len(self.images), len(self.captions)
         if captions not in (rows, rows * CAPTIONS_PER_IMAGE):
-            raise InputError(f"{self.feature_file} has {rows} rows and {caption_file} has {captions} captions: "
+            raise InputError(f"{feature_file} has {rows} rows and {caption_file} has {captions} captions: "
                              f"there must be {CAPTIONS_PER_IMAGE} captions a row, or one")
         if img_dim is not None and self.images.shape[1] != img_dim:
-            raise InputError(f"{self.feature_file} has features of width {self.images.shape[1]}, but {img_dim} was "
+            raise InputError(f"{feature_file} has features of width {self.images.shape[1]}, but {img_dim} was "
                              "expected: check --img_dim, or the checkpoint against the data")
         self.captions_per_row = captions // rows
         if data_split == "dev":
             self.captions = self.captions[:DEV_CAPTIONS]
-        self.word_ids = number_words(self.captions, vocab, reading)
+        self.word_ids = self.placed_word_ids = number_words(self.captions, vocab, reading, cache_dir)
+        self.lengths = self.word_ids.lengths
+        self.device = torch.device("cpu")
 
     def __len__(self):
         return len(self.word_ids)
 
     def __getitem__(self, index):
         """(image (img_dim,), word ids (T,), caption index, image index) of one caption."""
-        words = self.word_ids.words[self.word_ids.offsets[index]:self.word_ids.offsets[index + 1]].long()
-        return self._rows([index // self.captions_per_row])[0], words, index, index // CAPTIONS_PER_IMAGE
+        image = self.images[index // self.captions_per_row].float()
+        return image, self.word_ids[index], index, index // CAPTIONS_PER_IMAGE
+
+    def place(self, device, features_on_device=None):
+        """Batches come on `device` from now on: word ids move there, and features if told to.
+
+        features_on_device: None moves them to a CUDA device where they fit in half of its free memory.
+        """
+        self.device, self.placed_word_ids = device, self.word_ids.to(device)
+        if features_on_device is None and device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            features_on_device = self.images.numel() * self.images.element_size() <= free / 2
+        if features_on_device:
+            self.images = self.images.to(device)
 
     def _rows(self, rows):
-        return torch.from_numpy(np.asarray(self.images[rows], dtype=np.float32))
+        """Feature rows (float32) on the device; from the feature file through pinned memory, without waiting."""
+        features = self.images.index_select(0, rows.to(self.images.device))
+        if self.device.type == "cuda" and not features.is_cuda:
+            features = features.pin_memory()
+        return features.to(self.device, non_blocking=True).float()
 
     def load(self, batches, workers=0, epoch=0):
-        """For each (B,) tensor of caption indices: images, captions, lengths, ids, indices, longest caption first."""
-        for indices in batches:
-            indices = indices[by_length(self.word_ids.lengths[indices])]
-            rows = (indices // self.captions_per_row).numpy()
-            yield (self._rows(rows), self.word_ids.padded(indices), self.word_ids.lengths[indices], indices, indices)
+        """For each (B,) tensor of caption indices: images, captions, lengths, ids, indices, longest caption first.
+
+        lengths stay on the CPU, the others are on the data set's device.
+        """
+        if not len(batches):
+            return
+        batches = [indices[by_length(self.lengths[indices])] for indices in batches]
+        placed = torch.cat(batches).to(self.device)  # at once: a copy a step would wait for the GPU each time
+        for indices, there in zip(batches, placed.split([len(indices) for indices in batches])):
+            lengths = self.lengths[indices]
+            rows = (indices if self.images.device.type == "cpu" else there) // self.captions_per_row
+            yield self._rows(rows), self.placed_word_ids.padded(there, int(lengths[0])), lengths, there, there
 
     def load_images(self, batch_size, workers=0):
         """The features of each image once, in order, in batches."""
-        rows = np.arange(0, len(self), CAPTIONS_PER_IMAGE) // self.captions_per_row
-        for start in range(0, len(rows), batch_size):
-            yield self._rows(rows[start:start + batch_size])
+        rows = torch.arange(0, len(self), CAPTIONS_PER_IMAGE) // self.captions_per_row
+        for batch in rows.split(batch_size):
+            yield self._rows(batch)
 
 
 def open_features(path):
-    """The (n, width) feature array in a .npy file, memory-mapped and checked to hold finite numbers."""
+    """The (n, width) features in a .npy file as a memory-mapped tensor, checked to be finite numbers."""
     try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        features = np.load(path, mmap_mode="c", allow_pickle=False)  # private pages: the file is never written to
     except OSError as error:
         raise InputError(f"feature file {path} cannot be read ({error.strerror or error}): check --data_path and "
                          "--data_name") from error
@@ -146,7 +130,9 @@ def open_features(path):
         if not finite.all():
             raise InputError(f"feature file {path} has NaN or infinity in row {start + int(finite.argmin())}: "
                              "make the features again")
-    return features
+    if features.dtype not in (np.float16, np.float32):
+        features = features.astype(np.float32)  # other kinds are rare enough to be held in memory
+    return torch.from_numpy(features)
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -155,9 +141,9 @@ class ImageDataset(torch.utils.data.Dataset):
     image_files: (n_images,) paths; captions: list of str; image_of: for each caption its image.
     """
 
-    def __init__(self, image_files, captions, image_of, vocab, transform=None, reading="text", seed=0):
+    def __init__(self, image_files, captions, image_of, vocab, transform=None, reading="text", seed=0, cache_dir=None):
         self.image_files, self.captions, self.image_of = image_files, captions, image_of
-        self.word_ids = number_words(captions, vocab, reading)
+        self.word_ids = number_words(captions, vocab, reading, cache_dir)
         self.transform, self.seed, self.epoch = transform, seed, 0
 
     def __len__(self):
@@ -171,8 +157,10 @@ class ImageDataset(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.seed, self.epoch, index))
             image = self.image(self.image_of[index])
-        words = self.word_ids.words[self.word_ids.offsets[index]:self.word_ids.offsets[index + 1]].long()
-        return image, words, index, self.image_of[index]
+        return image, self.word_ids[index], index, self.image_of[index]
+
+    def place(self, device, features_on_device=None):
+        """Nothing moves: images are decoded on the CPU and taken to the device batch by batch."""
 
     def image(self, number):
         """One image, decoded and transformed. Raises InputError if it cannot be decoded."""
@@ -220,7 +208,7 @@ def _image_path(root, name, source):
 class FlickrDataset(ImageDataset):
     """One split of a Karpathy-layout JSON file (Flickr8k, Flickr30k, own photos), images below `root`."""
 
-    def __init__(self, root, json, split, vocab, transform=None, reading="text", seed=0):
+    def __init__(self, root, json, split, vocab, transform=None, **options):
         images = [image for image in read_flickr_json(json) if image["split"] == split]
         if not images:
             raise InputError(f"{json} has no image of split {split!r}")
@@ -229,15 +217,15 @@ class FlickrDataset(ImageDataset):
         image_of = [number for number, image in enumerate(images) for _ in image["sentences"]]
         if not captions:
             raise InputError(f"{json} has no caption for split {split!r}")
-        super().__init__(files, captions, image_of, vocab, transform, reading, seed)
+        super().__init__(files, captions, image_of, vocab, transform, **options)
 
 
 class CocoDataset(ImageDataset):
     """COCO captions by their ids, in the ids' order; `root`, `json` and `ids` may be tuples of sources to join."""
 
-    def __init__(self, root, json, vocab, transform=None, ids=None, reading="text", seed=0):
+    def __init__(self, root, json, vocab, transform=None, ids=None, **options):
         sources = zip(root, json, ids) if isinstance(root, (list, tuple)) else [(root, json, ids)]
-        files, captions, image_of, numbers = [], [], [], {}
+        captions, image_of, numbers = [], [], {}
         for folder, annotation_file, caption_ids in sources:
             annotations, names = _read_coco(annotation_file)
             for caption_id in annotations if caption_ids is None else caption_ids.tolist():
@@ -250,8 +238,7 @@ class CocoDataset(ImageDataset):
                 path = _image_path(folder, names[image_id], annotation_file)
                 image_of.append(numbers.setdefault(path, len(numbers)))
                 captions.append(caption)
-        files = list(numbers)
-        super().__init__(files, captions, image_of, vocab, transform, reading, seed)
+        super().__init__(list(numbers), captions, image_of, vocab, transform, **options)
 
 
 def _read_coco(path):
@@ -341,15 +328,16 @@ def _coco_dataset(folder, split, vocab, transform, use_restval, **options):
 
 
 def get_dataset(split, data_name, vocab, crop_size, opt):
-    """One split of a data set; opt: data_path and, where there, use_restval, img_dim, caption_reading, seed.
+    """One split of a data set; opt: data_path and, where there, use_restval, img_dim, caption_reading, cache_dir, seed.
 
     train, dev, test, testall; the JSON sets call dev val, and COCO's test is all of its test.
     """
-    folder, reading = os.path.join(opt.data_path, data_name), getattr(opt, "caption_reading", None) or "text"
+    folder = os.path.join(opt.data_path, data_name)
+    options = {"reading": getattr(opt, "caption_reading", None) or "text", "cache_dir": getattr(opt, "cache_dir", None)}
     if data_name.endswith("_precomp"):
-        return PrecompDataset(folder, "dev" if split == "val" else split, vocab, reading,
-                              getattr(opt, "img_dim", None))
-    options = {"reading": reading, "seed": getattr(opt, "seed", 0)}
+        return PrecompDataset(folder, "dev" if split == "val" else split, vocab, img_dim=getattr(opt, "img_dim", None),
+                              **options)
+    options["seed"] = getattr(opt, "seed", 0)
     transform = image_transform(split == "train", crop_size)
     if not os.path.isdir(folder):
         raise InputError(f"data folder {folder} is not there: check --data_path and --data_name")

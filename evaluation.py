@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import CAPTIONS_PER_IMAGE, by_length, get_test_loader
+from captions import by_length
+from data import CAPTIONS_PER_IMAGE, get_test_loader
+from device import choose_device, choose_matmul_precision
 from errors import InputError, replacing
 from loss import SIMILARITIES
-from model import VSE, choose_device
+from model import VSE
 from vocab import find_vocabulary, vocabulary_path
 
 FOLDS = 5
@@ -57,7 +59,6 @@ class LogCollector:
 
 # Embedding --------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def embed(model, loader):
     """A split's embeddings on the model's device: (N, D), each image once, and (5N, D), one a caption.
 
@@ -65,17 +66,17 @@ def embed(model, loader):
     """
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
-    images = torch.cat([model.img_enc(batch.to(model.device))
-                        for batch in dataset.load_images(batch_size, loader.workers)])
-    word_ids = dataset.word_ids
-    padded, caption_of = torch.unique(word_ids.padded(torch.arange(len(word_ids))), dim=0, return_inverse=True)
+    images = torch.cat([model.embed_images(batch) for batch in dataset.load_images(batch_size, loader.workers)])
+    every = torch.arange(len(dataset))
+    padded = dataset.word_ids.padded(every, int(dataset.word_ids.lengths.max()))
+    padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
-    captions = torch.empty(len(padded), images.shape[1], dtype=images.dtype, device=images.device)
-    for batch in order.split(batch_size):
-        words = padded[batch, :int(lengths[batch[0]])].to(model.device)
-        captions[batch.to(captions.device)] = model.txt_enc(words, lengths[batch])
-    return images, captions[caption_of.to(captions.device)]
+    captions = torch.cat([model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
+                          for batch in order.split(batch_size)])
+    place_of = torch.empty_like(order)
+    place_of[order] = torch.arange(len(order))
+    return images, captions[place_of[caption_of].to(captions.device)]
 
 
 def encode_data(model, data_loader, log_step=10, logging=print):
@@ -288,7 +289,9 @@ def load_for_evaluation(opt_eval, split):
                              min(opt.workers, os.cpu_count()), opt)
     model = VSE(opt)
     checkpoint.load_weights(model, content, path)
-    return model.to(choose_device(getattr(opt_eval, "device", "auto"))), loader, opt
+    device = choose_device(getattr(opt_eval, "device", "auto"))
+    choose_matmul_precision(device)
+    return model.to(device), loader, opt
 
 
 def evalrank(opt_eval, split="test"):

@@ -35,12 +35,6 @@ def build_bank(model, batches):
     return MemoryBank(images, captions, indices.to(images.device))
 
 
-def _log_neighbours(similarities, excluded, k, scale):
-    """log sum_k exp(scale * similarity) over each row's k largest bank entries that are not excluded: (B,)."""
-    nearest = similarities.masked_fill(excluded, -torch.inf).topk(k, dim=1).values
-    return (scale * nearest).logsumexp(1)
-
-
 @torch.no_grad()
 def global_weights(im, s, similarities, bank, indices, similarity, k, alpha, beta, epsilon):
     """HAL's weights of a batch's pairs: (W (B, B), w (B,)), detached.
@@ -57,18 +51,19 @@ def global_weights(im, s, similarities, bank, indices, similarity, k, alpha, bet
     batch = len(similarities)
     k = min(k if batch >= k else batch, len(bank.indices))
     excluded = torch.isin(bank.indices, indices)
-    # The released code calls the order similarity with the caption in the first place here.
-    to_captions, to_images = similarity(im, bank.caption_embeddings), similarity(s, bank.image_embeddings)
+    # P and Q; the released code calls the order similarity with the caption in the first place here.
+    nearest_captions, nearest_images = (
+        similarity(queries, entries).masked_fill_(excluded, -torch.inf).topk(k, dim=1).values
+        for queries, entries in ((im, bank.caption_embeddings), (s, bank.image_embeddings)))
     pairs = similarities.diagonal()
 
-    image_hubness = _log_neighbours(to_captions, excluded, k, beta) - epsilon  # log n
-    caption_hubness = _log_neighbours(to_images, excluded, k, beta) - epsilon  # log m
+    image_hubness = (beta * nearest_captions).logsumexp(1) - epsilon  # log n
+    caption_hubness = (beta * nearest_images).logsumexp(1) - epsilon  # log m
     own = torch.logaddexp(beta * pairs.unsqueeze(1), beta * pairs.unsqueeze(0))
     pair_weights = (torch.logaddexp(image_hubness.unsqueeze(1), caption_hubness.unsqueeze(0)) - own).sigmoid()
     pair_weights.fill_diagonal_(0)
 
-    neighbours = torch.logaddexp(_log_neighbours(to_captions, excluded, k, alpha),
-                                 _log_neighbours(to_images, excluded, k, alpha))
+    neighbours = torch.logaddexp((alpha * nearest_captions).logsumexp(1), (alpha * nearest_images).logsumexp(1))
     positive_weights = (neighbours - alpha * pairs).sigmoid()
 
     empty = excluded.all()  # stays on the device: looking at it here would wait for the GPU

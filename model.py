@@ -13,25 +13,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from errors import InputError
+from gru import last_states
 from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on: the family imports them from here)
 
 
 def l2norm(X):
     """(n, D) rows scaled to length 1; a zero row stays zero."""
     return F.normalize(X, dim=1, eps=torch.finfo(X.dtype).tiny)
-
-
-def choose_device(name):
-    """The torch device for auto, cpu, cuda[:n] or mps; raises InputError where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): choose auto or cpu"
-                         ) from error
-    return device
 
 
 def _init_fc(in_features, embed_size):
@@ -54,7 +42,7 @@ class EncoderImagePrecomp(nn.Module):
 
     def forward(self, images):
         """images: (B, img_dim), or whatever `features` takes."""
-        embeddings = self.fc(self.features(images))
+        embeddings = self.fc(self.features(images)).to(self.fc.weight.dtype)  # autocast's products may be in bf16
         if not self.no_imgnorm:
             embeddings = l2norm(embeddings)
         return embeddings.abs() if self.use_abs else embeddings
@@ -170,8 +158,12 @@ class EncoderText(nn.Module):
     def forward(self, captions, lengths):
         """captions: (B, T) word ids, longest caption first; lengths: (B,) -> (B, embed_size)."""
         packed = pack_padded_sequence(self.embed(captions), torch.as_tensor(lengths).cpu(), batch_first=True)
-        _, last_states = self.rnn(packed)
-        embeddings = l2norm(last_states[-1])
+        if captions.device.type == "cpu":
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            last = last_states(self.rnn, packed, dtype)
+        else:
+            last = self.rnn(packed)[1][-1]
+        embeddings = l2norm(last.to(self.embed.weight.dtype))
         return embeddings.abs() if self.use_abs else embeddings
 
 
@@ -179,11 +171,13 @@ class VSE(nn.Module):
     """Both encoders: `img_enc` and `txt_enc`.
 
     opt needs what builds them: data_name, img_dim, embed_size, finetune, cnn_type, use_abs,
-    no_imgnorm, vocab_size, word_dim, num_layers (and cnn_weights: imagenet unless given).
+    no_imgnorm, vocab_size, word_dim, num_layers (and cnn_weights: imagenet unless given). With amp "bf16"
+    the encoders' matrix products are in bf16; weights, reductions and the loss stay in float32.
     """
 
     def __init__(self, opt):
         super().__init__()
+        self.amp = getattr(opt, "amp", "off") == "bf16"
         self.img_enc = EncoderImage(opt.data_name, opt.img_dim, opt.embed_size, opt.finetune, opt.cnn_type,
                                     opt.use_abs, opt.no_imgnorm, getattr(opt, "cnn_weights", "imagenet"))
         self.txt_enc = EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.use_abs)
@@ -193,10 +187,24 @@ class VSE(nn.Module):
         """Where the weights live, and inputs are taken to."""
         return self.txt_enc.embed.weight.device
 
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def embed_images(self, images):
+        """Features or images -> (B, embed_size), without gradients."""
+        with torch.no_grad(), self._autocast():
+            return self.img_enc(images.to(self.device, non_blocking=True))
+
+    def embed_captions(self, captions, lengths):
+        """Word ids, longest caption first -> (B, embed_size), without gradients."""
+        with torch.no_grad(), self._autocast():
+            return self.txt_enc(captions.to(self.device, non_blocking=True), lengths)
+
     def forward_emb(self, images, captions, lengths):
         """A batch, longest caption first -> image and caption embeddings, each (B, embed_size)."""
         images, captions = (x.to(self.device, non_blocking=True) for x in (images, captions))
-        return self.img_enc(images), self.txt_enc(captions, lengths)
+        with self._autocast():
+            return self.img_enc(images), self.txt_enc(captions, lengths)
 
     forward = forward_emb
 

@@ -9,6 +9,7 @@ Flags and defaults are the released code's. Log lines go to stderr, rsum to stdo
 TensorBoard, checkpoints to --logger_name.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -19,11 +20,12 @@ from tqdm import tqdm
 import checkpoint
 import sample_data
 from data import get_loaders, seed_for
+from device import choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import LogCollector, embed, metrics_of, split_loss
 from loss import ContrastiveLoss
 from memory_bank import build_bank, draw_batches
-from model import VSE, choose_device, cnn_types
+from model import VSE, cnn_types
 from vocab import READINGS, build_vocab, find_vocabulary, vocabulary_path, write_vocabulary
 
 BANK_DRAW = 1  # the bank's order of an epoch, beside training's 0
@@ -40,6 +42,9 @@ def parse_args(argv=None):
     data.add_argument("--data_name", default="sample_precomp",
                       help="data set: *_precomp (features), coco, f8k, f30k, or any folder with dataset_<name>.json")
     data.add_argument("--vocab_path", default="./vocab/", help="folder of <data_name>_vocab.json or .pkl")
+    data.add_argument("--cache_dir", help="folder for tokenized captions (default: <data_path>/.cache)")
+    data.add_argument("--features_on_device", action=argparse.BooleanOptionalAction,
+                      help="keep the features in GPU memory (default: where they fit in half of what is free)")
     data.add_argument("--caption_reading", choices=READINGS,
                       help="how captions become words (default: text, or as in the checkpoint that is started from)")
     data.add_argument("--use_restval", action="store_true", help="coco: train on the restval captions, too")
@@ -82,6 +87,8 @@ def parse_args(argv=None):
     training.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
     training.add_argument("--seed", default=0, type=number(int, 0, 2**63 - 1), help="decides weights, order and bank")
     training.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    training.add_argument("--amp", default="off", choices=["off", "bf16"],
+                          help="bf16: the encoders' matrix products in bf16")
     start = training.add_mutually_exclusive_group()
     start.add_argument("--resume", default="", metavar="CHECKPOINT", help="continue this run where it stopped")
     start.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
@@ -95,6 +102,7 @@ def parse_args(argv=None):
     output.add_argument("--save_all", action="store_true", help="keep Epoch-<n>-model.pth.tar of every epoch")
     output.add_argument("--record_val", action="store_true", help="append every epoch's rsum to rst_val_<run>")
     opt = parser.parse_args(argv)
+    opt.cache_dir = opt.cache_dir or os.path.join(opt.data_path, ".cache")
     _check(opt)
     return opt
 
@@ -181,7 +189,8 @@ class Run:
         self.train_loader, self.val_loader = loaders
         self.criterion = ContrastiveLoss(opt)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=opt.learning_rate)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=opt.learning_rate,
+                                          fused=model.device.type in ("cpu", "cuda"))
         self.epoch, self.steps, self.best_rsum = 0, 0, 0.0
 
 
@@ -295,12 +304,15 @@ def main(argv=None):
     """Train as the flags say."""
     opt = parse_args(argv)
     device = choose_device(opt.device)
+    log(f"Device: {device}, float32 products: {choose_matmul_precision(device)}, amp: {opt.amp}")
     if opt.data_name in sample_data.WRITERS:
         sample_data.draw(opt.data_path)
     start = load_start(opt)
     vocabulary = get_vocabulary(opt, start)
     loaders = get_loaders(opt.data_name, vocabulary, opt.crop_size, opt.batch_size,
                           min(opt.workers, os.cpu_count()), opt)
+    for loader in loaders:
+        loader.dataset.place(device, opt.features_on_device)
     run = Run(opt, build_model(opt, start, device), loaders, vocabulary, tensorboard(opt.logger_name))
     if opt.resume:
         run.epoch, run.steps, run.best_rsum = checkpoint.restore(start, opt.resume, run.model, run.optimizer, opt)

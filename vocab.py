@@ -18,6 +18,7 @@ from errors import ArgumentParser, InputError, number, replacing, run_script
 
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 READINGS = ("text", "released")
+TOKENIZER_VERSION = 1  # goes up with any change of `tokenize`'s words: cached ones are then made again
 ASCII_SPACE = " \t\n\r\x0b\x0c"
 COCO_ANNOTATIONS = {"train": "annotations/captions_train2014.json", "val": "annotations/captions_val2014.json"}
 

@@ -1,0 +1,128 @@
+"""Captions as word ids: tokenized once, on all cores, and kept in a cache folder."""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from errors import InputError, replacing
+from vocab import TOKENIZER_VERSION, tokenize
+
+CHUNK = 2000  # captions a process tokenizes at a time
+
+
+class WordIds(NamedTuple):
+    """n captions as one flat array: caption c is words[offsets[c]:offsets[c + 1]]."""
+
+    words: torch.Tensor  # (total words,) int32
+    offsets: torch.Tensor  # (n + 1,) int64
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):
+        """One caption's word ids, int64."""
+        return self.words[self.offsets[index]:self.offsets[index + 1]].long()
+
+    @property
+    def lengths(self):
+        """(n,) words a caption, <start> and <end> included."""
+        return self.offsets.diff()
+
+    def padded(self, indices, longest):
+        """(B,) caption indices -> (B, longest) int64 word ids, filled up with 0."""
+        starts, ends = self.offsets[indices].unsqueeze(1), self.offsets[indices + 1].unsqueeze(1)
+        places = starts + torch.arange(longest, device=starts.device)
+        return self.words[places.clamp(max=len(self.words) - 1)].long() * (places < ends)
+
+    def first(self, n):
+        """The first n captions."""
+        return WordIds(self.words[:self.offsets[n]], self.offsets[:n + 1])
+
+    def to(self, device):
+        """The same on another device."""
+        return WordIds(self.words.to(device), self.offsets.to(device))
+
+
+def by_length(lengths):
+    """Positions that sort by length, longest first, stable."""
+    return torch.sort(lengths, descending=True, stable=True).indices
+
+
+def number_words(captions, vocab, reading="text", cache_dir=None):
+    """Word ids of captions (list of str): <start>, the words or <unk>, <end>.
+
+    cache_dir: a folder where the ids are kept and looked up by the contents of captions and
+    vocabulary, the reading and the tokenizer's version. Where it cannot be written, it is done without.
+    """
+    if cache_dir is None:
+        return _number_all(captions, vocab, reading)
+    path = os.path.join(cache_dir, f"{_key(captions, vocab, reading)}.npy")
+    found = _read(path, len(captions), len(vocab))
+    if found is None:
+        found = _number_all(captions, vocab, reading)
+        try:
+            with replacing(path) as file:
+                np.save(file, torch.cat([found.offsets.int(), found.words]).numpy())
+        except InputError as error:
+            print(f"note: captions are not cached: {error}", file=sys.stderr)
+    return found
+
+
+def _key(captions, vocab, reading):
+    digest = hashlib.sha256(f"{TOKENIZER_VERSION}\0{reading}\0".encode())
+    for lines in (vocab.words, captions):
+        digest.update("\n".join(lines).encode("utf-8", "surrogatepass") + b"\0\0")
+    return digest.hexdigest()[:32]
+
+
+def _read(path, n, vocab_size):
+    """The cached WordIds, memory-mapped, or None where there are none or they are not whole."""
+    try:
+        content = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        offsets, words = content[:n + 1].long(), content[n + 1:]
+        whole = (content.dtype == torch.int32 and content.dim() == 1 and len(offsets) == n + 1 and offsets[0] == 0
+                 and offsets[-1] == len(words) and bool((offsets.diff() >= 2).all())
+                 and 0 <= int(words.min()) and int(words.max()) < vocab_size)
+    except Exception:  # whatever a torn file may raise: it is built again
+        return None
+    return WordIds(words, offsets) if whole else None
+
+
+def _number_chunk(captions, vocab, reading, start):
+    """Lengths and word ids of the chunk of captions from `start` on, as two int32 arrays."""
+    first, last = [vocab("<start>")], [vocab("<end>")]
+    numbered = [first + [vocab(word) for word in tokenize(caption, reading)] + last
+                for caption in captions[start:start + CHUNK]]
+    return (np.array([len(words) for words in numbered], np.int32),
+            np.array([word for words in numbered for word in words], np.int32))
+
+
+def _number_all(captions, vocab, reading):
+    starts, number = range(0, len(captions), CHUNK), partial(_number_chunk, captions, vocab, reading)
+    processes = min(len(starts), os.cpu_count())
+    if processes > 1 and "fork" in multiprocessing.get_all_start_methods():
+        global _inherited  # forked processes see the captions without a copy being sent
+        _inherited = number
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            chunks = list(tqdm(pool.imap(_run_inherited, starts), "Tokenizing", len(starts), leave=False, disable=None))
+        _inherited = None
+    else:
+        chunks = [number(start) for start in starts]
+    lengths, words = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*chunks))
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    return WordIds(words, offsets)
+
+
+_inherited = None
+
+
+def _run_inherited(start):
+    return _inherited(start)

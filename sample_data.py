@@ -1,0 +1,432 @@
+"""Draws the sample data set, so that `python train.py` has something to train on before anything is downloaded.
+
+Small pictures of coloured things on a ground, each with five captions that tell a part of it. The paper has
+nothing like it: recalls on it show that training works, not what HAL reaches on photographs.
+
+    python sample_data.py --data_path data
+
+writes `data/sample_precomp/` (features and captions, laid out like `coco_precomp`) and `data/sample/` (fewer, raw
+images and Karpathy's JSON, laid out like `f8k`). The seed alone decides what is drawn: every random draw comes
+from one `random.Random`, and shapes and features are computed in integers, so that machines agree to the bit.
+"""
+
+import argparse
+import json
+import random
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+SEED = 2020
+SPLIT_IMAGES = {"train": 600, "dev": 200, "test": 200}
+RAW_IMAGES = {"train": 60, "dev": 20, "test": 20}  # the first so many of each split
+KARPATHY_SPLITS = {"train": "train", "dev": "val", "test": "test"}
+
+GRID = 3  # a picture has GRID x GRID cells, each with room for one thing
+CELL = 32  # pixels
+SIDE = GRID * CELL
+SHAPE_SIDE = 24  # the square that shapes are given in, in units of their own
+LEVELS = 3  # that features tell apart in a colour channel
+COLOURS = LEVELS**3
+
+# Each kind of thing: the parts of its shape, and what it may be called, as (singular, plural). Parts are outlines
+# as corner points, or discs as (centre x, centre y, radius); where two parts overlap there is a hole.
+KINDS = {
+    "arrow": (["0,8 13,8 13,1 24,12 13,23 13,16 0,16"], [("arrow", "arrows")]),
+    "ball": ([(12, 12, 12)], [("ball", "balls"), ("ball", "balls"), ("round ball", "round balls")]),
+    "boat": (["0,17 24,17 19,24 5,24", "11,0 11,15 2,15", "13,3 22,15 13,15"], [("boat", "boats"), ("sailboat", "sailboats")]),
+    "box": (["1,2 23,2 23,23 1,23", "1,8 23,8 23,10 1,10"], [("box", "boxes"), ("crate", "crates")]),
+    "cup": (["2,3 18,3 16,23 4,23", "18,6 24,6 24,16 17,16 17,13 21,13 21,9 18,9"], [("cup", "cups"), ("mug", "mugs")]),
+    "fish": (["0,12 5,6 11,4 17,9 24,3 22,12 24,21 17,15 11,20 5,18", (6, 11, 2)], [("fish", "fish")]),
+    "flag": (["2,0 24,7 6,14 6,24 2,24"], [("flag", "flags")]),
+    "heart": (["12,24 1,12 0,7 3,2 8,1 12,5 16,1 21,2 24,7 23,12"], [("heart", "hearts")]),
+    "house": (["12,0 24,11 21,11 21,24 3,24 3,11 0,11", "9,15 15,15 15,24 9,24"], [("house", "houses"), ("cottage", "cottages")]),
+    "mushroom": (["0,13 2,6 7,1 12,0 17,1 22,6 24,13 15,13 16,24 8,24 9,13"], [("mushroom", "mushrooms")]),
+    "star": (["12,0 15,9 24,9 17,14 20,23 12,17 4,23 7,14 0,9 9,9"], [("star", "stars")]),
+    "tree": (["12,0 18,8 15,8 22,18 14,18 14,24 10,24 10,18 2,18 9,8 6,8"], [("tree", "trees"), ("fir tree", "fir trees")]),
+}
+PAINTS = {  # red, green, blue, and the words for it
+    "red": ((213, 42, 42), ("red", "red", "bright red")),
+    "orange": ((235, 128, 30), ("orange",)),
+    "yellow": ((230, 213, 42), ("yellow", "yellow", "golden")),
+    "green": ((30, 140, 50), ("green", "green", "dark green")),
+    "blue": ((42, 60, 213), ("blue",)),
+    "purple": ((128, 42, 150), ("purple", "purple", "violet")),
+    "pink": ((230, 120, 190), ("pink",)),
+    "white": ((240, 240, 240), ("white",)),
+    "black": ((25, 25, 25), ("black",)),
+    "brown": ((120, 65, 30), ("brown",)),
+}
+PAINT_SHADES = 12  # a group's paint is lighter or darker by up to this much
+SIZES = {  # pixels, and the words for it
+    "small": (14, ("small", "little", "tiny")),
+    "medium": (20, ("",)),
+    "large": (28, ("large", "big", "huge")),
+}
+
+
+class Ground(NamedTuple):
+    colour: tuple  # red, green, blue
+    mark_colour: tuple
+    mark_size: tuple  # height and width in pixels
+    marks: int  # how many are strewn over it
+    hides: tuple  # paints that could not be told from it
+    settings: tuple  # phrases: what it is
+    on: tuple  # phrases: where things on it are
+
+
+GROUNDS = {
+    "grass": Ground((120, 190, 90), (60, 150, 60), (4, 1), 70, ("green",),
+                    ("a green meadow", "a lawn", "a grassy field"), ("on the grass", "in a meadow", "on the lawn")),
+    "sand": Ground((225, 200, 140), (200, 160, 110), (1, 2), 80, (),
+                   ("a sandy beach", "a desert"), ("on the sand", "on the beach", "in the desert")),
+    "sea": Ground((60, 130, 195), (140, 200, 230), (1, 8), 30, (),
+                  ("the open sea", "a calm lake"), ("on the water", "at sea", "on a lake")),
+    "night": Ground((30, 30, 110), (235, 235, 200), (1, 1), 40, ("blue", "black"),
+                    ("a night sky", "a dark, clear night"), ("in the night sky", "at night", "in the dark")),
+    "snow": Ground((232, 238, 244), (150, 190, 215), (2, 2), 30, ("white",),
+                   ("a snowy field", "a winter scene"), ("in the snow", "on the snow", "in winter")),
+    "floor": Ground((165, 115, 60), (110, 70, 30), (1, SIDE), 9, ("brown", "orange"),
+                    ("a wooden floor", "a floor of bare planks"), ("on the wooden floor", "on the planks")),
+    "street": Ground((128, 128, 128), (225, 225, 225), (2, 12), 12, ("white",),
+                     ("a grey street", "an empty road"), ("on the street", "on the road")),
+    "wall": Ground((210, 190, 180), (150, 60, 50), (4, 10), 110, ("red", "brown", "white"),
+                   ("a brick wall", "an old wall"), ("on the wall", "on a brick wall", "against the bricks")),
+}  # fmt: skip
+
+CELL_PLACES = {  # (row, column) of a single thing
+    (0, 0): ("in the upper left corner", "at the top left"),
+    (0, 1): ("at the top", "near the top edge"),
+    (0, 2): ("in the upper right corner", "at the top right"),
+    (1, 0): ("on the left", "at the left edge"),
+    (1, 1): ("in the middle", "in the centre"),
+    (1, 2): ("on the right", "at the right edge"),
+    (2, 0): ("in the lower left corner", "at the bottom left"),
+    (2, 1): ("at the bottom", "near the bottom edge"),
+    (2, 2): ("in the lower right corner", "at the bottom right"),
+}
+LINE_PLACES = {  # cells of three things in a line
+    ((0, 0), (0, 1), (0, 2)): ("in a row at the top", "along the top"),
+    ((1, 0), (1, 1), (1, 2)): ("in a row in the middle", "side by side in the middle"),
+    ((2, 0), (2, 1), (2, 2)): ("in a row at the bottom", "along the bottom"),
+    ((0, 0), (1, 0), (2, 0)): ("in a column on the left", "down the left side"),
+    ((0, 1), (1, 1), (2, 1)): ("in a column in the middle", "one below the other"),
+    ((0, 2), (1, 2), (2, 2)): ("in a column on the right", "down the right side"),
+}
+SCATTERED_PLACES = ("here and there", "in different places", "scattered about")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+
+PATTERNS = {  # every picture gets one caption of each of: name, place, one or many, alone or together, ground
+    "name": ("{thing} {on}.", "Somebody's put {thing} {on}.", "You can see {thing} here.", "A picture of {thing}.",
+             "{setting} with {thing}."),
+    "place": ("{thing} {place}.", "There {are} {thing} {place}.", "{place} {are} {thing}.",
+              "The {colour} {noun} {are} {place}.", "Look, {thing} {place}!"),
+    "one": ("Only one {noun} {on}, and it's {colour}.", "A single {noun}, {colour} all over.",
+            "Just one {noun}. It's {colour}."),
+    "many": ("{number} {noun} {on}.", "I count {number} {noun}, all {colour}.", "{number} {noun}. They're {colour}."),
+    "alone": ("Nothing but {thing} {on}.", "{setting}, empty except for {thing}.", "{thing} and nothing else.",
+              "It's just {thing} {place}."),
+    "together": ("{thing} {relation} {other}.", "{thing} and {other} {on}.", "{thing}, and {other} too.",
+                 "The {colour} {noun} {are} {relation} {other}."),
+    "ground": ("{setting}. {something} {are} {place}.", "It's {setting}, and the {noun} {are} {colour}.",
+               "{something} {on}.", "Don't miss the {noun} {on}."),
+}  # fmt: skip
+
+
+class Group(NamedTuple):
+    """Things that are alike, one in each of its cells."""
+
+    kind: str
+    paint: str
+    size: str
+    cells: tuple  # of (row, column)
+    places: tuple  # phrases: where they are
+
+
+class Scene(NamedTuple):
+    ground: str
+    groups: tuple  # the first is the one that most captions are about
+
+
+class Example(NamedTuple):
+    split: str
+    filename: str
+    pixels: np.ndarray  # (SIDE, SIDE, 3) uint8
+    captions: list
+
+
+def draw_scene(rng):
+    ground = rng.choice(list(GROUNDS))
+    count = rng.choice((1, 1, 1, 2, 2, 2, 2, 3, 3, 4))
+    kinds = rng.sample(list(KINDS), count)
+    paints = rng.sample([paint for paint in PAINTS if paint not in GROUNDS[ground].hides], count)
+    free = list(CELL_PLACES)
+    groups = []
+    for kind, paint in zip(kinds, paints):
+        cells, places = draw_cells(free, count - len(groups) - 1, rng)
+        free = [cell for cell in free if cell not in cells]
+        groups.append(Group(kind, paint, rng.choice(list(SIZES)), cells, places))
+    return Scene(ground, tuple(groups))
+
+
+def draw_cells(free, spare, rng):
+    """Cells for a group out of the free ones, at least `spare` of which stay free; and phrases for the place."""
+    lines = [line for line in LINE_PLACES if set(line) <= set(free)]
+    most = min(len(NUMBERS) - 1, len(free) - spare)
+    arrangement = rng.choice(("single", "single", "line", "scattered"))
+    if arrangement == "line" and lines and most >= GRID:
+        line = rng.choice(lines)
+        return line, LINE_PLACES[line]
+    if arrangement == "scattered" and most >= 2:
+        cells = tuple(sorted(rng.sample(free, rng.randint(2, most))))
+        return cells, LINE_PLACES.get(cells, SCATTERED_PLACES)
+    cell = rng.choice(free)
+    return (cell,), CELL_PLACES[cell]
+
+
+@cache
+def stencil(kind, side):
+    """(side, side) bool: the pixels whose centres lie in the shape, by the even-odd rule."""
+    centres = (2 * np.arange(side) + 1) * SHAPE_SIDE  # in units that also make corner points integers
+    x, y = centres[None, :], centres[:, None]
+    inside = np.zeros((side, side), bool)
+    for part in KINDS[kind][0]:
+        if isinstance(part, tuple):
+            disc_x, disc_y, radius = (2 * side * number for number in part)
+            inside ^= (x - disc_x) ** 2 + (y - disc_y) ** 2 <= radius**2
+            continue
+        corners = [tuple(2 * side * int(number) for number in corner.split(",")) for corner in part.split()]
+        for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
+            beside = (x - x0) * (y1 - y0) < (x1 - x0) * (y - y0)
+            inside ^= ((y0 > y) != (y1 > y)) & (beside == (y1 > y0))
+    return inside
+
+
+def paint_scene(scene, rng):
+    """(SIDE, SIDE, 3) uint8 pixels."""
+    ground = GROUNDS[scene.ground]
+    pixels = np.empty((SIDE, SIDE, 3), np.uint8)
+    pixels[:] = ground.colour
+    height, width = ground.mark_size
+    for _ in range(ground.marks):
+        top, left = rng.randint(0, SIDE - height), rng.randint(0, SIDE - width)
+        pixels[top : top + height, left : left + width] = ground.mark_colour
+    for group in scene.groups:
+        shade = rng.randint(-PAINT_SHADES, PAINT_SHADES)
+        colour = [min(255, channel + shade) for channel in PAINTS[group.paint][0]]
+        side = SIZES[group.size][0]
+        for row, column in group.cells:
+            top, left = (CELL * cell + rng.randint(1, CELL - side - 1) for cell in (row, column))
+            pixels[top : top + side, left : left + side][stencil(group.kind, side)] = colour
+    return pixels
+
+
+def noun(group, rng):
+    return rng.choice(KINDS[group.kind][1])[len(group.cells) > 1]
+
+
+def describe(group, rng):
+    """Such as "a large red star", "two stars", "some tiny boxes"."""
+    count = len(group.cells)
+    size = rng.choice(SIZES[group.size][1]) if rng.random() < 0.3 else ""
+    colour = rng.choice(PAINTS[group.paint][1]) if rng.random() < 0.85 else ""
+    words = " ".join(word for word in (size, colour, noun(group, rng)) if word)
+    if count == 1:
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    vague = "a pair of" if count == 2 else rng.choice(("some", "several"))
+    return f"{rng.choice((NUMBERS[count], NUMBERS[count], vague))} {words}"
+
+
+def relation(group, other, rng):
+    """Where the group is, seen from the other; something vague unless all of it is on one side."""
+    rows, columns = zip(*group.cells)
+    other_rows, other_columns = zip(*other.cells)
+    if max(columns) < min(other_columns):
+        return rng.choice(("to the left of", "left of"))
+    if min(columns) > max(other_columns):
+        return rng.choice(("to the right of", "right of"))
+    if max(rows) < min(other_rows):
+        return rng.choice(("above", "higher up than"))
+    if min(rows) > max(other_rows):
+        return rng.choice(("below", "beneath"))
+    return rng.choice(("near", "not far from"))
+
+
+def phrases(group, scene, rng):
+    """What the fields of PATTERNS stand for in one caption, which is mostly about the group."""
+    colour = rng.choice(PAINTS[group.paint][1])
+    several = len(group.cells) > 1
+    fields = {
+        "thing": describe(group, rng),
+        "noun": noun(group, rng),
+        "colour": colour,
+        "number": NUMBERS[len(group.cells)],
+        "something": f"some {colour} things" if several else f"something {colour}",
+        "are": "are" if several else "is",
+        "place": rng.choice(group.places),
+        "on": rng.choice(GROUNDS[scene.ground].on),
+        "setting": rng.choice(GROUNDS[scene.ground].settings),
+    }
+    others = [other for other in scene.groups if other != group]
+    if others:
+        other = rng.choice(others)
+        fields.update(other=describe(other, rng), relation=relation(group, other, rng))
+    return fields
+
+
+def write_captions(scene, rng):
+    """Five captions, no two alike."""
+    captions = []
+    for told in ("name", "place", "count", "company", "ground"):
+        group = scene.groups[0] if rng.random() < 0.7 else rng.choice(scene.groups)
+        if told == "count":
+            told = "many" if len(group.cells) > 1 else "one"
+        if told == "company":
+            told = "together" if len(scene.groups) > 1 else "alone"
+        while True:
+            caption = rng.choice(PATTERNS[told]).format(**phrases(group, scene, rng))
+            caption = re.sub(r"(^|\. )([a-z])", lambda start: start[1] + start[2].upper(), caption)
+            if caption not in captions:
+                break
+        captions.append(caption)
+    rng.shuffle(captions)
+    return captions
+
+
+def draw_examples(seed):
+    """Every example of every split; no two have the same things in the same colours and numbers on the same ground."""
+    rng = random.Random(seed)
+    examples, told = [], set()
+    for split, images in SPLIT_IMAGES.items():
+        for _ in range(images):
+            while True:
+                scene = draw_scene(rng)
+                gist = scene.ground, frozenset((g.kind, g.paint, len(g.cells)) for g in scene.groups)
+                if gist not in told:
+                    break
+            told.add(gist)
+            filename = f"sample_{len(examples):04d}.png"
+            examples.append(Example(split, filename, paint_scene(scene, rng), write_captions(scene, rng)))
+    return examples
+
+
+def count_patches(pixels):
+    """How often each colour occurs in each cell, and each pattern of two by two pixels in each colour.
+
+    pixels: (SIDE, SIDE, 3) uint8; returns (GRID * GRID * COLOURS + 14 * COLOURS,) int64. The patterns are edges
+    and corners, from which shapes can be told; patches without or full of the colour are not counted.
+    """
+    channels = pixels.astype(np.int64) * LEVELS // 256
+    colours = (channels[..., 0] * LEVELS + channels[..., 1]) * LEVELS + channels[..., 2]
+    rows = np.arange(SIDE) // CELL
+    cells = rows[:, None] * GRID + rows[None, :]
+    areas = np.bincount((cells * COLOURS + colours).ravel(), minlength=GRID * GRID * COLOURS)
+    has = (colours == np.arange(COLOURS)[:, None, None]).astype(np.int64)  # (COLOURS, SIDE, SIDE)
+    patterns = has[:, :-1, :-1] + 2 * has[:, :-1, 1:] + 4 * has[:, 1:, :-1] + 8 * has[:, 1:, 1:]
+    patterns += 16 * np.arange(COLOURS)[:, None, None]
+    edges = np.bincount(patterns.ravel(), minlength=16 * COLOURS).reshape(COLOURS, 16)[:, 1:15]
+    shares = 1000 * edges // np.maximum(edges.sum(axis=1, keepdims=True), 1)
+    return np.concatenate([np.rint(100 * np.sqrt(areas)).astype(int), shares.ravel()])
+
+
+def compute_features(examples):
+    """(n_examples, width) float32 of length one: square roots of the counts, less their mean over the training split.
+
+    Without the mean, all pictures would look alike to a new model, and HAL does not draw a pair together whose
+    similarity is negative. The roots are rounded to integers, since sums of integers do not depend on their order.
+    """
+    counts = np.stack([count_patches(example.pixels) for example in examples])
+    roots = counts
+    training = np.array([example.split == "train" for example in examples])
+    centred = roots - roots[training].sum(axis=0) // training.sum()
+    spread = np.sqrt((centred[training] ** 2).sum(axis=0) / training.sum())
+    varies = spread > 3
+    scores = np.rint(100 * centred[:, varies] / spread[varies]).clip(-300, 300).astype(np.int64)
+    return (scores / np.sqrt((scores**2).sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+def save_images(folder, examples):
+    (folder / "images").mkdir()
+    for example in examples:
+        Image.fromarray(example.pixels).save(folder / "images" / example.filename)
+
+
+def write_precomp(folder, examples):
+    """The pictures and, for each split, features, captions and file names."""
+    save_images(folder, examples)
+    features = compute_features(examples)
+    for split in SPLIT_IMAGES:
+        rows = [row for row, example in enumerate(examples) if example.split == split]
+        captions = [caption for row in rows for caption in examples[row].captions]
+        np.save(folder / f"{split}_ims.npy", features[rows])
+        write_lines(folder / f"{split}_caps.txt", captions)
+        write_lines(folder / f"{split}_ids.txt", [examples[row].filename for row in rows])
+
+
+def write_lines(path, lines):
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
+
+
+def write_raw(folder, examples):
+    """Some of the pictures, and their captions as Karpathy's JSON has them."""
+    chosen = [e for s, n in RAW_IMAGES.items() for e in [e for e in examples if e.split == s][:n]]
+    save_images(folder, chosen)
+    images, sentences = [], 0
+    for image, example in enumerate(chosen):
+        numbered = list(enumerate(example.captions, start=sentences))
+        sentences += len(numbered)
+        images.append({
+            "filename": example.filename, "split": KARPATHY_SPLITS[example.split], "imgid": image,
+            "sentids": [number for number, _ in numbered],
+            "sentences": [{"raw": caption, "tokens": re.findall(r"[a-z']+", caption.lower()), "imgid": image,
+                           "sentid": number} for number, caption in numbered],
+        })  # fmt: skip
+    write_lines(folder / "dataset_sample.json", [json.dumps({"dataset": "sample", "images": images})])
+
+
+WRITERS = {"sample_precomp": write_precomp, "sample": write_raw}
+
+
+def draw(data_path, seed=SEED):
+    """Draws the folders of WRITERS into data_path, but for those that are there already.
+
+    Each appears whole or not at all: it is written to a scratch folder beside its place and then moved.
+    """
+    data_path = Path(data_path)
+    missing = [name for name in WRITERS if not (data_path / name).exists()]
+    if not missing:
+        return
+    data_path.mkdir(parents=True, exist_ok=True)
+    examples = draw_examples(seed)
+    for name in missing:
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_path) as scratch:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            WRITERS[name](folder, examples)
+            try:
+                folder.rename(data_path / name)
+            except OSError:
+                if not (data_path / name).is_dir():  # otherwise another process has drawn the same meanwhile
+                    raise
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Draw the sample data set.")
+    parser.add_argument("--data_path", default="data", help="folder that gets sample_precomp/ and sample/")
+    parser.add_argument("--seed", default=SEED, type=int, help="another seed draws other pictures and captions")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    draw(args.data_path, seed=args.seed)
+    print(f"sample data: {', '.join(str(Path(args.data_path) / name) for name in WRITERS)}")
+
+
+if __name__ == "__main__":
+    main()
