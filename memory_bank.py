@@ -35,6 +35,12 @@ def build_bank(model, batches):
     return MemoryBank(images, captions, indices.to(images.device))
 
 
+def in_batch(entries, indices):
+    """Which entries (n,) are among a batch's indices (B,): (n,) bool, without a wait for the device."""
+    ordered = indices.sort().values
+    return ordered[torch.searchsorted(ordered, entries).clamp(max=len(ordered) - 1)] == entries
+
+
 @torch.no_grad()
 def global_weights(im, s, similarities, bank, indices, similarity, k, alpha, beta, epsilon):
     """HAL's weights of a batch's pairs: (W (B, B), w (B,)), detached.
@@ -50,7 +56,7 @@ def global_weights(im, s, similarities, bank, indices, similarity, k, alpha, bet
     """
     batch = len(similarities)
     k = min(k if batch >= k else batch, len(bank.indices))
-    excluded = torch.isin(bank.indices, indices)
+    excluded = in_batch(bank.indices, indices)
     # P and Q; the released code calls the order similarity with the caption in the first place here.
     nearest_captions, nearest_images = (
         similarity(queries, entries).masked_fill_(excluded, -torch.inf).topk(k, dim=1).values

@@ -7,10 +7,11 @@ nothing like it: recalls on it show that training works, not what HAL reaches on
 
 writes `data/sample_precomp/` (features and captions, laid out like `coco_precomp`) and `data/sample/` (fewer, raw
 images and Karpathy's JSON, laid out like `f8k`). The seed alone decides what is drawn: every random draw comes
-from one `random.Random`, and shapes and features are computed in integers, so that machines agree to the bit.
+from one `random.Random`, and pixels and features are computed so that all machines agree to the bit.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -33,23 +34,37 @@ SIDE = GRID * CELL
 SHAPE_SIDE = 24  # the square that shapes are given in, in units of their own
 LEVELS = 3  # that features tell apart in a colour channel
 COLOURS = LEVELS**3
+LEAST_DEVIATION = 3  # a part of the description that varies less over the training split is no feature
+MOST_DEVIATIONS = 3  # features are clipped there, lest rare ones drown the rest
 
 # Each kind of thing: the parts of its shape, and what it may be called, as (singular, plural). Parts are outlines
 # as corner points, or discs as (centre x, centre y, radius); where two parts overlap there is a hole.
 KINDS = {
-    "arrow": (["0,8 13,8 13,1 24,12 13,23 13,16 0,16"], [("arrow", "arrows")]),
-    "ball": ([(12, 12, 12)], [("ball", "balls"), ("ball", "balls"), ("round ball", "round balls")]),
-    "boat": (["0,17 24,17 19,24 5,24", "11,0 11,15 2,15", "13,3 22,15 13,15"], [("boat", "boats"), ("sailboat", "sailboats")]),
-    "box": (["1,2 23,2 23,23 1,23", "1,8 23,8 23,10 1,10"], [("box", "boxes"), ("crate", "crates")]),
-    "cup": (["2,3 18,3 16,23 4,23", "18,6 24,6 24,16 17,16 17,13 21,13 21,9 18,9"], [("cup", "cups"), ("mug", "mugs")]),
-    "fish": (["0,12 5,6 11,4 17,9 24,3 22,12 24,21 17,15 11,20 5,18", (6, 11, 2)], [("fish", "fish")]),
-    "flag": (["2,0 24,7 6,14 6,24 2,24"], [("flag", "flags")]),
-    "heart": (["12,24 1,12 0,7 3,2 8,1 12,5 16,1 21,2 24,7 23,12"], [("heart", "hearts")]),
-    "house": (["12,0 24,11 21,11 21,24 3,24 3,11 0,11", "9,15 15,15 15,24 9,24"], [("house", "houses"), ("cottage", "cottages")]),
-    "mushroom": (["0,13 2,6 7,1 12,0 17,1 22,6 24,13 15,13 16,24 8,24 9,13"], [("mushroom", "mushrooms")]),
-    "star": (["12,0 15,9 24,9 17,14 20,23 12,17 4,23 7,14 0,9 9,9"], [("star", "stars")]),
-    "tree": (["12,0 18,8 15,8 22,18 14,18 14,24 10,24 10,18 2,18 9,8 6,8"], [("tree", "trees"), ("fir tree", "fir trees")]),
-}
+    "arrow": (["0,8 13,8 13,1 24,12 13,23 13,16 0,16"],
+              [("arrow", "arrows")]),
+    "ball": ([(12, 12, 12)],
+             [("ball", "balls"), ("ball", "balls"), ("round ball", "round balls")]),
+    "boat": (["0,17 24,17 19,24 5,24", "11,0 11,15 2,15", "13,3 22,15 13,15"],
+             [("boat", "boats"), ("sailboat", "sailboats")]),
+    "box": (["1,2 23,2 23,23 1,23", "1,8 23,8 23,10 1,10"],
+            [("box", "boxes"), ("crate", "crates")]),
+    "cup": (["2,3 18,3 16,23 4,23", "18,6 24,6 24,16 17,16 17,13 21,13 21,9 18,9"],
+            [("cup", "cups"), ("mug", "mugs")]),
+    "fish": (["0,12 5,6 11,4 17,9 24,3 22,12 24,21 17,15 11,20 5,18", (6, 11, 2)],
+             [("fish", "fish")]),
+    "flag": (["2,0 24,7 6,14 6,24 2,24"],
+             [("flag", "flags")]),
+    "heart": (["12,24 1,12 0,7 3,2 8,1 12,5 16,1 21,2 24,7 23,12"],
+              [("heart", "hearts")]),
+    "house": (["12,0 24,11 21,11 21,24 3,24 3,11 0,11", "9,15 15,15 15,24 9,24"],
+              [("house", "houses"), ("cottage", "cottages")]),
+    "mushroom": (["0,13 2,6 7,1 12,0 17,1 22,6 24,13 15,13 16,24 8,24 9,13"],
+                 [("mushroom", "mushrooms")]),
+    "star": (["12,0 15,9 24,9 17,14 20,23 12,17 4,23 7,14 0,9 9,9"],
+             [("star", "stars")]),
+    "tree": (["12,0 18,8 15,8 22,18 14,18 14,24 10,24 10,18 2,18 9,8 6,8"],
+             [("tree", "trees"), ("fir tree", "fir trees")]),
+}  # fmt: skip
 PAINTS = {  # red, green, blue, and the words for it
     "red": ((213, 42, 42), ("red", "red", "bright red")),
     "orange": ((235, 128, 30), ("orange",)),
@@ -86,15 +101,15 @@ GROUNDS = {
     "sand": Ground((225, 200, 140), (200, 160, 110), (1, 2), 80, (),
                    ("a sandy beach", "a desert"), ("on the sand", "on the beach", "in the desert")),
     "sea": Ground((60, 130, 195), (140, 200, 230), (1, 8), 30, (),
-                  ("the open sea", "a calm lake"), ("on the water", "at sea", "on a lake")),
+                  ("the open sea", "a calm lake"), ("on the water", "out at sea", "on the lake")),
     "night": Ground((30, 30, 110), (235, 235, 200), (1, 1), 40, ("blue", "black"),
-                    ("a night sky", "a dark, clear night"), ("in the night sky", "at night", "in the dark")),
+                    ("a night sky", "a dark, clear night"), ("in the night sky", "in the dark")),
     "snow": Ground((232, 238, 244), (150, 190, 215), (2, 2), 30, ("white",),
-                   ("a snowy field", "a winter scene"), ("in the snow", "on the snow", "in winter")),
+                   ("a snowy field", "a winter scene"), ("in the snow", "on the snow")),
     "floor": Ground((165, 115, 60), (110, 70, 30), (1, SIDE), 9, ("brown", "orange"),
                     ("a wooden floor", "a floor of bare planks"), ("on the wooden floor", "on the planks")),
     "street": Ground((128, 128, 128), (225, 225, 225), (2, 12), 12, ("white",),
-                     ("a grey street", "an empty road"), ("on the street", "on the road")),
+                     ("a grey street", "a long road"), ("on the street", "on the road")),
     "wall": Ground((210, 190, 180), (150, 60, 50), (4, 10), 110, ("red", "brown", "white"),
                    ("a brick wall", "an old wall"), ("on the wall", "on a brick wall", "against the bricks")),
 }  # fmt: skip
@@ -251,7 +266,7 @@ def relation(group, other, rng):
     if min(columns) > max(other_columns):
         return rng.choice(("to the right of", "right of"))
     if max(rows) < min(other_rows):
-        return rng.choice(("above", "higher up than"))
+        return rng.choice(("above", "over"))
     if min(rows) > max(other_rows):
         return rng.choice(("below", "beneath"))
     return rng.choice(("near", "not far from"))
@@ -299,54 +314,57 @@ def write_captions(scene, rng):
 
 
 def draw_examples(seed):
-    """Every example of every split; no two have the same things in the same colours and numbers on the same ground."""
+    """Every example of every split. No two scenes have the same kinds, paints and numbers on the same ground."""
     rng = random.Random(seed)
-    examples, told = [], set()
+    examples, gists = [], set()
     for split, images in SPLIT_IMAGES.items():
         for _ in range(images):
             while True:
                 scene = draw_scene(rng)
-                gist = scene.ground, frozenset((g.kind, g.paint, len(g.cells)) for g in scene.groups)
-                if gist not in told:
+                gist = scene.ground, frozenset((group.kind, group.paint, len(group.cells)) for group in scene.groups)
+                if gist not in gists:
                     break
-            told.add(gist)
+            gists.add(gist)
             filename = f"sample_{len(examples):04d}.png"
             examples.append(Example(split, filename, paint_scene(scene, rng), write_captions(scene, rng)))
     return examples
 
 
-def count_patches(pixels):
-    """How often each colour occurs in each cell, and each pattern of two by two pixels in each colour.
+def describe_pixels(pixels):
+    """(GRID * GRID * COLOURS + COLOURS * 14,) integers: where the colours are, and the shapes they have.
 
-    pixels: (SIDE, SIDE, 3) uint8; returns (GRID * GRID * COLOURS + 14 * COLOURS,) int64. The patterns are edges
-    and corners, from which shapes can be told; patches without or full of the colour are not counted.
+    pixels: (SIDE, SIDE, 3) uint8. First, for each cell and colour, the square root of the colour's area there, in
+    hundredths. Then, for each colour, how its edge divides into the 14 ways in which a patch of two by two pixels
+    can have it in part, in thousandths: straight edges, slopes and corners, from which shapes can be told.
     """
-    channels = pixels.astype(np.int64) * LEVELS // 256
-    colours = (channels[..., 0] * LEVELS + channels[..., 1]) * LEVELS + channels[..., 2]
+    red, green, blue = np.moveaxis(pixels.astype(np.int64) * LEVELS // 256, 2, 0)
+    colours = (red * LEVELS + green) * LEVELS + blue
     rows = np.arange(SIDE) // CELL
     cells = rows[:, None] * GRID + rows[None, :]
     areas = np.bincount((cells * COLOURS + colours).ravel(), minlength=GRID * GRID * COLOURS)
-    has = (colours == np.arange(COLOURS)[:, None, None]).astype(np.int64)  # (COLOURS, SIDE, SIDE)
-    patterns = has[:, :-1, :-1] + 2 * has[:, :-1, 1:] + 4 * has[:, 1:, :-1] + 8 * has[:, 1:, 1:]
-    patterns += 16 * np.arange(COLOURS)[:, None, None]
-    edges = np.bincount(patterns.ravel(), minlength=16 * COLOURS).reshape(COLOURS, 16)[:, 1:15]
+
+    index = np.arange(COLOURS)[:, None, None]
+    has = (colours == index).astype(np.int64)  # (COLOURS, SIDE, SIDE)
+    patches = has[:, :-1, :-1] + 2 * has[:, :-1, 1:] + 4 * has[:, 1:, :-1] + 8 * has[:, 1:, 1:]
+    counts = np.bincount((16 * index + patches).ravel(), minlength=16 * COLOURS).reshape(COLOURS, 16)
+    edges = counts[:, 1:15]  # patches without the colour, and full of it, are left out
     shares = 1000 * edges // np.maximum(edges.sum(axis=1, keepdims=True), 1)
-    return np.concatenate([np.rint(100 * np.sqrt(areas)).astype(int), shares.ravel()])
+    return np.concatenate([np.rint(100 * np.sqrt(areas)).astype(np.int64), shares.ravel()])
 
 
 def compute_features(examples):
-    """(n_examples, width) float32 of length one: square roots of the counts, less their mean over the training split.
+    """(n_examples, width) float32, rows of length one: descriptions, standardised over the training split.
 
-    Without the mean, all pictures would look alike to a new model, and HAL does not draw a pair together whose
-    similarity is negative. The roots are rounded to integers, since sums of integers do not depend on their order.
+    Uncentred, all pictures would look alike to a new model, and HAL does not draw a pair together whose
+    similarity is negative. Sums are taken over integers only, so that their order does not matter.
     """
-    counts = np.stack([count_patches(example.pixels) for example in examples])
-    roots = counts
+    descriptions = np.stack([describe_pixels(example.pixels) for example in examples])
     training = np.array([example.split == "train" for example in examples])
-    centred = roots - roots[training].sum(axis=0) // training.sum()
-    spread = np.sqrt((centred[training] ** 2).sum(axis=0) / training.sum())
-    varies = spread > 3
-    scores = np.rint(100 * centred[:, varies] / spread[varies]).clip(-300, 300).astype(np.int64)
+    centred = descriptions - descriptions[training].sum(axis=0) // training.sum()
+    deviation = np.sqrt((centred[training] ** 2).sum(axis=0) / training.sum())
+    varies = deviation > LEAST_DEVIATION
+    scores = np.rint(100 * centred[:, varies] / deviation[varies]).astype(np.int64)  # in hundredths of a deviation
+    scores = scores.clip(-100 * MOST_DEVIATIONS, 100 * MOST_DEVIATIONS)
     return (scores / np.sqrt((scores**2).sum(axis=1, keepdims=True))).astype(np.float32)
 
 
@@ -373,18 +391,20 @@ def write_lines(path, lines):
 
 
 def write_raw(folder, examples):
-    """Some of the pictures, and their captions as Karpathy's JSON has them."""
-    chosen = [e for s, n in RAW_IMAGES.items() for e in [e for e in examples if e.split == s][:n]]
+    """A few of the pictures, and their captions as Karpathy's JSON has them."""
+    splits = {split: [example for example in examples if example.split == split] for split in RAW_IMAGES}
+    chosen = [example for split, images in RAW_IMAGES.items() for example in splits[split][:images]]
     save_images(folder, chosen)
-    images, sentences = [], 0
-    for image, example in enumerate(chosen):
-        numbered = list(enumerate(example.captions, start=sentences))
-        sentences += len(numbered)
+    images, sentence_ids = [], itertools.count()
+    for image_id, example in enumerate(chosen):
+        sentences = [
+            {"raw": caption, "tokens": re.findall(r"[a-z]+", caption.lower().replace("'", "")),
+             "imgid": image_id, "sentid": next(sentence_ids)}
+            for caption in example.captions
+        ]  # fmt: skip
         images.append({
-            "filename": example.filename, "split": KARPATHY_SPLITS[example.split], "imgid": image,
-            "sentids": [number for number, _ in numbered],
-            "sentences": [{"raw": caption, "tokens": re.findall(r"[a-z']+", caption.lower()), "imgid": image,
-                           "sentid": number} for number, caption in numbered],
+            "filename": example.filename, "split": KARPATHY_SPLITS[example.split], "imgid": image_id,
+            "sentids": [sentence["sentid"] for sentence in sentences], "sentences": sentences,
         })  # fmt: skip
     write_lines(folder / "dataset_sample.json", [json.dumps({"dataset": "sample", "images": images})])
 
@@ -393,16 +413,16 @@ WRITERS = {"sample_precomp": write_precomp, "sample": write_raw}
 
 
 def draw(data_path, seed=SEED):
-    """Draws the folders of WRITERS into data_path, but for those that are there already.
+    """Draws into data_path those folders of WRITERS that are not there; returns their paths.
 
     Each appears whole or not at all: it is written to a scratch folder beside its place and then moved.
     """
     data_path = Path(data_path)
     missing = [name for name in WRITERS if not (data_path / name).exists()]
     if not missing:
-        return
-    data_path.mkdir(parents=True, exist_ok=True)
+        return []
     examples = draw_examples(seed)
+    data_path.mkdir(parents=True, exist_ok=True)
     for name in missing:
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_path) as scratch:
             folder = Path(scratch) / name
@@ -411,12 +431,13 @@ def draw(data_path, seed=SEED):
             try:
                 folder.rename(data_path / name)
             except OSError:
-                if not (data_path / name).is_dir():  # otherwise another process has drawn the same meanwhile
+                if not (data_path / name).is_dir():  # if it is, another process was faster: drop ours
                     raise
+    return [data_path / name for name in missing]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw the sample data set.")
+    parser = argparse.ArgumentParser(description="Draw the sample data set, unless it is there.")
     parser.add_argument("--data_path", default="data", help="folder that gets sample_precomp/ and sample/")
     parser.add_argument("--seed", default=SEED, type=int, help="another seed draws other pictures and captions")
     return parser.parse_args(argv)
@@ -424,8 +445,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    draw(args.data_path, seed=args.seed)
-    print(f"sample data: {', '.join(str(Path(args.data_path) / name) for name in WRITERS)}")
+    drawn = draw(args.data_path, seed=args.seed)
+    for name in WRITERS:
+        path = Path(args.data_path) / name
+        print(f"{path}: {'drawn' if path in drawn else 'was there already, left alone'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,478 @@
+"""How fast this machine trains and evaluates, against plain loops in the style of the original pipeline.
+
+    python3 benchmark.py                       # made-up data of COCO's shape, a few minutes on two cores
+    python3 benchmark.py --json benchmark.json --coco_memory
+
+Each part is timed in turn with its reference, after a warm-up; figures are medians with minimum and
+maximum. The floor of a part is what its operations would take at the speed of one large
+product, or its bytes at the speed of one large copy, both measured here.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from statistics import median
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from captions import number_words
+from data import CAPTIONS_PER_IMAGE, Loader, PrecompDataset
+from device import choose_device, choose_matmul_precision
+from errors import ArgumentParser, InputError, number, replacing, run_script
+from evaluation import FOLDS, metrics_of, rank_both_ways
+from loss import ContrastiveLoss, cosine_sim
+from memory_bank import build_bank, draw_batches, in_batch
+from model import VSE, l2norm
+from vocab import SPECIAL_WORDS, tokenize, vocabulary_of
+
+WORDS = 3000  # of the made-up captions
+HARD_SCORES = 1e-6  # float64 scores further apart than this must be ranked alike
+BANK_ENTRIES = 28_000  # about 5 % of COCO's training pairs
+COCO_IMAGES, COCO_CAPTIONS, COCO_WIDTH = 113_287, 566_435, 2048
+
+
+# Timing -----------------------------------------------------------------------------------------
+
+class Timer:
+    """Times functions in turn: `repeats` rounds after one to warm up."""
+
+    def __init__(self, device, repeats):
+        self.device, self.repeats = device, repeats
+
+    def wait(self):
+        """Let the GPU finish."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, function):
+        """Of one call."""
+        self.wait()
+        start = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - start
+
+    def turns(self, *functions):
+        """[[seconds of each round] of each function], A B A B ..."""
+        for function in functions:
+            function()
+        rounds = [[self.seconds(function) for function in functions] for _ in range(self.repeats)]
+        return [list(times) for times in zip(*rounds)]
+
+
+def spread(times, unit=1.0):
+    """The median, minimum and maximum of some seconds, in `unit`s."""
+    return {"median": median(times) / unit, "min": min(times) / unit, "max": max(times) / unit}
+
+
+def ratio(slow, fast):
+    """How many times slower, round by round."""
+    return spread([a / b for a, b in zip(slow, fast)])
+
+
+def peak_extra_memory(function):
+    """Bytes of resident memory a call takes at its peak beyond what was there before; None where it cannot be read."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts again from what is resident now
+        before = _status("VmRSS")
+        function()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
+
+
+def machine_speeds(timer):
+    """Operations a second of a large float32 product as the scripts use it, and bytes a second of a large copy."""
+    a, b = (torch.randn(4096, 1024, device=timer.device) for _ in range(2))
+    copied = torch.empty_like(source := torch.zeros(64 * 1024 * 1024, device=timer.device))
+    products, copies = timer.turns(lambda: a @ b.t(), lambda: copied.copy_(source))
+    return {"operations_per_second": 2 * 4096 * 4096 * 1024 / median(products),
+            "copied_bytes_per_second": 2 * source.numel() * 4 / median(copies)}
+
+
+# Data -------------------------------------------------------------------------------------------
+
+def make_captions(n, rng):
+    """n captions of 8 to 15 made-up words, as COCO's are long, and a full stop."""
+    return [" ".join(f"w{word}" for word in rng.zipf(1.3, rng.integers(8, 16)) % WORDS) + " ." for _ in range(n)]
+
+
+def make_data(folder, images, width, rng, captions_per_image=CAPTIONS_PER_IMAGE):
+    """Write a `train` split of made-up features and captions; returns the captions' lines."""
+    features = np.lib.format.open_memmap(os.path.join(folder, "train_ims.npy"), "w+", np.float32, (images, width))
+    for start in range(0, images, 4096):
+        block = features[start:start + 4096]
+        block[:] = rng.standard_normal(block.shape, np.float32)
+    features.flush()
+    lines = make_captions(images * captions_per_image, rng)
+    with open(os.path.join(folder, "train_caps.txt"), "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    return lines
+
+
+def made_up_vocabulary():
+    """The special words and all words of `make_captions`."""
+    return vocabulary_of([*SPECIAL_WORDS, ".", *(f"w{word}" for word in range(WORDS))])
+
+
+def made_up_embeddings(images, size, device):
+    """L2-normalised (N, D) images and (5N, D) captions near them."""
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(images, size, generator=generator)
+    captions = base.repeat_interleave(CAPTIONS_PER_IMAGE, 0) + 4 * torch.randn(
+        images * CAPTIONS_PER_IMAGE, size, generator=generator)
+    return l2norm(base).to(device), l2norm(captions).to(device)
+
+
+# The original style -----------------------------------------------------------------------------
+
+def reference_batches(dataset, vocab, batch_size):
+    """Batches as the original makes them: each caption tokenized when asked for, samples joined in Python."""
+    order, features = torch.randperm(len(dataset)).tolist(), dataset.images.numpy()
+    for start in range(0, len(order), batch_size):
+        samples = []
+        for index in order[start:start + batch_size]:
+            words = [vocab("<start>"), *(vocab(word) for word in tokenize(dataset.captions[index])), vocab("<end>")]
+            samples.append((torch.Tensor(features[index // dataset.captions_per_row]), torch.Tensor(words), index))
+        samples.sort(key=lambda sample: len(sample[1]), reverse=True)
+        images, captions, indices = zip(*samples)
+        lengths = [len(caption) for caption in captions]
+        padded = torch.zeros(len(captions), max(lengths)).long()
+        for row, caption in enumerate(captions):
+            padded[row, :lengths[row]] = caption[:lengths[row]]
+        yield torch.stack(images, 0), padded, lengths, indices, indices
+
+
+class ReferenceModel(nn.Module):
+    """The same two encoders, with all GRU outputs unpacked and the last ones gathered."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.fc, self.embed, self.rnn = (nn.Linear(*reversed(model.img_enc.fc.weight.shape)),
+                                         nn.Embedding(*model.txt_enc.embed.weight.shape),
+                                         nn.GRU(model.txt_enc.rnn.input_size, model.txt_enc.rnn.hidden_size,
+                                                batch_first=True))
+
+    def forward(self, images, captions, lengths):
+        """As VSE.forward_emb."""
+        packed = pack_padded_sequence(self.embed(captions), torch.as_tensor(lengths).cpu(), batch_first=True)
+        outputs, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        last = (torch.as_tensor(lengths, device=captions.device) - 1).view(-1, 1, 1).expand(-1, 1, outputs.shape[2])
+        return l2norm(self.fc(images)), l2norm(outputs.gather(1, last).squeeze(1))
+
+
+def reference_ranks(images, captions):
+    """Ranks by argsort in float64, row by row, from one image row a caption: image to text, text to image."""
+    images, captions = (x.cpu().numpy().astype(np.float64) for x in (images, captions))
+    images = images.repeat(CAPTIONS_PER_IMAGE, 0)
+    n = len(captions) // CAPTIONS_PER_IMAGE
+    to_text, to_image = np.zeros(n), np.zeros(len(captions))
+    for i in range(n):
+        order = np.argsort(images[CAPTIONS_PER_IMAGE * i] @ captions.T)[::-1]
+        own = range(CAPTIONS_PER_IMAGE * i, CAPTIONS_PER_IMAGE * (i + 1))
+        to_text[i] = min(np.where(order == c)[0][0] for c in own)
+    unique = images[::CAPTIONS_PER_IMAGE]
+    for i in range(n):
+        scores = captions[CAPTIONS_PER_IMAGE * i:CAPTIONS_PER_IMAGE * (i + 1)] @ unique.T
+        for c, row in enumerate(scores):
+            to_image[CAPTIONS_PER_IMAGE * i + c] = np.where(np.argsort(row)[::-1] == i)[0][0]
+    return to_text, to_image
+
+
+# Parts ------------------------------------------------------------------------------------------
+
+def bench_loader(options, timer, dataset, vocab, speeds):
+    """Batches a second, captions cached, against one-by-one samples; and the caption cache's first build."""
+    loader = Loader(dataset, options.batch_size, shuffle=True)
+    batches, reference = len(loader), reference_batches(dataset, vocab, options.batch_size)
+    loader_times, reference_times = timer.turns(lambda: list_nothing(loader), lambda: next(reference))
+    per_batch = [seconds / batches for seconds in loader_times]
+    floor = 2 * options.batch_size * dataset.images.shape[1] * 4 / speeds["copied_bytes_per_second"]
+
+    def tokenize_all():
+        for caption in dataset.captions:
+            [vocab(word) for word in tokenize(caption)]
+    build_times, epoch_times = timer.turns(lambda: number_words(dataset.captions, vocab), tokenize_all)
+    return {
+        f"loader, batch of {options.batch_size} (ms)": row(per_batch, reference_times, 1e-3, floor),
+        f"caption cache, first build of {len(dataset)} (s; reference: one epoch's tokenizing / {os.cpu_count()} cores)":
+            row(build_times, [seconds / os.cpu_count() for seconds in epoch_times], 1),
+    }
+
+
+def list_nothing(iterable):
+    """Walk through it."""
+    for _ in iterable:
+        pass
+
+
+def row(ours, reference=None, unit=1.0, floor=None):
+    """A line of the table: our times, the reference's, their ratio, and how near the floor is."""
+    line = {"ours": spread(ours, unit)}
+    if reference:
+        line |= {"reference": spread(reference, unit), "ratio": ratio(reference, ours)}
+    if floor:
+        line |= {"floor": floor / unit, "floor share": floor / median(ours)}
+    return line
+
+
+def step_parts(timer, loader, forward, optimizer, parameters, criterion):
+    """[[data, forward, backward, optimizer] seconds of each of `repeats` steps]."""
+    batches, rounds = iter(loader), []
+    for _ in range(timer.repeats + 1):
+        parts, held = [], {}
+
+        def data(held=held):
+            held["batch"] = next(batches)
+
+        def run_forward(held=held):
+            images, captions, lengths, _, _ = held["batch"]
+            held["loss"] = criterion(*forward(images, captions, lengths))
+
+        def backward(held=held):
+            optimizer.zero_grad()
+            held["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+
+        for part in (data, run_forward, backward, optimizer.step):
+            parts.append(timer.seconds(part))
+        rounds.append(parts)
+    return rounds[1:]
+
+
+def bench_step(options, timer, dataset, vocab, model, speeds):
+    """A training step's parts, in float32 and with --amp bf16, against the original style's."""
+    criterion = ContrastiveLoss(options)
+    chosen, default = torch.get_float32_matmul_precision(), "highest"
+    reference = ReferenceModel(model).to(timer.device)
+    words = float(dataset.lengths.float().mean()) * options.step_batch
+    hidden, word_dim = options.embed_size, model.txt_enc.rnn.input_size
+    floor = 6 * words * 3 * hidden * (hidden + word_dim) / speeds["operations_per_second"]
+
+    def reference_loader():
+        while True:
+            yield from reference_batches(dataset, vocab, options.step_batch)
+
+    def our_loader():
+        loader = Loader(dataset, options.step_batch, shuffle=True)
+        while True:
+            yield from loader
+
+    reference_optimizer = torch.optim.Adam(reference.parameters(), lr=2e-4, foreach=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=timer.device.type in ("cpu", "cuda"))
+    reference_data, data = reference_loader(), our_loader()
+    kinds, single = {"reference": [], "off": [], "bf16": []}, Timer(timer.device, 1)
+    for _ in range(timer.repeats):  # in turn, so that a noisy machine is noisy for all
+        for kind in kinds:
+            torch.set_float32_matmul_precision(default if kind == "reference" else chosen)
+            model.amp = kind == "bf16"
+            if kind == "reference":
+                parts = step_parts(single, reference_data, lambda i, c, n: reference(i.to(timer.device), c.to(
+                    timer.device), n), reference_optimizer, list(reference.parameters()), criterion)
+            else:
+                parts = step_parts(single, data, model.forward_emb, optimizer, list(model.parameters()), criterion)
+            kinds[kind].append(parts[0])
+    torch.set_float32_matmul_precision(chosen)
+    model.amp = False
+    lines = {}
+    for kind in ("off", "bf16"):
+        name = f"step, batch of {options.step_batch}, {'float32' if kind == 'off' else 'bf16'}"
+        whole = [[sum(parts) for parts in kinds[which]] for which in (kind, "reference")]
+        lines[f"{name} (ms)"] = row(*whole, 1e-3, floor)
+        for part, title in enumerate(("data", "forward", "backward", "optimizer")):
+            lines[f"{name}: {title} (ms)"] = row(*([parts[part] for parts in kinds[which]] for which in
+                                                   (kind, "reference")), 1e-3)
+    return lines
+
+
+def bench_bank(options, timer, dataset, model):
+    """Leaving out a batch's own entries, against a Python scan; building a bank, against encoding everything."""
+    generator = torch.Generator().manual_seed(2)
+    entries = torch.randperm(COCO_CAPTIONS, generator=generator)[:BANK_ENTRIES].to(timer.device)
+    indices = torch.randperm(COCO_CAPTIONS, generator=generator)[:options.batch_size].to(timer.device)
+    listed, batch = entries.tolist(), indices.tolist()
+    exclusion = timer.turns(lambda: in_batch(entries, indices), lambda: [entry in batch for entry in listed])
+    loader = Loader(dataset, options.step_batch, shuffle=True)
+
+    def build(rate):
+        batches = draw_batches(loader.batches(), rate, torch.Generator().manual_seed(0))
+        return build_bank(model, loader.load(batches))
+    drawn = len(build(0.05).indices) / len(dataset)
+    lines = {f"bank exclusion, {BANK_ENTRIES} entries, batch of {options.batch_size} (ms)": row(*exclusion, 1e-3)}
+    lines[f"bank build at mb_rate 0.05, drew {drawn:.1%} (s; reference: encoding all pairs)"] = row(
+        *Timer(timer.device, 3).turns(lambda: build(0.05), lambda: build(1.0)))
+    return lines
+
+
+def bench_evaluation(options, timer, n_images):
+    """Ranks both ways from given embeddings, against the product alone and against argsort."""
+    images, captions = made_up_embeddings(n_images, options.embed_size, timer.device)
+    fold = n_images // FOLDS
+    fold_images, fold_captions = images.split(fold), captions.split(fold * CAPTIONS_PER_IMAGE)
+
+    def product():
+        return images @ captions.t()
+
+    def fold_products():
+        for pair in zip(fold_images, fold_captions):
+            cosine_sim(*pair)
+
+    def folds():
+        for pair in zip(fold_images, fold_captions):
+            metrics_of(*pair)
+    floor_times, times = timer.turns(product, lambda: rank_both_ways(images, captions, top1=False))
+    fold_floor, fold_times = timer.turns(fold_products, folds)
+    start = time.perf_counter()
+    expected = reference_ranks(images, captions)
+    reference_seconds = time.perf_counter() - start
+    ranked = rank_both_ways(images, captions)
+    check_ranks(images, captions, ranked, expected)
+    memory = peak_extra_memory(lambda: rank_both_ways(images, captions))
+    name = f"evaluation, {n_images} x {len(captions)}"
+    return {f"{name} (s; reference: argsort)": row(times, [reference_seconds] * len(times), 1, median(floor_times)),
+            f"{name}: times the product alone": {"ours": ratio(times, floor_times)},
+            f"{name}: peak extra memory (MB)": {"ours": spread([memory], 1e6)} if memory is not None else {},
+            f"five folds of {fold}: times their products alone": {"ours": ratio(fold_times, fold_floor)}}
+
+
+def check_ranks(images, captions, ranked, expected):
+    """Raise AssertionError unless ranks equal the reference's wherever float64 scores are not within HARD_SCORES."""
+    scores = images.double().cpu() @ captions.double().cpu().t()
+    own = scores.unflatten(1, (len(images), CAPTIONS_PER_IMAGE)).diagonal().t()
+    for ranking, ranks, pairs, matrix in ((ranked[0], expected[0], own.amax(1), scores),
+                                          (ranked[1], expected[1], own.flatten(), scores.t())):
+        near = torch.cat([((rows - bars.unsqueeze(1)).abs() < HARD_SCORES).sum(1)
+                          for rows, bars in zip(matrix.split(500), pairs.split(500))]) > 1
+        differ = torch.from_numpy(ranks).long() != ranking.ranks
+        assert not (differ & ~near).any(), "ranks differ from the reference's"
+        assert differ.float().mean() < 0.01, "too many near ties to compare"
+
+
+def bench_coco_memory(options, timer, vocab):
+    """Resident memory of training on data of COCO's size beyond the memory-mapped features."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (COCO_IMAGES, COCO_WIDTH)
+        np.lib.format.open_memmap(os.path.join(folder, "train_ims.npy"), "w+", np.float32, shape).flush()
+        with open(os.path.join(folder, "train_caps.txt"), "w", encoding="utf-8") as file:
+            file.write("\n".join(make_captions(COCO_CAPTIONS, np.random.default_rng(3))))
+        start = time.perf_counter()
+        dataset = PrecompDataset(folder, "train", vocab, cache_dir=folder)
+        opened = time.perf_counter() - start
+        model = made_up_model(options, COCO_WIDTH, vocab).to(timer.device)
+        parameters = list(model.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=2e-4, fused=True)
+        step_parts(Timer(timer.device, 3), Loader(dataset, options.batch_size, shuffle=True), model.forward_emb,
+                   optimizer, parameters, ContrastiveLoss(options))
+        return {"COCO-sized training: resident memory beyond the features (MB)": {
+                    "ours": spread([_status("RssAnon")], 1e6)},
+                "COCO-sized training: first start, captions tokenized (s)": {"ours": spread([opened])}}
+
+
+def made_up_model(options, width, vocab):
+    """A model for the made-up data."""
+    torch.manual_seed(0)
+    return VSE(argparse.Namespace(data_name="made_precomp", img_dim=width, embed_size=options.embed_size, word_dim=300,
+                                  num_layers=1, vocab_size=len(vocab), use_abs=False, no_imgnorm=False, finetune=False,
+                                  cnn_type="vgg19"))
+
+
+# Script -----------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    """The script's flags."""
+    parser = ArgumentParser("Measure training and evaluation on this machine, in ratios to the original style.")
+    count = number(int, 1)
+    parser.add_argument("--images", default=2000, type=count, help="images of the made-up training set")
+    parser.add_argument("--captions_per_image", default=CAPTIONS_PER_IMAGE, type=int, choices=[1, CAPTIONS_PER_IMAGE],
+                        help="captions a feature row")
+    parser.add_argument("--img_dim", default=2048, type=count, help="width of the features")
+    parser.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
+    parser.add_argument("--batch_size", default=512, type=count, help="batch of the loader and the bank's exclusion")
+    parser.add_argument("--step_batch", default=128, type=count, help="batch of the training step")
+    parser.add_argument("--eval_images", default=[1000, 5000], type=number(int, FOLDS), nargs="+",
+                        help="images of the evaluations, a multiple of five")
+    parser.add_argument("--repeats", default=7, type=count, help="timed rounds of each part")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    parser.add_argument("--coco_memory", action="store_true",
+                        help="also measure the memory of training on a set of COCO's size (1 GB of disk, minutes)")
+    parser.add_argument("--parts", default=["loader", "step", "bank", "evaluation"], nargs="+",
+                        choices=["loader", "step", "bank", "evaluation"], help="what to measure")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    options = parser.parse_args(argv)
+    if any(images % FOLDS for images in options.eval_images):
+        raise InputError(f"--eval_images must be multiples of {FOLDS}, for the folds")
+    if options.images * options.captions_per_image < options.batch_size:
+        raise InputError(f"--images {options.images} do not fill a batch of {options.batch_size}: give more")
+    loss = {"measure": "cosine", "margin": 0.2, "max_violation": False, "sum_violation": False, "local_alpha": 30.0,
+            "local_ep": 0.3}
+    return argparse.Namespace(**vars(options), **loss)
+
+
+def measure(options, timer):
+    """All parts that were asked for: {title: line}."""
+    vocab, speeds, lines = made_up_vocabulary(), machine_speeds(timer), {}
+    with tempfile.TemporaryDirectory() as folder:
+        if {"loader", "step", "bank"} & set(options.parts):
+            make_data(folder, options.images, options.img_dim, np.random.default_rng(0), options.captions_per_image)
+            dataset = PrecompDataset(folder, "train", vocab)
+            dataset.place(timer.device)
+            model = made_up_model(options, options.img_dim, vocab).to(timer.device)
+        if "loader" in options.parts:
+            lines |= bench_loader(options, timer, dataset, vocab, speeds)
+        if "step" in options.parts:
+            lines |= bench_step(options, timer, dataset, vocab, model, speeds)
+        if "bank" in options.parts:
+            lines |= bench_bank(options, timer, dataset, model)
+    if "evaluation" in options.parts:
+        for images in options.eval_images:
+            lines |= bench_evaluation(options, timer, images)
+    if options.coco_memory:
+        lines |= bench_coco_memory(options, timer, vocab)
+    return {"speeds": speeds, "parts": lines}
+
+
+def print_table(result):
+    """The figures as a Markdown table: medians, with minimum and maximum."""
+    speeds = result["speeds"]
+    print(f"Product: {speeds['operations_per_second'] / 1e9:.0f} GFLOP/s, "
+          f"copy: {speeds['copied_bytes_per_second'] / 1e9:.1f} GB/s (bytes read and written)\n")
+    print("| part | here | reference | times faster | floor | share of the floor |\n|---|---|---|---|---|---|")
+    for title, line in result["parts"].items():
+        cells = ["{median:.4g} ({min:.4g}-{max:.4g})".format(**line[key]) if key in line else ""
+                 for key in ("ours", "reference", "ratio")]
+        cells += [f"{line['floor']:.4g}", f"{line['floor share']:.0%}"] if "floor" in line else ["", ""]
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
+def main(argv=None):
+    """Measure, print, and keep."""
+    options = parse_args(argv)
+    device = choose_device(options.device)
+    precision = choose_matmul_precision(device)
+    result = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                          "device": str(device), "torch": torch.__version__, "python": platform.python_version(),
+                          "float32 products": precision},
+              "options": {name: value for name, value in vars(options).items() if name != "json"}}
+    print(", ".join(f"{name}: {value}" for name, value in result["machine"].items()), file=sys.stderr)
+    result |= measure(options, Timer(device, options.repeats))
+    print_table(result)
+    if options.json:
+        with replacing(options.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    run_script(main)
