@@ -197,7 +197,8 @@ def reference_ranks(images, captions):
 def bench_loader(options, timer, dataset, vocab, speeds):
     """Batches a second, captions cached, against one-by-one samples; and the caption cache's first build."""
     loader = Loader(dataset, options.batch_size, shuffle=True)
-    batches, reference = len(loader), reference_batches(dataset, vocab, options.batch_size)
+    batches = len(loader)
+    reference = endless(lambda: reference_batches(dataset, vocab, options.batch_size))
     loader_times, reference_times = timer.turns(lambda: list_nothing(loader), lambda: next(reference))
     per_batch = [seconds / batches for seconds in loader_times]
     floor = 2 * options.batch_size * dataset.images.shape[1] * 4 / speeds["copied_bytes_per_second"]
@@ -211,6 +212,12 @@ def bench_loader(options, timer, dataset, vocab, speeds):
         f"caption cache, first build of {len(dataset)} (s; reference: one epoch's tokenizing / {os.cpu_count()} cores)":
             row(build_times, [seconds / os.cpu_count() for seconds in epoch_times], 1),
     }
+
+
+def endless(make):
+    """Epoch after epoch of batches; each `make()` is one."""
+    while True:
+        yield from make()
 
 
 def list_nothing(iterable):
@@ -254,7 +261,7 @@ def step_parts(timer, loader, forward, optimizer, parameters, criterion):
 
 
 def bench_step(options, timer, dataset, vocab, model, speeds):
-    """A training step's parts, in float32 and with --amp bf16, against the original style's."""
+    """A training step's parts, as each --amp has it, against the original style's."""
     criterion = ContrastiveLoss(options)
     chosen, default = torch.get_float32_matmul_precision(), "highest"
     reference = ReferenceModel(model).to(timer.device)
@@ -262,19 +269,12 @@ def bench_step(options, timer, dataset, vocab, model, speeds):
     hidden, word_dim = options.embed_size, model.txt_enc.rnn.input_size
     floor = 6 * words * 3 * hidden * (hidden + word_dim) / speeds["operations_per_second"]
 
-    def reference_loader():
-        while True:
-            yield from reference_batches(dataset, vocab, options.step_batch)
-
-    def our_loader():
-        loader = Loader(dataset, options.step_batch, shuffle=True)
-        while True:
-            yield from loader
-
     reference_optimizer = torch.optim.Adam(reference.parameters(), lr=2e-4, foreach=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=timer.device.type in ("cpu", "cuda"))
-    reference_data, data = reference_loader(), our_loader()
-    kinds, single = {"reference": [], "off": [], "bf16": []}, Timer(timer.device, 1)
+    reference_data = endless(lambda: reference_batches(dataset, vocab, options.step_batch))
+    loader = Loader(dataset, options.step_batch, shuffle=True)
+    data = endless(lambda: loader)
+    kinds, single = {"reference": [], **{amp: [] for amp in options.amp}}, Timer(timer.device, 1)
     for _ in range(timer.repeats):  # in turn, so that a noisy machine is noisy for all
         for kind in kinds:
             torch.set_float32_matmul_precision(default if kind == "reference" else chosen)
@@ -288,7 +288,7 @@ def bench_step(options, timer, dataset, vocab, model, speeds):
     torch.set_float32_matmul_precision(chosen)
     model.amp = False
     lines = {}
-    for kind in ("off", "bf16"):
+    for kind in options.amp:
         name = f"step, batch of {options.step_batch}, {'float32' if kind == 'off' else 'bf16'}"
         whole = [[sum(parts) for parts in kinds[which]] for which in (kind, "reference")]
         lines[f"{name} (ms)"] = row(*whole, 1e-3, floor)
@@ -395,7 +395,7 @@ def parse_args(argv=None):
     """The script's flags."""
     parser = ArgumentParser("Measure training and evaluation on this machine, in ratios to the original style.")
     count = number(int, 1)
-    parser.add_argument("--images", default=2000, type=count, help="images of the made-up training set")
+    parser.add_argument("--images", default=2048, type=count, help="images of the made-up training set")
     parser.add_argument("--captions_per_image", default=CAPTIONS_PER_IMAGE, type=int, choices=[1, CAPTIONS_PER_IMAGE],
                         help="captions a feature row")
     parser.add_argument("--img_dim", default=2048, type=count, help="width of the features")
@@ -406,6 +406,8 @@ def parse_args(argv=None):
                         help="images of the evaluations, a multiple of five")
     parser.add_argument("--repeats", default=7, type=count, help="timed rounds of each part")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    parser.add_argument("--amp", default=["off", "bf16"], nargs="+", choices=["off", "bf16"],
+                        help="kinds of training step")
     parser.add_argument("--coco_memory", action="store_true",
                         help="also measure the memory of training on a set of COCO's size (1 GB of disk, minutes)")
     parser.add_argument("--parts", default=["loader", "step", "bank", "evaluation"], nargs="+",

@@ -3,36 +3,48 @@
 On the CPU, autograd walks through `nn.GRU` op by op and adds up the weights' gradients step by
 step. Here the forward pass keeps its gates, the backward pass is written out, and each
 weight's gradient is one product over all steps. Equations as in `torch.nn.GRU`'s documentation.
+
+Products are made with rounded-up numbers of rows: CPU libraries keep code for every shape that they
+have met, and captions' lengths would make a new one nearly every time.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+ROUND_WORDS, ROUND_CAPTIONS = 256, 16
+
+
+def _rounded(rows, to):
+    return -(-rows // to) * to
 
 
 class _GRULayer(torch.autograd.Function):
-    """One layer over packed inputs: x (words, I) -> states (words, H), in the packed order."""
+    """One layer over packed inputs: x (rows, I) -> states (rows, H), in the packed order; rows past the words are 0."""
 
     @staticmethod
     def forward(ctx, x, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, dtype):
         """batch_sizes: list of captions still running at each step; dtype: of the matrix products."""
         x, weight_ih, weight_hh = x.to(dtype), weight_ih.to(dtype), weight_hh.to(dtype)
         hidden = weight_hh.shape[1]
-        gates = torch.add(x @ weight_ih.t(), bias_ih)  # becomes reset, update, new: each (words, H)
+        gates = torch.add(x @ weight_ih.t(), bias_ih)  # becomes reset, update, new: each (rows, H)
         states, candidates = gates.new_empty(len(x), hidden), gates.new_empty(len(x), hidden)
         state, start = gates.new_zeros(batch_sizes[0], hidden), 0
         for size in batch_sizes:
-            rows, state = slice(start, start + size), state[:size]
+            rows = slice(start, start + size)
             reset_update, new = gates[rows, :2 * hidden], gates[rows, 2 * hidden:]
             if start == 0:  # from the zero state there is nothing to multiply
                 recurrent = bias_hh.expand(size, -1)
             else:
-                recurrent = torch.add(state.to(dtype) @ weight_hh.t(), bias_hh)
+                product = state[:_rounded(size, ROUND_CAPTIONS)].to(dtype) @ weight_hh.t()
+                recurrent = torch.add(product[:size], bias_hh)
             reset_update.add_(recurrent[:, :2 * hidden]).sigmoid_()
             reset, update = reset_update.chunk(2, 1)
             candidates[rows] = recurrent[:, 2 * hidden:]
             new.addcmul_(reset, candidates[rows]).tanh_()
-            state = torch.lerp(new, state, update, out=states[rows])
+            state = torch.lerp(new, state[:size], update, out=states[rows])
             start += size
+        states[start:] = 0
         ctx.save_for_backward(x, weight_ih, weight_hh, gates, candidates, states)
         ctx.batch_sizes = batch_sizes
         return states
@@ -43,10 +55,13 @@ class _GRULayer(torch.autograd.Function):
         """Gradients of the input, both weights and both biases."""
         x, weight_ih, weight_hh, gates, candidates, states = ctx.saved_tensors
         dtype, sizes, hidden, first = x.dtype, ctx.batch_sizes, weight_hh.shape[1], ctx.batch_sizes[0]
-        previous = torch.cat([rows[:size] for rows, size in zip(states.split(sizes), sizes[1:])] or [states[:0]])
+        words = sum(sizes)
+        steps = states[:words].split(sizes)
+        previous = torch.cat([rows[:size] for rows, size in zip(steps, sizes[1:])] + [states[words:]])
         grad_recurrent = torch.empty_like(gates)  # of W_hh h + b_hh: reset, update, candidate
         grad_new = torch.empty_like(states)
-        carried, end = grad_states.new_zeros(0, hidden), len(x)
+        grad_recurrent[words:], grad_new[words:] = 0, 0
+        carried, end = grad_states.new_zeros(0, hidden), words
         for size in reversed(sizes):
             rows = slice(end - size, end)
             end -= size
@@ -60,7 +75,8 @@ class _GRULayer(torch.autograd.Function):
             torch.mul(to_candidate, candidates[rows], out=to_reset).mul_(1 - reset)
             torch.mul(grad, before - new, out=to_update).mul_(update).mul_(1 - update)
             if end:
-                carried = grad.mul_(update).add_(grad_recurrent[rows].to(dtype) @ weight_hh)
+                product = grad_recurrent[end:end + _rounded(size, ROUND_CAPTIONS)].to(dtype) @ weight_hh
+                carried = grad.mul_(update).add_(product[:size])
         grad_weight_hh = (grad_recurrent[first:].to(dtype).t() @ previous.to(dtype)).to(gates.dtype)
         grad_bias_hh = grad_recurrent.sum(0)
         grad_recurrent[:, 2 * hidden:] = grad_new  # from here on of W_ih x + b_ih
@@ -76,7 +92,8 @@ def last_states(rnn, packed, dtype=None):
     matrix products (the weights' own unless given).
     """
     dtype = dtype or rnn.weight_hh_l0.dtype
-    sizes, states = packed.batch_sizes.tolist(), packed.data
+    sizes, words = packed.batch_sizes.tolist(), len(packed.data)
+    states = pad(packed.data, (0, 0, 0, _rounded(words, ROUND_WORDS) - words))
     for layer in range(rnn.num_layers):
         weights = [getattr(rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         states = _GRULayer.apply(states, *weights, sizes, dtype)

@@ -1,13 +1,13 @@
-"""Draws the sample data set, so that `python train.py` has something to train on before anything is downloaded.
+"""Draws the sample data set, so that `python train.py` has something to train on before any download.
 
 Small pictures of coloured things on a ground, each with five captions that tell a part of it. The paper has
 nothing like it: recalls on it show that training works, not what HAL reaches on photographs.
 
     python sample_data.py --data_path data
 
-writes `data/sample_precomp/` (features and captions, laid out like `coco_precomp`) and `data/sample/` (fewer, raw
-images and Karpathy's JSON, laid out like `f8k`). The seed alone decides what is drawn: every random draw comes
-from one `random.Random`, and pixels and features are computed so that all machines agree to the bit.
+writes `data/sample_precomp/` (features and captions, laid out like `coco_precomp`) and `data/sample/` (fewer,
+raw images and Karpathy's JSON, laid out like `f8k`). The seed alone decides what is drawn: every random draw
+comes from one `random.Random`, and pixels and features are computed so that machines agree to the bit.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 SEED = 2020
-SPLIT_IMAGES = {"train": 600, "dev": 200, "test": 200}
+SPLIT_IMAGES = {"train": 500, "dev": 200, "test": 200}
 RAW_IMAGES = {"train": 60, "dev": 20, "test": 20}  # the first so many of each split
 KARPATHY_SPLITS = {"train": "train", "dev": "val", "test": "test"}
 
@@ -37,34 +37,23 @@ COLOURS = LEVELS**3
 LEAST_DEVIATION = 3  # a part of the description that varies less over the training split is no feature
 MOST_DEVIATIONS = 3  # features are clipped there, lest rare ones drown the rest
 
-# Each kind of thing: the parts of its shape, and what it may be called, as (singular, plural). Parts are outlines
-# as corner points, or discs as (centre x, centre y, radius); where two parts overlap there is a hole.
+# What a thing is, another name for it, and the parts of its shape: outlines as corner points x,y and discs as
+# x,y,radius. Where two parts overlap there is a hole.
 KINDS = {
-    "arrow": (["0,8 13,8 13,1 24,12 13,23 13,16 0,16"],
-              [("arrow", "arrows")]),
-    "ball": ([(12, 12, 12)],
-             [("ball", "balls"), ("ball", "balls"), ("round ball", "round balls")]),
-    "boat": (["0,17 24,17 19,24 5,24", "11,0 11,15 2,15", "13,3 22,15 13,15"],
-             [("boat", "boats"), ("sailboat", "sailboats")]),
-    "box": (["1,2 23,2 23,23 1,23", "1,8 23,8 23,10 1,10"],
-            [("box", "boxes"), ("crate", "crates")]),
-    "cup": (["2,3 18,3 16,23 4,23", "18,6 24,6 24,16 17,16 17,13 21,13 21,9 18,9"],
-            [("cup", "cups"), ("mug", "mugs")]),
-    "fish": (["0,12 5,6 11,4 17,9 24,3 22,12 24,21 17,15 11,20 5,18", (6, 11, 2)],
-             [("fish", "fish")]),
-    "flag": (["2,0 24,7 6,14 6,24 2,24"],
-             [("flag", "flags")]),
-    "heart": (["12,24 1,12 0,7 3,2 8,1 12,5 16,1 21,2 24,7 23,12"],
-              [("heart", "hearts")]),
-    "house": (["12,0 24,11 21,11 21,24 3,24 3,11 0,11", "9,15 15,15 15,24 9,24"],
-              [("house", "houses"), ("cottage", "cottages")]),
-    "mushroom": (["0,13 2,6 7,1 12,0 17,1 22,6 24,13 15,13 16,24 8,24 9,13"],
-                 [("mushroom", "mushrooms")]),
-    "star": (["12,0 15,9 24,9 17,14 20,23 12,17 4,23 7,14 0,9 9,9"],
-             [("star", "stars")]),
-    "tree": (["12,0 18,8 15,8 22,18 14,18 14,24 10,24 10,18 2,18 9,8 6,8"],
-             [("tree", "trees"), ("fir tree", "fir trees")]),
-}  # fmt: skip
+    "arrow": ("arrow", "0,8 13,8 13,1 24,12 13,23 13,16 0,16"),
+    "ball": ("round ball", "12,12,12"),
+    "boat": ("sailboat", "0,17 24,17 19,24 5,24; 11,0 11,15 2,15; 13,3 22,15 13,15"),
+    "box": ("crate", "1,2 23,2 23,23 1,23; 1,8 23,8 23,10 1,10"),
+    "cup": ("mug", "2,3 18,3 16,23 4,23; 18,6 24,6 24,16 17,16 17,13 21,13 21,9 18,9"),
+    "fish": ("fish", "0,12 5,6 11,4 17,9 24,3 22,12 24,21 17,15 11,20 5,18; 6,11,2"),
+    "flag": ("flag", "2,0 24,7 6,14 6,24 2,24"),
+    "heart": ("heart", "12,24 1,12 0,7 3,2 8,1 12,5 16,1 21,2 24,7 23,12"),
+    "house": ("cottage", "12,0 24,11 21,11 21,24 3,24 3,11 0,11; 9,15 15,15 15,24 9,24"),
+    "mushroom": ("mushroom", "0,13 2,6 7,1 12,0 17,1 22,6 24,13 15,13 16,24 8,24 9,13"),
+    "star": ("star", "12,0 15,9 24,9 17,14 20,23 12,17 4,23 7,14 0,9 9,9"),
+    "tree": ("fir tree", "12,0 18,8 15,8 22,18 14,18 14,24 10,24 10,18 2,18 9,8 6,8"),
+}
+PLURALS = {"box": "boxes", "fish": "fish"}  # the others end in s
 PAINTS = {  # red, green, blue, and the words for it
     "red": ((213, 42, 42), ("red", "red", "bright red")),
     "orange": ((235, 128, 30), ("orange",)),
@@ -97,7 +86,7 @@ class Ground(NamedTuple):
 
 GROUNDS = {
     "grass": Ground((120, 190, 90), (60, 150, 60), (4, 1), 70, ("green",),
-                    ("a green meadow", "a lawn", "a grassy field"), ("on the grass", "in a meadow", "on the lawn")),
+                    ("a green meadow", "a lawn"), ("on the grass", "in the meadow")),
     "sand": Ground((225, 200, 140), (200, 160, 110), (1, 2), 80, (),
                    ("a sandy beach", "a desert"), ("on the sand", "on the beach", "in the desert")),
     "sea": Ground((60, 130, 195), (140, 200, 230), (1, 8), 30, (),
@@ -107,23 +96,23 @@ GROUNDS = {
     "snow": Ground((232, 238, 244), (150, 190, 215), (2, 2), 30, ("white",),
                    ("a snowy field", "a winter scene"), ("in the snow", "on the snow")),
     "floor": Ground((165, 115, 60), (110, 70, 30), (1, SIDE), 9, ("brown", "orange"),
-                    ("a wooden floor", "a floor of bare planks"), ("on the wooden floor", "on the planks")),
+                    ("a wooden floor", "a floor of bare planks"), ("on the floor", "on the planks")),
     "street": Ground((128, 128, 128), (225, 225, 225), (2, 12), 12, ("white",),
                      ("a grey street", "a long road"), ("on the street", "on the road")),
     "wall": Ground((210, 190, 180), (150, 60, 50), (4, 10), 110, ("red", "brown", "white"),
-                   ("a brick wall", "an old wall"), ("on the wall", "on a brick wall", "against the bricks")),
+                   ("a brick wall", "an old wall"), ("on the wall", "against the bricks")),
 }  # fmt: skip
 
 CELL_PLACES = {  # (row, column) of a single thing
-    (0, 0): ("in the upper left corner", "at the top left"),
+    (0, 0): ("in the upper left", "at the top left"),
     (0, 1): ("at the top", "near the top edge"),
-    (0, 2): ("in the upper right corner", "at the top right"),
+    (0, 2): ("in the upper right", "at the top right"),
     (1, 0): ("on the left", "at the left edge"),
     (1, 1): ("in the middle", "in the centre"),
     (1, 2): ("on the right", "at the right edge"),
-    (2, 0): ("in the lower left corner", "at the bottom left"),
+    (2, 0): ("in the lower left", "at the bottom left"),
     (2, 1): ("at the bottom", "near the bottom edge"),
-    (2, 2): ("in the lower right corner", "at the bottom right"),
+    (2, 2): ("in the lower right", "at the bottom right"),
 }
 LINE_PLACES = {  # cells of three things in a line
     ((0, 0), (0, 1), (0, 2)): ("in a row at the top", "along the top"),
@@ -136,16 +125,21 @@ LINE_PLACES = {  # cells of three things in a line
 SCATTERED_PLACES = ("here and there", "in different places", "scattered about")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
-PATTERNS = {  # every picture gets one caption of each of: name, place, one or many, alone or together, ground
-    "name": ("{thing} {on}.", "Somebody's put {thing} {on}.", "You can see {thing} here.", "A picture of {thing}.",
-             "{setting} with {thing}."),
+# How often a caption is about the first group, and a description gives its colour and its size.
+FIRST_GROUP, TELLS_COLOUR, TELLS_SIZE = 0.7, 0.9, 0.3
+
+# Every picture gets one caption of each of: name, place, one or many, alone or together, ground.
+PATTERNS = {
+    "name": ("{thing} {on}.", "Somebody's put {thing} {on}.", "You can see {thing} here.",
+             "A picture of {thing}.", "{setting} with {thing}."),
     "place": ("{thing} {place}.", "There {are} {thing} {place}.", "{place} {are} {thing}.",
               "The {colour} {noun} {are} {place}.", "Look, {thing} {place}!"),
     "one": ("Only one {noun} {on}, and it's {colour}.", "A single {noun}, {colour} all over.",
             "Just one {noun}. It's {colour}."),
-    "many": ("{number} {noun} {on}.", "I count {number} {noun}, all {colour}.", "{number} {noun}. They're {colour}."),
-    "alone": ("Nothing but {thing} {on}.", "{setting}, empty except for {thing}.", "{thing} and nothing else.",
-              "It's just {thing} {place}."),
+    "many": ("{number} {noun} {on}.", "I count {number} {noun}, all {colour}.",
+             "{number} {noun}. They're {colour}."),
+    "alone": ("Nothing but {thing} {on}.", "{setting}, empty except for {thing}.",
+              "{thing} and nothing else.", "{thing} {place}, nothing more."),
     "together": ("{thing} {relation} {other}.", "{thing} and {other} {on}.", "{thing}, and {other} too.",
                  "The {colour} {noun} {are} {relation} {other}."),
     "ground": ("{setting}. {something} {are} {place}.", "It's {setting}, and the {noun} {are} {colour}.",
@@ -190,7 +184,7 @@ def draw_scene(rng):
 
 
 def draw_cells(free, spare, rng):
-    """Cells for a group out of the free ones, at least `spare` of which stay free; and phrases for the place."""
+    """Cells for a group, and phrases for where they are. Of the free cells, at least `spare` stay free."""
     lines = [line for line in LINE_PLACES if set(line) <= set(free)]
     most = min(len(NUMBERS) - 1, len(free) - spare)
     arrangement = rng.choice(("single", "single", "line", "scattered"))
@@ -210,13 +204,13 @@ def stencil(kind, side):
     centres = (2 * np.arange(side) + 1) * SHAPE_SIDE  # in units that also make corner points integers
     x, y = centres[None, :], centres[:, None]
     inside = np.zeros((side, side), bool)
-    for part in KINDS[kind][0]:
-        if isinstance(part, tuple):
-            disc_x, disc_y, radius = (2 * side * number for number in part)
+    for part in KINDS[kind][1].split(";"):
+        points = [tuple(2 * side * int(number) for number in point.split(",")) for point in part.split()]
+        if len(points) == 1:
+            disc_x, disc_y, radius = points[0]
             inside ^= (x - disc_x) ** 2 + (y - disc_y) ** 2 <= radius**2
             continue
-        corners = [tuple(2 * side * int(number) for number in corner.split(",")) for corner in part.split()]
-        for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
+        for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
             beside = (x - x0) * (y1 - y0) < (x1 - x0) * (y - y0)
             inside ^= ((y0 > y) != (y1 > y)) & (beside == (y1 > y0))
     return inside
@@ -242,14 +236,15 @@ def paint_scene(scene, rng):
 
 
 def noun(group, rng):
-    return rng.choice(KINDS[group.kind][1])[len(group.cells) > 1]
+    name = rng.choice((group.kind, KINDS[group.kind][0]))
+    return name if len(group.cells) == 1 else PLURALS.get(name, f"{name}s")
 
 
 def describe(group, rng):
-    """Such as "a large red star", "two stars", "some tiny boxes"."""
+    """Such as "a large red star", "two stars" or "some tiny boxes"."""
     count = len(group.cells)
-    size = rng.choice(SIZES[group.size][1]) if rng.random() < 0.3 else ""
-    colour = rng.choice(PAINTS[group.paint][1]) if rng.random() < 0.85 else ""
+    size = rng.choice(SIZES[group.size][1]) if rng.random() < TELLS_SIZE else ""
+    colour = rng.choice(PAINTS[group.paint][1]) if rng.random() < TELLS_COLOUR else ""
     words = " ".join(word for word in (size, colour, noun(group, rng)) if word)
     if count == 1:
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -298,7 +293,7 @@ def write_captions(scene, rng):
     """Five captions, no two alike."""
     captions = []
     for told in ("name", "place", "count", "company", "ground"):
-        group = scene.groups[0] if rng.random() < 0.7 else rng.choice(scene.groups)
+        group = scene.groups[0] if rng.random() < FIRST_GROUP else rng.choice(scene.groups)
         if told == "count":
             told = "many" if len(group.cells) > 1 else "one"
         if told == "company":
@@ -314,14 +309,14 @@ def write_captions(scene, rng):
 
 
 def draw_examples(seed):
-    """Every example of every split. No two scenes have the same kinds, paints and numbers on the same ground."""
+    """Every example of every split. No two have the same kinds, paints and numbers on the same ground."""
     rng = random.Random(seed)
     examples, gists = [], set()
     for split, images in SPLIT_IMAGES.items():
         for _ in range(images):
             while True:
                 scene = draw_scene(rng)
-                gist = scene.ground, frozenset((group.kind, group.paint, len(group.cells)) for group in scene.groups)
+                gist = scene.ground, frozenset((g.kind, g.paint, len(g.cells)) for g in scene.groups)
                 if gist not in gists:
                     break
             gists.add(gist)
@@ -333,9 +328,9 @@ def draw_examples(seed):
 def describe_pixels(pixels):
     """(GRID * GRID * COLOURS + COLOURS * 14,) integers: where the colours are, and the shapes they have.
 
-    pixels: (SIDE, SIDE, 3) uint8. First, for each cell and colour, the square root of the colour's area there, in
-    hundredths. Then, for each colour, how its edge divides into the 14 ways in which a patch of two by two pixels
-    can have it in part, in thousandths: straight edges, slopes and corners, from which shapes can be told.
+    pixels: (SIDE, SIDE, 3) uint8. First, for each cell and colour, the square root of the colour's area, in
+    hundredths. Then, for each colour, how its edge divides into the 14 ways in which a patch of two by two
+    pixels can have it in part, in thousandths: lines, slopes and corners, from which shapes can be told.
     """
     red, green, blue = np.moveaxis(pixels.astype(np.int64) * LEVELS // 256, 2, 0)
     colours = (red * LEVELS + green) * LEVELS + blue
@@ -344,7 +339,7 @@ def describe_pixels(pixels):
     areas = np.bincount((cells * COLOURS + colours).ravel(), minlength=GRID * GRID * COLOURS)
 
     index = np.arange(COLOURS)[:, None, None]
-    has = (colours == index).astype(np.int64)  # (COLOURS, SIDE, SIDE)
+    has = (colours == index).astype(np.int16)  # (COLOURS, SIDE, SIDE)
     patches = has[:, :-1, :-1] + 2 * has[:, :-1, 1:] + 4 * has[:, 1:, :-1] + 8 * has[:, 1:, 1:]
     counts = np.bincount((16 * index + patches).ravel(), minlength=16 * COLOURS).reshape(COLOURS, 16)
     edges = counts[:, 1:15]  # patches without the colour, and full of it, are left out
@@ -363,7 +358,8 @@ def compute_features(examples):
     centred = descriptions - descriptions[training].sum(axis=0) // training.sum()
     deviation = np.sqrt((centred[training] ** 2).sum(axis=0) / training.sum())
     varies = deviation > LEAST_DEVIATION
-    scores = np.rint(100 * centred[:, varies] / deviation[varies]).astype(np.int64)  # in hundredths of a deviation
+    # in hundredths of a deviation
+    scores = np.rint(100 * centred[:, varies] / deviation[varies]).astype(np.int64)
     scores = scores.clip(-100 * MOST_DEVIATIONS, 100 * MOST_DEVIATIONS)
     return (scores / np.sqrt((scores**2).sum(axis=1, keepdims=True))).astype(np.float32)
 
@@ -439,7 +435,7 @@ def draw(data_path, seed=SEED):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw the sample data set, unless it is there.")
     parser.add_argument("--data_path", default="data", help="folder that gets sample_precomp/ and sample/")
-    parser.add_argument("--seed", default=SEED, type=int, help="another seed draws other pictures and captions")
+    parser.add_argument("--seed", default=SEED, type=int, help="other seeds draw other pictures")
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,363 @@
+"""Checkpoints in and out, hostile ones included."""
+
+import os
+import pickle
+import types
+import zipfile
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import RELEASED, load, states_equal, tree
+
+import checkpoint
+from errors import InputError
+from model import VSE
+
+SIZES = {"img_dim": 5, "embed_size": 4, "word_dim": 3, "vocab_size": 9, "num_layers": 1}
+WORDS = ["<pad>", "<start>", "<end>", "<unk>", *"abcde"]
+
+
+def options(**changes):
+    """A released run's options, as far as they matter here."""
+    return Namespace(**{"data_name": "tiny_precomp", "finetune": False, "cnn_type": "vgg19", "use_abs": False,
+                        "no_imgnorm": False, "measure": "cosine", "local_alpha": 30.0, "batch_size": 128, **SIZES,
+                        **changes})
+
+
+def released(opt=None, **changes):
+    """A checkpoint dict as the released code makes it."""
+    torch.manual_seed(0)
+    model = VSE(options())
+    return {"epoch": 3, "model": [model.img_enc.state_dict(), model.txt_enc.state_dict()], "best_rsum": 12.5,
+            "opt": opt or options(), "Eiters": 7, **changes}
+
+
+def refused(path, *named):
+    """The message with which `load` refuses a file: one line that names the file."""
+    with pytest.raises(InputError) as caught:
+        checkpoint.load(str(path))
+    message = str(caught.value)
+    assert all(name in message for name in (os.path.basename(path), *named)) and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("run", ["local", "max", "mb"])
+def test_released_checkpoints_load(run):
+    path = RELEASED / "runs" / run / "model_best.pth.tar"
+    content = checkpoint.load(str(path))
+    theirs = load(path)
+    assert content["opt"].data_name == "f8k_precomp" and content["opt"].vocab_size == 62
+    assert states_equal(content["model"], theirs["model"])
+    assert (content["epoch"], content["Eiters"]) == (theirs["epoch"], theirs["Eiters"])
+    assert checkpoint.caption_reading(content) == "released"
+    assert checkpoint.vocabulary(content, str(path)) is None
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_is_saved_loads_the_same(tmp_path, legacy):
+    content = released(vocabulary=WORDS, caption_reading="text")
+    if legacy:
+        torch.save(content, tmp_path / "run.pth.tar", _use_new_zipfile_serialization=False)
+    else:
+        checkpoint.save(str(tmp_path / "run.pth.tar"), content)
+    found = checkpoint.load(str(tmp_path / "run.pth.tar"))
+    assert states_equal(found["model"], content["model"])
+    assert {name: found[name] for name in ("epoch", "best_rsum", "Eiters", "vocabulary")} == {
+        "epoch": 3, "best_rsum": 12.5, "Eiters": 7, "vocabulary": WORDS}
+    assert vars(content["opt"]).items() <= vars(found["opt"]).items()
+    assert os.listdir(tmp_path) == ["run.pth.tar"]
+
+
+@pytest.mark.parametrize("scalar", [np.float64(12.5), np.float32(12.5), np.int64(12), np.int32(12), np.bool_(True)],
+                         ids=lambda scalar: type(scalar).__name__)
+@pytest.mark.parametrize("module", [b"numpy._core.multiarray", b"numpy.core.multiarray"], ids=["numpy 2", "numpy 1"])
+def test_numpy_scalars_of_either_numpy_load(tmp_path, scalar, module):
+    """The released code's best_rsum is one."""
+    path = tmp_path / "run.pth.tar"
+    torch.save(released(best_rsum=scalar), path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    assert b"numpy._core.multiarray" in content
+    path.write_bytes(content.replace(b"numpy._core.multiarray", module))
+    assert checkpoint.load(str(path))["best_rsum"] == scalar
+
+
+def test_a_checkpoint_from_cuda_loads_without_it(tmp_path, monkeypatch):
+    path = tmp_path / "run.pth.tar"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        torch.save(released(), path)
+    with pytest.raises(RuntimeError, match=r"cuda|CUDA"):
+        torch.load(path, weights_only=False)
+    found = checkpoint.load(str(path))
+    assert states_equal(found["model"], released()["model"])
+    assert found["model"][0]["fc.weight"].device.type == "cpu"
+
+
+def test_options_that_an_older_checkpoint_lacks_take_their_defaults(tmp_path):
+    """VSE++'s first ones."""
+    opt = Namespace(data_name="tiny_precomp", data_path="/elsewhere", vocab_path="./vocab/")
+    checkpoint.save(str(tmp_path / "old.pth.tar"), released(opt=opt))
+    content = checkpoint.load(str(tmp_path / "old.pth.tar"))
+    found = {name: getattr(content["opt"], name) for name in (
+        "measure", "use_abs", "no_imgnorm", "finetune", "cnn_type", "crop_size", "batch_size", "workers",
+        "use_restval", "data_path", "logger_name", *SIZES)}
+    assert found == {"measure": "cosine", "use_abs": False, "no_imgnorm": False, "finetune": False,
+                     "cnn_type": "vgg19", "crop_size": 224, "batch_size": 128, "workers": 10, "use_restval": False,
+                     "data_path": "/elsewhere", "logger_name": "runs/runX", **SIZES}
+    assert checkpoint.caption_reading(content) == "text"
+
+
+@pytest.mark.parametrize("opt, marker, reading", [
+    (options(), {}, "released"), (options(data_name="f8k"), {}, "text"),
+    (options(), {"caption_reading": "text"}, "text"),
+    (options(data_name="f8k"), {"caption_reading": "released"}, "released"),
+    (Namespace(data_name="coco_precomp"), {}, "text")], ids=["HAL", "HAL raw", "ours", "ours forced", "VSE++"])
+def test_the_caption_reading_is_the_training_s(tmp_path, opt, marker, reading):
+    checkpoint.save(str(tmp_path / "run.pth.tar"), released(opt=opt, **marker))
+    assert checkpoint.caption_reading(checkpoint.load(str(tmp_path / "run.pth.tar"))) == reading
+
+
+def test_a_copy_is_the_same_to_the_byte(tmp_path):
+    checkpoint.save(str(tmp_path / "one"), released())
+    checkpoint.copy(str(tmp_path / "one"), str(tmp_path / "folder" / "two"))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "folder" / "two").read_bytes()
+
+
+def test_saving_over_a_checkpoint_keeps_it_where_saving_fails(tmp_path):
+    path = tmp_path / "run.pth.tar"
+    checkpoint.save(str(path), released())
+    before = tree(tmp_path)
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(str(path), {"model": lambda: None})
+    assert tree(tmp_path) == before
+
+
+# Files that are refused -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["absent", "folder"])
+def test_a_file_that_is_not_there_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(tmp_path, share, legacy):
+    path = tmp_path / "run.pth.tar"
+    torch.save(released(), path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))])
+    refused(path)
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_with_spoilt_bytes_is_refused_or_still_has_its_shape(tmp_path, seed, legacy):
+    """Whatever the bytes say, the outcome is bad input or a checkpoint, never another error."""
+    path = tmp_path / "run.pth.tar"
+    torch.save(released(), path, _use_new_zipfile_serialization=not legacy)
+    content = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    for place in rng.integers(0, len(content), 12):
+        content[place] = rng.integers(0, 256)
+    path.write_bytes(bytes(content))
+    try:
+        found = checkpoint.load(str(path))
+    except InputError as error:
+        assert "run.pth.tar" in str(error) and "\n" not in str(error)
+    else:
+        assert found["model"][0]["fc.weight"].shape[1] == found["opt"].img_dim
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x80\x02}.", b"PK\x03\x04nothing", pickle.dumps({"model": 1}),
+                                     b"\x89PNG\r\n\x1a\n", b"\x00" * 4096], ids=range(6))
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "run.pth.tar").write_bytes(content)
+    refused(tmp_path / "run.pth.tar")
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "run.pth.tar", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    refused(tmp_path / "run.pth.tar")
+
+
+class Smuggled:
+    """Calls `function` with `arguments` where a pickle of it is loaded."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("place", ["model", "opt", "in opt", "extra", "alone"])
+@pytest.mark.parametrize("function, argument", [(os.system, "touch smuggled"), (eval, "open('smuggled', 'w')"),
+                                                (exec, "open('smuggled', 'w')")], ids=["os.system", "eval", "exec"])
+def test_a_checkpoint_that_would_run_code_is_refused_by_its_name(tmp_path, monkeypatch, function, argument, place,
+                                                                 legacy):
+    monkeypatch.chdir(tmp_path)
+    code = Smuggled(function, argument)
+    content = {"model": lambda: released(model=code), "opt": lambda: released(opt=code),
+               "in opt": lambda: released(opt=options(batch_size=code)), "extra": lambda: released(more=[code]),
+               "alone": lambda: code}[place]()
+    torch.save(content, "run.pth.tar", _use_new_zipfile_serialization=not legacy)
+    message = refused(tmp_path / "run.pth.tar")
+    assert function.__name__ in message and "cut short" not in message
+    assert list(tree(tmp_path)) == ["run.pth.tar"]
+
+
+def test_options_of_another_class_are_refused(tmp_path):
+    torch.save(released(opt=types.SimpleNamespace(**vars(options()))), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar")
+
+
+def state(part, **changes):
+    """The released model's states with one part's changed; a None takes the name out."""
+    states = released()["model"]
+    states[part] = {name: value for name, value in {**states[part], **changes}.items() if value is not None}
+    return states
+
+
+def giant():
+    """A tensor that claims more than its storage holds, by one shared number."""
+    return torch.zeros(1).expand(9, 3)
+
+
+BROKEN = {
+    "a list": lambda: [1, 2],
+    "a number": lambda: 3,
+    "no model": lambda: {"opt": options()},
+    "no options": lambda: {"model": state(0)},
+    "options that are a dict": lambda: {**released(), "opt": vars(options())},
+    "one state": lambda: released(model=state(0)[0]),
+    "three states": lambda: released(model=[*state(0), {}]),
+    "states that are numbers": lambda: released(model=[1, 2]),
+    "no layer": lambda: released(model=state(0, **{"fc.weight": None})),
+    "a flat layer": lambda: released(model=state(0, **{"fc.weight": torch.ones(20)})),
+    "a layer of text": lambda: released(model=state(0, **{"fc.weight": "weights"})),
+    "no embedding": lambda: released(model=state(1, **{"embed.weight": None})),
+    "no recurrent weights": lambda: released(model=state(1, **{"rnn.weight_hh_l0": None})),
+    "a tensor without its values": lambda: released(model=state(1, **{"embed.weight": giant()})),
+    "another embed_size": lambda: released(opt=options(embed_size=5)),
+    "another vocab_size": lambda: released(opt=options(vocab_size=8)),
+    "another img_dim": lambda: released(opt=options(img_dim=6)),
+    "another num_layers": lambda: released(opt=options(num_layers=2)),
+    "an unknown reading": lambda: released(caption_reading="upside down"),
+    "an unknown reading of another type": lambda: released(caption_reading=["text"]),
+    "a data_name of another type": lambda: released(opt=options(data_name=None)),
+    "a batch_size of another type": lambda: released(opt=options(batch_size="128")),
+    "no batch at all": lambda: released(opt=options(batch_size=0)),
+    "a negative batch_size": lambda: released(opt=options(batch_size=-4)),
+    "an unknown measure": lambda: released(opt=options(measure="potato")),
+    "a switch of another type": lambda: released(opt=options(use_abs="no")),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, kind):
+    torch.save(BROKEN[kind](), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar")
+
+
+@pytest.mark.parametrize("words", ["words", {"a": 1}, [1, 2], [*WORDS, None], WORDS[1:], [*WORDS, "a"]], ids=str)
+def test_a_checkpoint_s_vocabulary_is_checked(words):
+    with pytest.raises(InputError, match=r"run\.pth\.tar"):
+        checkpoint.vocabulary(released(vocabulary=words), "run.pth.tar")
+
+
+def test_a_checkpoint_s_vocabulary_numbers_its_words():
+    assert checkpoint.vocabulary(released(vocabulary=WORDS), "run.pth.tar").words == WORDS
+
+
+@pytest.mark.parametrize("states", [
+    lambda: state(0, **{"fc.bias": None}), lambda: state(0, **{"fc.bias": torch.ones(5)}),
+    lambda: state(1, more=torch.ones(1)), lambda: state(1, **{"rnn.bias_hh_l0": None})],
+    ids=["missing", "shape", "unknown", "missing text"])
+def test_weights_that_do_not_fit_are_refused(states):
+    with pytest.raises(InputError, match=r"run\.pth\.tar") as caught:
+        checkpoint.load_weights(VSE(options()), released(model=states()), "run.pth.tar")
+    assert "\n" not in str(caught.value)
+
+
+# Taking up a run --------------------------------------------------------------------------------
+
+def run_of(seed, **changes):
+    torch.manual_seed(seed)
+    model = VSE(options(**changes))
+    return model, torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def step(model, optimizer):
+    images, captions = model.forward_emb(torch.ones(2, 5), torch.tensor([[1, 4, 2], [1, 5, 2]]), [3, 3])
+    optimizer.zero_grad()
+    (images * captions).sum().backward()
+    optimizer.step()
+
+
+class Words:
+    words = WORDS
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(path, model, optimizer, next random number) of a run that was saved after one step."""
+    model, optimizer = run_of(1)
+    step(model, optimizer)
+    path = str(tmp_path / "run.pth.tar")
+    content = checkpoint.content_of(model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5)
+    checkpoint.save(path, content)
+    return path, model, optimizer, torch.rand(1)
+
+
+def test_a_restored_run_goes_on_as_the_first_would_have(saved):
+    path, model, optimizer, following = saved
+    other, its_optimizer = run_of(2)
+    step(other, its_optimizer)
+    found = checkpoint.restore(checkpoint.load(path), path, other, its_optimizer, options())
+    assert found == (2, 9, 33.5)
+    assert torch.equal(torch.rand(1), following)
+    step(model, optimizer)
+    step(other, its_optimizer)
+    assert states_equal([model.state_dict()], [other.state_dict()])
+
+
+@pytest.mark.parametrize("name, value", [("embed_size", 6), ("word_dim", 5), ("num_layers", 2), ("measure", "order"),
+                                         ("use_abs", True), ("no_imgnorm", True), ("data_name", "other_precomp"),
+                                         ("vocab_size", 10)])
+def test_a_run_of_another_model_is_not_restored(saved, name, value):
+    path = saved[0]
+    model, optimizer = run_of(2)
+    with pytest.raises(InputError, match=f"--resume.*--{name}"):
+        checkpoint.restore(checkpoint.load(path), path, model, optimizer, options(**{name: value}))
+
+
+def test_a_released_checkpoint_is_not_restored_but_pointed_to_init_from():
+    model, optimizer = run_of(2)
+    with pytest.raises(InputError, match="--resume run.pth.tar.*optimizer.*--init_from"):
+        checkpoint.restore(released(), "run.pth.tar", model, optimizer, options())
+
+
+@pytest.mark.parametrize("damage", [
+    {"optimizer": 3}, {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}},
+    {"random_states": 3}, {"random_states": {}}, {"random_states": {"cpu": torch.zeros(3)}},
+    {"random_states": {"cpu": "state", "cuda": []}}, {"epoch": "two"}, {"epoch": None}, {"best_rsum": [1]}], ids=str)
+def test_a_damaged_state_of_a_run_is_refused(saved, damage):
+    path = saved[0]
+    model, optimizer = run_of(2)
+    with pytest.raises(InputError, match="--resume"):
+        checkpoint.restore({**checkpoint.load(path), **damage}, path, model, optimizer, options())
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_optimizer_moments_of_another_shape_are_refused(saved, name):
+    path = saved[0]
+    content = checkpoint.load(path)
+    content["optimizer"]["state"][0][name] = torch.ones(2, 2)
+    model, optimizer = run_of(2)
+    with pytest.raises(InputError, match="--resume"):
+        checkpoint.restore(content, path, model, optimizer, options())

@@ -1,0 +1,450 @@
+"""Data sets, batches and loaders of every layout."""
+
+import json
+import os
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMG_DIM, captions_of, write_flickr, write_precomp
+from PIL import Image
+
+from data import (
+    CocoDataset,
+    FlickrDataset,
+    Loader,
+    PrecompDataset,
+    collate_fn,
+    get_loaders,
+    get_test_loader,
+    image_transform,
+    open_features,
+    seed_for,
+)
+from errors import InputError
+from vocab import tokenize, vocabulary_of
+
+SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
+WORDS = [*SPECIAL, "a", "dog", "cat", "red", "blue", "the", "is", ".", "on", "grass"]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return vocabulary_of(WORDS)
+
+
+def ids(caption, reading="text"):
+    """A caption's word ids by hand."""
+    return [1, *(WORDS.index(word) if word in WORDS else 3 for word in tokenize(caption, reading)), 2]
+
+
+def options(**changes):
+    return Namespace(**{"data_path": "data", "seed": 0, "img_dim": None, **changes})
+
+
+def test_a_seed_depends_on_all_of_its_numbers():
+    numbers = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (2**40, 1, 0), (2**63 - 1, 0, 0)]
+    seeds = {seed_for(*three) for three in numbers}
+    assert len(seeds) == 7 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# Precomputed features ---------------------------------------------------------------------------
+
+def precomp(folder, features, captions, split="train"):
+    folder.mkdir(exist_ok=True)
+    np.save(folder / f"{split}_ims.npy", features)
+    (folder / f"{split}_caps.txt").write_text("".join(f"{caption}\n" for caption in captions))
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.dtype(">f4"), np.int64,
+                                   np.uint16], ids=str)
+@pytest.mark.parametrize("per_row", [1, 5])
+def test_every_caption_gets_its_row(tmp_path, words, per_row, dtype):
+    features = (9 * np.random.default_rng(0).random((15 // per_row, 4))).astype(dtype)
+    captions = [f"{'a ' * (c % 4)}dog" for c in range(15)]
+    dataset = PrecompDataset(precomp(tmp_path / "x_precomp", features, captions), "train", words)
+    assert len(dataset) == 15
+    image, caption, index, image_index = dataset[7]
+    assert image.dtype == torch.float32 and image.tolist() == features[7 // per_row].astype(np.float32).tolist()
+    assert (caption.tolist(), index, image_index) == (ids(captions[7]), 7, 1)
+    batches = [torch.tensor([14, 0, 7, 3, 5]), torch.tensor([2])]
+    for indices, batch in zip(batches, dataset.load(batches), strict=True):
+        order = sorted(indices.tolist(), key=lambda c: -len(ids(captions[c])))
+        images, padded, lengths, numbers, places = batch
+        assert images.dtype == torch.float32
+        assert images.tolist() == [features[c // per_row].astype(np.float32).tolist() for c in order]
+        assert [row[:n].tolist() for row, n in zip(padded, lengths)] == [ids(captions[c]) for c in order]
+        assert list(numbers) == list(places) == order
+        assert padded.shape[1] == max(lengths)
+
+
+@pytest.mark.parametrize("per_row", [1, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_each_image_is_loaded_once_in_order(tmp_path, words, per_row, batch_size):
+    features = np.arange(15 // per_row, dtype=np.float32)[:, None] * (1 if per_row == 5 else 0.2)
+    dataset = PrecompDataset(precomp(tmp_path / "x_precomp", features, ["a"] * 15), "train", words)
+    batches = list(dataset.load_images(batch_size))
+    assert torch.cat(batches).ravel().tolist() == [0, 1, 2]
+    assert max(map(len, batches)) <= batch_size
+
+
+@pytest.mark.parametrize("per_row", [1, 5])
+@pytest.mark.parametrize("split, length", [("dev", 5000), ("test", 5005)])
+def test_the_dev_split_alone_is_capped(tmp_path, words, per_row, split, length):
+    folder = precomp(tmp_path / "x_precomp", np.ones((5005 // per_row, 1), np.float32), ["a"] * 5005, split)
+    dataset = PrecompDataset(folder, split, words)
+    assert len(dataset) == length
+    assert sum(map(len, dataset.load_images(512))) == length // 5
+
+
+def test_a_dev_split_below_the_cap_is_whole(drawn_data, words):
+    assert len(PrecompDataset(str(drawn_data / "tiny_precomp"), "dev", words)) == 25
+
+
+def test_changing_a_loaded_feature_leaves_the_file_alone(tmp_path, words):
+    folder = precomp(tmp_path / "x_precomp", np.ones((3, 2), np.float32), ["a"] * 15)
+    before = (tmp_path / "x_precomp" / "train_ims.npy").read_bytes()
+    for images in PrecompDataset(folder, "train", words).load_images(2):
+        images.zero_()
+    open_features(str(tmp_path / "x_precomp" / "train_ims.npy"))[0, 0] = 5
+    assert (tmp_path / "x_precomp" / "train_ims.npy").read_bytes() == before
+
+
+def with_value(value, dtype=np.float32):
+    features = np.ones((5, 4), dtype)
+    features[3, 2] = value
+    return features
+
+
+@pytest.mark.parametrize("features, reason", [
+    (with_value(np.nan), "row 3"), (with_value(np.inf), "row 3"), (with_value(-np.inf), "row 3"),
+    (with_value(np.nan, np.float16), "row 3"), (np.ones(5, np.float32), "shape"),
+    (np.ones((5, 4, 2), np.float32), "shape"), (np.float32(3), "shape"), (np.ones((5, 0), np.float32), "shape"),
+    (np.ones((0, 4), np.float32), "shape"), (np.array([["a"] * 4] * 5), "not numbers"),
+    (np.ones((5, 4), np.complex64), "not numbers"), (np.ones((5, 4), bool), "not numbers"),
+    (np.zeros((5, 4), "M8[s]"), "not numbers"), (np.zeros(5, [("a", "f4"), ("b", "f4")]), "not numbers"),
+    (np.array([[None] * 4] * 5, object), "object"), (np.ones((3, 4), np.float32), "3 rows.*25 captions"),
+    (np.ones((26, 4), np.float32), "26 rows.*25 captions")],
+    ids=["nan", "inf", "-inf", "float16 nan", "1-D", "3-D", "0-D", "no width", "no rows", "text", "complex", "bool",
+         "dates", "records", "objects", "too few", "too many"])
+def test_features_that_cannot_be_used_are_refused(tmp_path, words, features, reason):
+    folder = precomp(tmp_path / "x_precomp", features, ["a"] * 25)
+    with pytest.raises(InputError, match=rf"train_ims\.npy.*{reason}") as caught:
+        PrecompDataset(folder, "train", words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: content[:40], lambda content: content[:-1], lambda content: b"PK" + content,
+    lambda content: b"\x93NUMPY\x01\x00\xff\xff" + content[10:], lambda content: b"not an array at all",
+    lambda content: content.replace(b"'<f4'", b"'@@@'")],
+    ids=["empty", "torn header", "torn", "zip", "header", "text", "type"])
+def test_torn_features_are_refused(tmp_path, words, damage):
+    folder = precomp(tmp_path / "x_precomp", np.ones((5, 4), np.float32), ["a"] * 25)
+    path = tmp_path / "x_precomp" / "train_ims.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"train_ims\.npy") as caught:
+        PrecompDataset(folder, "train", words)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_features_are_never_unpickled(tmp_path, words, monkeypatch):
+    class Smuggled:
+        def __reduce__(self):
+            return os.system, ("touch smuggled",)
+    monkeypatch.chdir(tmp_path)
+    objects = np.empty((5, 4), object)
+    objects[:] = Smuggled()
+    folder = precomp(tmp_path / "x_precomp", objects, ["a"] * 25)
+    with pytest.raises(InputError, match=r"train_ims\.npy"):
+        PrecompDataset(folder, "train", words)
+    assert not (tmp_path / "smuggled").exists()
+
+
+def test_an_archive_of_arrays_is_refused(tmp_path, words):
+    folder = precomp(tmp_path / "x_precomp", np.ones((5, 4), np.float32), ["a"] * 25)
+    with open(tmp_path / "x_precomp" / "train_ims.npy", "wb") as file:
+        np.savez(file, a=np.ones((5, 4)))
+    with pytest.raises(InputError, match=r"train_ims\.npy"):
+        PrecompDataset(folder, "train", words)
+
+
+def test_another_width_is_refused_with_both_numbers(drawn_data, words):
+    with pytest.raises(InputError, match=f"{IMG_DIM}.*2048"):
+        PrecompDataset(str(drawn_data / "tiny_precomp"), "train", words, img_dim=2048)
+
+
+@pytest.mark.parametrize("name", ["train_ims.npy", "train_caps.txt"])
+def test_a_missing_file_is_named(workdir, words, name):
+    (workdir / "data" / "tiny_precomp" / name).unlink()
+    with pytest.raises(InputError, match=name):
+        PrecompDataset("data/tiny_precomp", "train", words)
+
+
+# Raw images -------------------------------------------------------------------------------------
+
+def test_a_split_of_the_json_set_has_its_images_and_captions(drawn_data, words):
+    folder = drawn_data / "f8k"
+    dataset = FlickrDataset(str(folder / "images"), str(folder / "dataset_flickr8k.json"), "val", words)
+    assert len(dataset) == 10
+    image, caption, index, image_index = dataset[7]
+    assert (caption.tolist(), index, image_index) == (ids(captions_of(5)[2]), 7, 1)
+    assert image.tobytes() == Image.open(folder / "images" / "5.png").convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("number, mode", [(0, "RGB"), (1, "L"), (2, "RGBA"), (3, "P")])
+def test_images_of_every_mode_become_three_channels(drawn_data, words, number, mode):
+    folder = drawn_data / "f8k"
+    assert Image.open(folder / "images" / f"{number}.png").mode == mode
+    dataset = FlickrDataset(str(folder / "images"), str(folder / "dataset_flickr8k.json"), "train", words,
+                            transform=image_transform(False, 32))
+    image = dataset[5 * number][0]
+    assert image.shape == (3, 224, 224) and image.isfinite().all()
+
+
+def test_coco_captions_follow_the_ids(drawn_data, words):
+    folder = drawn_data / "coco"
+    ids_ = np.load(folder / "annotations" / "coco_train_ids.npy")
+    dataset = CocoDataset(str(folder / "images" / "train2014"), str(folder / "annotations/captions_train2014.json"),
+                          words, ids=ids_)
+    assert len(dataset) == 20
+    image, caption, index, image_index = dataset[11]  # the third image of the ids is number 3
+    assert (caption.tolist(), index, image_index) == (ids(captions_of(3)[1]), 11, 2)
+    assert image.size == (44, 36)
+
+
+def test_coco_without_ids_is_the_whole_file(drawn_data, words):
+    folder = drawn_data / "coco"
+    dataset = CocoDataset(str(folder / "images" / "val2014"), str(folder / "annotations/captions_val2014.json"), words)
+    assert len(dataset) == 30
+
+
+@pytest.mark.parametrize("split, use_restval, captions", [
+    ("train", False, 20), ("train", True, 30), ("dev", False, 10), ("val", True, 10), ("test", False, 10),
+    ("testall", False, 10)])
+def test_coco_splits_have_their_captions(drawn_data, words, split, use_restval, captions):
+    opt = options(data_path=str(drawn_data), use_restval=use_restval)
+    if split == "train":
+        loader, _ = get_loaders("coco", words, 32, 8, 0, opt)
+    else:
+        loader = get_test_loader(split, "coco", words, 32, 8, 0, opt)
+    assert len(loader.dataset) == captions
+
+
+def test_restval_comes_from_the_val_images(drawn_data, words):
+    loader, _ = get_loaders("coco", words, 32, 8, 0, options(data_path=str(drawn_data), use_restval=True))
+    image, caption, index, image_index = loader.dataset[25]  # the second restval image is number 9
+    assert (caption.tolist(), index, image_index) == (ids(captions_of(9)[0]), 25, 5)
+    assert image.shape == (3, 32, 32)
+
+
+def test_an_unknown_caption_id_is_named(workdir, words):
+    path = workdir / "data" / "coco" / "annotations" / "coco_train_ids.npy"
+    np.save(path, np.array([0, 999]))
+    with pytest.raises(InputError, match="999"):
+        get_loaders("coco", words, 32, 8, 0, options())
+
+
+@pytest.mark.parametrize("content", [np.array([1.5]), np.array([{}], object), np.array(["a"])], ids=str)
+def test_caption_ids_of_another_kind_are_refused(workdir, words, content):
+    np.save(workdir / "data" / "coco" / "annotations" / "coco_train_ids.npy", content)
+    with pytest.raises(InputError, match=r"coco_train_ids\.npy"):
+        get_loaders("coco", words, 32, 8, 0, options())
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", "{}", '{"images": [], "annotations": [{"id": 1}]}', '{"images": [{}], "annotations": []}', ""], ids=str)
+def test_broken_coco_annotations_are_refused(workdir, words, content):
+    (workdir / "data" / "coco" / "annotations" / "captions_train2014.json").write_text(content)
+    with pytest.raises(InputError, match=r"captions_train2014\.json") as caught:
+        get_loaders("coco", words, 32, 8, 0, options())
+    assert "\n" not in str(caught.value)
+
+
+def test_coco_annotations_of_images_that_are_not_listed_are_refused(workdir, words):
+    path = workdir / "data" / "coco" / "annotations" / "captions_train2014.json"
+    content = json.loads(path.read_text())
+    content["images"] = content["images"][:1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"captions_train2014\.json has no image"):
+        get_loaders("coco", words, 32, 8, 0, options())
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/passwd", "a/../../b.png", "", "..\\b.png", "a\0b.png"])
+def test_an_image_name_outside_its_folder_is_refused(tmp_path, words, name):
+    write_flickr(tmp_path / "f8k")
+    path = tmp_path / "f8k" / "dataset_flickr8k.json"
+    content = json.loads(path.read_text())
+    content["images"][0]["filename"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="outside"):
+        FlickrDataset(str(tmp_path / "f8k" / "images"), str(path), "train", words)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an image", "torn"], ids=["missing", "empty", "text", "torn"])
+def test_an_image_that_cannot_be_decoded_is_named(workdir, words, content):
+    path = workdir / "data" / "f8k" / "images" / "5.png"
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[:len(whole) // 2] if content == "torn" else content)
+    dataset = get_test_loader("dev", "f8k", words, 32, 8, 0, options()).dataset
+    with pytest.raises(InputError, match=r"5\.png"):
+        list(dataset.load_images(2))
+
+
+@pytest.mark.parametrize("split", ["testall", "restval"])
+def test_an_absent_split_of_the_json_set_is_named(drawn_data, words, split):
+    with pytest.raises(InputError, match=split):
+        get_test_loader(split, "f8k", words, 32, 8, 0, options(data_path=str(drawn_data)))
+
+
+@pytest.mark.parametrize("crop_size", [16, 33])
+def test_training_crops_have_the_crop_size(drawn_data, words, crop_size):
+    loader, _ = get_loaders("f8k", words, crop_size, 8, 0, options(data_path=str(drawn_data)))
+    assert loader.dataset[0][0].shape == (3, crop_size, crop_size)
+
+
+@pytest.mark.parametrize("train, size", [(True, 32), (False, 224)])
+def test_pixels_are_normalised_by_imagenet_s_numbers(train, size):
+    image = image_transform(train, 32)(Image.new("RGB", (300, 270), (51, 102, 255)))
+    expected = [(51 / 255 - 0.485) / 0.229, (102 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert image.shape == (3, size, size)
+    np.testing.assert_allclose(image, np.broadcast_to(np.reshape(expected, (3, 1, 1)), image.shape), atol=1e-5)
+
+
+def test_the_evaluation_crop_is_the_centre_of_256():
+    """A bright square on the middle of a wide image fills the crop's middle."""
+    picture = Image.new("L", (512, 256))
+    picture.paste(255, (144, 16, 368, 240))
+    image = image_transform(False, 32)(picture.convert("RGB"))
+    assert image[0].min() == image[0].max() > 0
+
+
+def batches_of(loader):
+    return [tuple(part.tolist() for part in map(torch.as_tensor, batch)) for batch in loader]
+
+
+def test_workers_do_not_change_what_is_loaded(drawn_data, words):
+    loaders = [get_loaders("f8k", words, 16, 8, workers, options(data_path=str(drawn_data)))[0] for workers in (0, 2)]
+    assert batches_of(loaders[0]) == batches_of(loaders[1])
+
+
+def test_random_crops_follow_the_seed_and_the_epoch(drawn_data, words):
+    def crops(seed, epoch):
+        loader, _ = get_loaders("f8k", words, 16, 20, 0, options(data_path=str(drawn_data), seed=seed))
+        loader.epoch = epoch
+        return next(iter(loader.load([torch.arange(20)])))[0]
+    first = crops(0, 0)
+    assert torch.equal(first, crops(0, 0))
+    assert not torch.equal(first, crops(0, 1)) and not torch.equal(first, crops(1, 0))
+
+
+def test_random_crops_leave_the_global_random_state_alone(drawn_data, words):
+    loader, _ = get_loaders("f8k", words, 16, 20, 0, options(data_path=str(drawn_data)))
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    loader.dataset[3]
+    assert torch.equal(torch.rand(1), expected)
+
+
+# Batches and loaders ----------------------------------------------------------------------------
+
+def test_collate_sorts_by_length_pads_and_keeps_the_places():
+    samples = [(torch.full((2,), float(number)), torch.arange(1, length + 1), 10 + number, number)
+               for number, length in enumerate([3, 5, 3, 5, 2])]
+    images, captions, lengths, numbers, places = collate_fn(samples)
+    assert images.tolist() == [[1, 1], [3, 3], [0, 0], [2, 2], [4, 4]]
+    assert captions.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 0, 0], [1, 2, 3, 0, 0], [1, 2, 0, 0, 0]]
+    assert list(lengths) == [5, 5, 3, 3, 2]
+    assert list(numbers) == list(places) == [11, 13, 10, 12, 14]
+
+
+def test_collate_takes_a_single_sample():
+    images, captions, lengths, numbers, _ = collate_fn([(torch.ones(3, 2, 2), torch.tensor([1, 2]), 4, 0)])
+    assert (images.shape, captions.tolist(), list(lengths), list(numbers)) == ((1, 3, 2, 2), [[1, 2]], [2], [4])
+
+
+@pytest.mark.parametrize("batch_size, sizes", [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (100, [7])])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_hands_out_every_caption_once_and_keeps_the_last_batch(tmp_path, words, shuffle, batch_size, sizes):
+    folder = precomp(tmp_path / "x_precomp", np.ones((7, 2), np.float32), ["a"] * 7)
+    loader = Loader(PrecompDataset(folder, "train", words), batch_size, shuffle)
+    batches = [batch[4].tolist() for batch in loader]
+    assert [len(batch) for batch in batches] == sizes and len(loader) == len(sizes)
+    assert sorted(sum(batches, [])) == list(range(7))
+    assert shuffle or sum(batches, []) == list(range(7))
+
+
+def test_the_order_follows_the_seed_the_epoch_and_the_draw_alone(drawn_data, words):
+    dataset = PrecompDataset(str(drawn_data / "tiny_precomp"), "train", words)
+
+    def order(seed, epoch, draw=0):
+        torch.manual_seed(seed + epoch + draw)
+        loader = Loader(dataset, 16, shuffle=True, seed=seed)
+        loader.epoch = epoch
+        return torch.cat(list(loader.batches(draw))).tolist()
+    assert order(0, 3) == order(0, 3)
+    assert len({tuple(order(*numbers)) for numbers in ((0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 1, 1))}) == 5
+
+
+def test_the_family_s_call_gives_both_loaders_and_the_feature_width(drawn_data, words):
+    opt = Namespace(data_path=str(drawn_data))
+    train, dev = get_loaders("tiny_precomp", words, 224, 16, 10, opt)
+    assert opt.img_dim == IMG_DIM
+    assert (len(train.dataset), len(dev.dataset)) == (60, 25)
+    images, captions, lengths, numbers, places = next(iter(dev))
+    assert images.shape == (16, IMG_DIM) and captions.shape == (16, int(lengths[0]))
+    assert sorted(map(int, numbers)) == sorted(map(int, places)) == list(range(16))
+
+
+@pytest.mark.parametrize("split, captions", [("dev", 25), ("val", 25), ("test", 30), ("testall", 50), ("train", 60)])
+def test_each_split_of_precomputed_features_is_found(drawn_data, words, split, captions):
+    loader = get_test_loader(split, "tiny_precomp", words, 224, 16, 0, Namespace(data_path=str(drawn_data)))
+    assert len(loader.dataset) == captions
+
+
+@pytest.mark.parametrize("split, captions", [("dev", 10), ("val", 10), ("test", 25)])
+def test_dev_and_val_are_one_split_of_the_json_set(drawn_data, words, split, captions):
+    loader = get_test_loader(split, "f8k", words, 224, 16, 0, Namespace(data_path=str(drawn_data)))
+    assert len(loader.dataset) == captions
+
+
+def test_any_name_in_the_json_layout_is_taken(tmp_path, words):
+    write_flickr(tmp_path / "mine", "mine")
+    assert len(get_test_loader("test", "mine", words, 32, 4, 0, options(data_path=str(tmp_path))).dataset) == 25
+
+
+@pytest.mark.parametrize("captions", [7, 10])
+def test_captions_that_are_not_five_an_image_cannot_be_evaluated(tmp_path, words, captions):
+    write_flickr(tmp_path / "f8k", splits=(("train", 2), ("test", 2)))
+    path = tmp_path / "f8k" / "dataset_flickr8k.json"
+    content = json.loads(path.read_text())
+    sentences = content["images"][2]["sentences"]
+    content["images"][2]["sentences"] = sentences[:captions - 5] if captions == 7 else sentences + sentences[:1]
+    if captions == 10:  # six and four
+        content["images"][3]["sentences"] = content["images"][3]["sentences"][:4]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"{captions} captions"):
+        get_test_loader("test", "f8k", words, 32, 4, 0, options(data_path=str(tmp_path)))
+
+
+def test_one_caption_a_row_that_are_not_five_an_image_cannot_be_evaluated(tmp_path, words):
+    precomp(tmp_path / "x_precomp", np.ones((7, 2), np.float32), ["a"] * 7, "test")
+    with pytest.raises(InputError, match="7 captions"):
+        get_test_loader("test", "x_precomp", words, 224, 4, 0, options(data_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["tiny_precomp", "f8k", "coco"])
+def test_a_missing_data_folder_is_named(tmp_path, words, name):
+    with pytest.raises(InputError, match=name):
+        get_loaders(name, words, 32, 4, 0, options(data_path=str(tmp_path)))
+
+
+def test_features_of_another_width_in_dev_are_refused(workdir, words):
+    write_precomp(workdir / "data" / "tiny_precomp", {"dev": 5}, width=IMG_DIM + 1)
+    with pytest.raises(InputError, match=f"dev_ims.npy.*{IMG_DIM + 1}.*{IMG_DIM}"):
+        get_loaders("tiny_precomp", words, 224, 4, 0, options())

@@ -1,0 +1,231 @@
+"""The losses against the released code's numbers and plain loops."""
+
+import json
+from argparse import Namespace
+
+import loops
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE
+
+from loss import ContrastiveLoss, cosine_sim, hal_loss, max_margin_loss, order_sim, sum_margin_loss
+
+CASES = json.loads((REFERENCE / "losses.json").read_text())
+BANK = ("bank_image_embeddings", "bank_caption_embeddings", "bank_indices")
+
+
+def options(**changes):
+    """The options a loss reads, at the released defaults."""
+    return Namespace(**{"measure": "cosine", "max_violation": False, "sum_violation": False, "margin": 0.2,
+                        "local_alpha": 30.0, "local_ep": 0.3, "global_alpha": 40.0, "global_beta": 40.0,
+                        "global_ep_posi": 0.2, "global_ep_nega": 0.1, "mb_k": 250, "mb_rate": 0.05, **changes})
+
+
+def embeddings(n, width=6, seed=0, dtype=torch.float64):
+    """(n, width) rows of length 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(n, width, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def matrix(n, seed=0):
+    """(n, n) similarities as a tensor and as the loops' rows."""
+    S = torch.rand(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    return S, [[loops.Decimal(float(x)) for x in row] for row in S]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_loss_and_gradients_equal_the_released_code(case):
+    numbers = {name: torch.from_numpy(np.asarray(value)) for name, value in
+               np.load(REFERENCE / case["file"]).items()}
+    im = numbers["image_embeddings"].requires_grad_()
+    s = numbers["caption_embeddings"].requires_grad_()
+    bank = [numbers[name] for name in BANK] if case["uses_bank"] else [None] * 3
+    loss = ContrastiveLoss(Namespace(**case["options"]))(im, s, *bank, numbers["indices"])
+    loss.backward()
+    assert loss.dtype == torch.float64
+    assert abs(loss.item() - case["loss"]) < 1e-9
+    assert (im.grad - numbers["grad_image"]).abs().max() < 1e-9
+    assert (s.grad - numbers["grad_caption"]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["uses_bank"]], ids=lambda case: case["name"])
+def test_the_batch_indices_may_come_as_a_tuple_and_the_bank_s_as_a_list(case):
+    """As the family's loaders and banks hand them over."""
+    numbers = np.load(REFERENCE / case["file"])
+    im, s, mb_img, mb_cap = (torch.from_numpy(numbers[name]) for name in ("image_embeddings", "caption_embeddings",
+                                                                          *BANK[:2]))
+    loss = ContrastiveLoss(Namespace(**case["options"]))(
+        im, s, mb_img, mb_cap, numbers["bank_indices"].tolist(), tuple(numbers["indices"].tolist()))
+    assert abs(loss.item() - case["loss"]) < 1e-9
+
+
+def test_cosine_similarity_is_the_dot_product_of_each_pair():
+    im, s = embeddings(3), embeddings(5, seed=1)
+    expected = [[float(x) for x in row] for row in loops.similarities(im.tolist(), s.tolist())]
+    np.testing.assert_allclose(cosine_sim(im, s), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 4)], ids=str)
+def test_order_similarity_is_the_negative_length_of_the_violations(shape, dtype):
+    im, s = embeddings(shape[0], dtype=dtype).abs(), embeddings(shape[1], seed=1, dtype=dtype).abs()
+    found = order_sim(im, s)
+    expected = [[float(x) for x in row] for row in loops.similarities(im.tolist(), s.tolist(), "order")]
+    assert found.dtype == dtype and (found <= 0).all()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def test_order_similarity_has_finite_gradients_where_nothing_is_violated():
+    im = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    s = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    order_sim(im, s).sum().backward()
+    assert im.grad.eq(0).all() and s.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 1.5])
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("loss, loop", [(sum_margin_loss, loops.sum_margin), (max_margin_loss, loops.max_margin)])
+def test_margin_losses_equal_the_loops(loss, loop, n, margin):
+    S, rows = matrix(n, seed=n)
+    assert float(loss(S, margin)) == pytest.approx(loop(rows, margin), abs=1e-12)
+
+
+@pytest.mark.parametrize("loss, expected", [(sum_margin_loss, 4 * 0.2), (max_margin_loss, 4 * 0.2)])
+def test_margin_losses_of_a_collapsed_pair_are_the_margins(loss, expected):
+    assert float(loss(torch.full((2, 2), 0.7, dtype=torch.float64), 0.2)) == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("alpha, epsilon", [(30.0, 0.3), (60.0, 0.7), (1.0, 0.0), (5.0, -0.2)])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_local_hal_equals_the_loop(n, alpha, epsilon):
+    S, rows = matrix(n, seed=10 + n)
+    assert float(hal_loss(S, alpha, epsilon)) == pytest.approx(loops.hal(rows, alpha, epsilon), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_weighted_hal_equals_the_loop(n):
+    S, rows = matrix(n, seed=20 + n)
+    W, w = torch.rand(n, n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
+    W.fill_diagonal_(0)
+    expected = loops.hal(rows, 30.0, 0.3, [[loops.Decimal(float(x)) for x in row] for row in W],
+                         [loops.Decimal(float(x)) for x in w])
+    assert float(hal_loss(S, 30.0, 0.3, (W, w))) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("alpha", [1e3, 1e5, 1e8])
+def test_local_hal_stays_finite_and_right_at_scales_that_overflow_exp(alpha, dtype, tolerance):
+    S, rows = matrix(5, seed=3)
+    S = S.to(dtype).requires_grad_()
+    loss = hal_loss(S, alpha, 0.3)
+    loss.backward()
+    rows = [[loops.Decimal(float(x)) for x in row] for row in S.detach()]
+    assert loss.item() == pytest.approx(loops.hal(rows, alpha, 0.3), abs=tolerance)
+    assert S.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+@pytest.mark.parametrize("scale", [1e3, 1e6])
+def test_global_hal_stays_finite_and_right_at_scales_that_overflow_exp(scale, dtype, tolerance):
+    im, s = embeddings(4, dtype=dtype).requires_grad_(), embeddings(4, seed=1, dtype=dtype).requires_grad_()
+    bank = (embeddings(9, seed=2, dtype=dtype), embeddings(9, seed=3, dtype=dtype), torch.arange(9))
+    indices = torch.tensor([2, 50, 51, 52])
+    opt = options(local_alpha=scale, global_alpha=scale, global_beta=scale, mb_k=3)
+    loss = ContrastiveLoss(opt)(im, s, *bank, indices)
+    loss.backward()
+    parts = im.tolist(), s.tolist()
+    W, w = loops.global_weights(*parts, indices, [part.tolist() for part in bank], 3, scale, scale, 0.1)
+    assert loss.item() == pytest.approx(loops.hal(loops.similarities(*parts), scale, 0.3, W, w), abs=tolerance)
+    assert im.grad.isfinite().all() and s.grad.isfinite().all()
+
+
+def test_a_pair_with_negative_similarity_draws_no_positive_gradient():
+    S = torch.tensor([[-0.1, 0.2], [0.1, 0.5]], dtype=torch.float64, requires_grad=True)
+    hal_loss(S, 30.0, 0.3).backward()
+    assert S.grad[0, 0] == 0
+    assert S.grad[1, 1] == pytest.approx(-1 / (2 * 1.5), abs=1e-12)
+
+
+@pytest.mark.parametrize("flags, loop", [
+    ({"max_violation": True}, loops.max_margin), ({"sum_violation": True}, loops.sum_margin),
+    ({"max_violation": True, "sum_violation": True}, loops.max_margin)])
+@pytest.mark.parametrize("measure", ["cosine", "order"])
+def test_the_options_choose_the_margin_loss_and_max_wins(measure, flags, loop):
+    im, s = embeddings(5).abs(), embeddings(5, seed=1).abs()
+    found = ContrastiveLoss(options(measure=measure, margin=0.3, **flags))(im, s)
+    assert float(found) == pytest.approx(loop(loops.similarities(im.tolist(), s.tolist(), measure), 0.3), abs=1e-12)
+
+
+def test_hal_with_the_order_similarity_is_still_computed():
+    im, s = embeddings(5).abs(), embeddings(5, seed=1).abs()
+    S = loops.similarities(im.tolist(), s.tolist(), "order")
+    assert float(ContrastiveLoss(options(measure="order"))(im, s)) == pytest.approx(loops.hal(S, 30.0, 0.3), abs=1e-12)
+
+
+@pytest.mark.parametrize("measure", ["cosine", "order"])
+@pytest.mark.parametrize("n, bank_size, k, indices", [
+    (5, 12, 3, range(100, 105)), (5, 12, 4, [0, 3, 100, 101, 11]), (1, 12, 250, [4]), (5, 12, 250, range(5)),
+    (5, 3, 4, [0, 100, 101, 102, 103]), (5, 1, 4, range(100, 105))],
+    ids=["none left out", "some left out", "batch of one", "k beyond the batch", "fewer than k", "one entry"])
+def test_global_hal_equals_the_loop(n, bank_size, k, indices, measure):
+    im, s = embeddings(n).abs(), embeddings(n, seed=1).abs()
+    bank = embeddings(bank_size, seed=2).abs(), embeddings(bank_size, seed=3).abs(), torch.arange(bank_size)
+    parts = im.tolist(), s.tolist()
+    W, w = loops.global_weights(*parts, indices, [part.tolist() for part in bank], k, 40, 40, 0.1, measure=measure)
+    expected = loops.hal(loops.similarities(*parts, measure), 30.0, 0.3, W, w)
+    found = ContrastiveLoss(options(mb_k=k, measure=measure))(im, s, *bank, torch.tensor(list(indices)))
+    assert float(found) == pytest.approx(expected, abs=1e-11)
+
+
+@pytest.mark.parametrize("bank_indices", [[], [7, 8], [8, 7, 7, 8]], ids=["empty bank", "all left out", "doubles"])
+def test_without_bank_entries_it_is_the_local_loss_with_its_gradients(bank_indices):
+    im, s = embeddings(2).requires_grad_(), embeddings(2, seed=1).requires_grad_()
+    n = len(bank_indices)
+    bank = embeddings(n, seed=2), embeddings(n, seed=3), torch.tensor(bank_indices, dtype=torch.int64)
+    loss = ContrastiveLoss(options())(im, s, *bank, torch.tensor([7, 8]))
+    expected = loops.hal(loops.similarities(im.tolist(), s.tolist()), 30.0, 0.3)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    found = torch.autograd.grad(loss, (im, s))
+    local = torch.autograd.grad(hal_loss(cosine_sim(im, s)), (im, s))
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, local))
+
+
+def test_no_gradient_reaches_the_bank_or_flows_through_its_weights():
+    im, s = embeddings(4).requires_grad_(), embeddings(4, seed=1).requires_grad_()
+    bank_images, bank_captions = embeddings(9, seed=2).requires_grad_(), embeddings(9, seed=3).requires_grad_()
+    loss = ContrastiveLoss(options(mb_k=3))(im, s, bank_images, bank_captions, torch.arange(9), torch.arange(20, 24))
+    loss.backward()
+    assert bank_images.grad is None and bank_captions.grad is None
+    W, w = loops.global_weights(im.tolist(), s.tolist(), range(20, 24),
+                                (bank_images.tolist(), bank_captions.tolist(), range(9)), 3, 40, 40, 0.1)
+    weights = (torch.tensor([[float(x) for x in row] for row in W], dtype=torch.float64),
+               torch.tensor([float(x) for x in w], dtype=torch.float64))
+    fixed, = torch.autograd.grad(hal_loss(cosine_sim(im, s), 30.0, 0.3, weights), im)
+    assert (im.grad - fixed).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("flags", [{}, {"max_violation": True}, {"sum_violation": True}])
+def test_zero_embeddings_give_a_finite_loss_and_gradient(flags):
+    im, s = torch.zeros(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
+    loss = ContrastiveLoss(options(**flags))(im, s)
+    loss.backward()
+    assert loss.isfinite() and im.grad.isfinite().all() and s.grad.isfinite().all()
+
+
+def test_the_loss_leaves_its_inputs_as_they_are():
+    S, _ = matrix(4)
+    before = S.clone()
+    hal_loss(S), max_margin_loss(S), sum_margin_loss(S)
+    assert torch.equal(S, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_loss_on_cuda_equals_the_released_code(case):
+    numbers = {name: torch.from_numpy(np.asarray(value)).cuda() for name, value in
+               np.load(REFERENCE / case["file"]).items()}
+    bank = [numbers[name] for name in BANK] if case["uses_bank"] else [None] * 3
+    loss = ContrastiveLoss(Namespace(**case["options"]))(numbers["image_embeddings"], numbers["caption_embeddings"],
+                                                         *bank, numbers["indices"].cpu())
+    assert abs(loss.item() - case["loss"]) < 1e-9
