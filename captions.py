@@ -1,6 +1,7 @@
 """Captions as word ids: tokenized once, on all cores, and kept in a cache folder."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import sys
@@ -78,7 +79,7 @@ def number_words(captions, vocab, reading="text", cache_dir=None):
 def _key(captions, vocab, reading):
     digest = hashlib.sha256(f"{TOKENIZER_VERSION}\0{reading}\0".encode())
     for lines in (vocab.words, captions):
-        digest.update("\n".join(lines).encode("utf-8", "surrogatepass") + b"\0\0")
+        digest.update(json.dumps(lines).encode())
     return digest.hexdigest()[:32]
 
 

@@ -2,10 +2,13 @@
 
 A checkpoint is a dict: `epoch` (finished epochs), `model` = [image state, text state],
 `best_rsum`, `opt` (argparse.Namespace), `Eiters` (steps), as the released code writes it. Ours
-add `vocabulary` (words), `caption_reading`, `optimizer` and `random_states`.
+add `vocabulary` (words), `caption_reading`, `optimizer`, `random_states` and `progress` (within an epoch).
 """
 
 import argparse
+import glob
+import os
+import re
 import shutil
 
 import numpy as np
@@ -21,9 +24,14 @@ OPTION_DEFAULTS = {
     "workers": 10, "use_restval": False, "data_path": "data", "data_name": "precomp", "vocab_path": "./vocab/",
     "logger_name": "runs/runX", "margin": 0.2, "max_violation": False, "sum_violation": False, "memory_bank": False,
 }
-# What makes another model of the same flags; a resumed run must agree on it.
-MODEL_OPTIONS = ("data_name", "img_dim", "embed_size", "word_dim", "num_layers", "vocab_size", "measure", "use_abs",
-                 "no_imgnorm", "finetune", "cnn_type")
+# What a resumed run may change; whatever else differs would make another model of it.
+FREE_OPTIONS = {
+    "data_path", "vocab_path", "cache_dir", "features_on_device", "logger_name", "resume", "init_from", "cnn_weights",
+    "num_epochs", "learning_rate", "lr_update", "workers", "device", "amp", "log_step", "val_step", "save_step",
+    "save_all", "keep", "record_val", "reset_train", "skip_bad_steps", "collapse_patience", "on_collapse"}
+# What the weights of one model share with another's.
+MODEL_OPTIONS = ("img_dim", "embed_size", "word_dim", "num_layers", "vocab_size", "measure", "use_abs", "no_imgnorm",
+                 "cnn_type")
 _SCALARS = [argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
             np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
 
@@ -40,8 +48,8 @@ def copy(source, target):
         shutil.copyfileobj(original, file)
 
 
-def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum):
-    """The checkpoint dict of a run after `epoch` epochs and `steps` steps."""
+def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progress):
+    """The checkpoint dict of a run after `epoch` epochs and `steps` steps; progress: its place within the epoch."""
     return {
         "epoch": epoch,
         "model": [model.img_enc.state_dict(), model.txt_enc.state_dict()],
@@ -51,6 +59,7 @@ def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum):
         "vocabulary": vocabulary.words,
         "caption_reading": opt.caption_reading,
         "optimizer": optimizer.state_dict(),
+        "progress": progress,
         "random_states": {"cpu": torch.get_rng_state(),
                           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
     }
@@ -69,11 +78,13 @@ def load(path):
         raise InputError(f"checkpoint {path} cannot be read ({error.strerror or error}): check the path") from error
     except Exception as error:  # torn files raise many kinds
         reason = str(error) or repr(error)
-        if "Unsupported global" in reason or "Unsupported class" in reason:
-            name = reason.split("GLOBAL ")[-1].split(" ")[0]
-            raise InputError(f"checkpoint {path} is refused: it asks to load {name}, which could run code") from error
-        raise InputError(f"{path} is not a checkpoint, or is cut short ({reason.splitlines()[0]}): fetch or make it "
-                         "again") from error
+        asked = re.search(r"GLOBAL ([\w.]+)", reason)
+        if asked:
+            raise InputError(f"checkpoint {path} is refused: it asks to load {asked[1]}, which could run code"
+                             ) from error
+        detail = re.search(r"WeightsUnpickler error: (.+)", reason) or re.search(r"(.+)", reason)
+        raise InputError(f"{path} is not a checkpoint, or is cut short ({detail[1]}): fetch or make it again"
+                         ) from error
     _check(content, path)
     opt = content["opt"]
     for name, value in {**OPTION_DEFAULTS, **_sizes(content["model"])}.items():
@@ -88,6 +99,9 @@ def load(path):
                 isinstance(value, float) and isinstance(getattr(opt, name), int)):
             raise InputError(f"checkpoint {path} has the option {name} = {getattr(opt, name)!r}, which should be like "
                              f"{value!r}")
+    if opt.measure not in ("cosine", "order") or min(opt.batch_size, opt.crop_size, opt.workers + 1) < 1:
+        raise InputError(f"checkpoint {path} has options out of range: measure {opt.measure}, batch_size "
+                         f"{opt.batch_size}, crop_size {opt.crop_size}, workers {opt.workers}")
     return content
 
 
@@ -151,26 +165,45 @@ def vocabulary(content, path):
     return vocabulary_of(words, f"the vocabulary in {path}")
 
 
-def restore(content, path, model, optimizer, opt):
+def newest(folder, log):
+    """(content, path) of the furthest checkpoint of ours in a run folder, or (None, "") where there is none."""
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.pth.tar")):
+        try:
+            content = load(path)
+            if "optimizer" in content:
+                found.append((content["Eiters"], os.path.getmtime(path), path, content))
+        except InputError as error:
+            log(f"Passed over: {error}")
+    return max(found, key=lambda item: item[:3])[:1:-1] if found else (None, "")
+
+
+def restore(content, path, model, optimizer, opt, log):
     """Take up a run where a checkpoint of ours left it: weights, optimizer, random states.
 
-    Returns (epoch, steps, best_rsum). Raises InputError for a checkpoint that lacks the optimizer
-    (the released code's) and for options that make another model.
+    Returns (epoch, steps, best_rsum, progress). Raises InputError for a checkpoint that lacks the optimizer (the
+    released code's) and for options that make another model; says which others have changed.
     """
     if "optimizer" not in content or "random_states" not in content:
         raise InputError(f"--resume {path}: this checkpoint has no optimizer state, so it cannot be continued; start "
                          f"from its weights with --init_from {path}")
-    for name in MODEL_OPTIONS:
-        if getattr(opt, name) != getattr(content["opt"], name):
-            raise InputError(f"--resume {path}: --{name} was {getattr(content['opt'], name)} there and is "
-                             f"{getattr(opt, name)} here; give it as it was, or use --init_from")
+    for name, now in vars(opt).items():
+        then = getattr(content["opt"], name, now)
+        if now != then and name not in FREE_OPTIONS:
+            raise InputError(f"--resume {path}: --{name} was {then} there and is {now} here; give it as it was, or "
+                             "start another run with --init_from")
+        if now != then and name not in ("resume", "init_from"):
+            log(f"--{name} was {then} before, and is {now} from here on")
     load_weights(model, content, path)
     try:
         optimizer.load_state_dict(content["optimizer"])
+        for parameter, state in optimizer.state.items():
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape:
+                raise ValueError("Adam's moments have another shape than the weights")
         torch.set_rng_state(content["random_states"]["cpu"])
         if torch.cuda.is_available() and len(content["random_states"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(content["random_states"]["cuda"])
-        return int(content["epoch"]), int(content["Eiters"]), float(content["best_rsum"])
+        return int(content["epoch"]), int(content["Eiters"]), float(content["best_rsum"]), content.get("progress")
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise InputError(f"--resume {path}: its optimizer or random states are damaged ({error!r}); start from its "
                          f"weights with --init_from {path}") from error

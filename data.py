@@ -9,6 +9,7 @@ Every data set has five captions an image, in image order, unless it says otherw
 
 import io
 import os
+import signal
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -21,6 +22,7 @@ from vocab import COCO_ANNOTATIONS, flickr_json_name, read_captions, read_flickr
 CAPTIONS_PER_IMAGE = 5
 DEV_CAPTIONS = 5000  # the released code's cap on the dev split
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WORKER_GRACE = 20  # seconds
 FULL_IMG_DIM = 4096  # the released default, without effect on raw images
 FEATURE_BLOCK = 4096  # rows of a feature file checked at a time
 
@@ -125,13 +127,14 @@ def open_features(path):
         raise InputError(f"feature file {path} holds {kind}, not numbers: save float16 or float32 features")
     if features.ndim != 2 or 0 in features.shape:
         raise InputError(f"feature file {path} has shape {features.shape}: it must be (images, feature width)")
+    if features.dtype not in (np.float16, np.float32):
+        with np.errstate(over="ignore"):
+            features = features.astype(np.float32)  # other kinds are rare enough to be held in memory
     for start in range(0, len(features), FEATURE_BLOCK):
         finite = np.isfinite(features[start:start + FEATURE_BLOCK]).all(axis=1)
         if not finite.all():
             raise InputError(f"feature file {path} has NaN or infinity in row {start + int(finite.argmin())}: "
                              "make the features again")
-    if features.dtype not in (np.float16, np.float32):
-        features = features.astype(np.float32)  # other kinds are rare enough to be held in memory
     return torch.from_numpy(features)
 
 
@@ -176,13 +179,37 @@ class ImageDataset(torch.utils.data.Dataset):
     def load(self, batches, workers=0, epoch=0):
         """For each (B,) tensor of caption indices a batch as `collate_fn` makes it."""
         self.epoch = epoch
-        yield from torch.utils.data.DataLoader(
-            self, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers, collate_fn=collate_fn,
-            pin_memory=torch.cuda.is_available())
+        return _from_workers(torch.utils.data.DataLoader(
+            self, batch_sampler=[batch.tolist() for batch in batches], collate_fn=collate_fn,
+            pin_memory=torch.cuda.is_available(), **_worker_options(workers)))
 
     def load_images(self, batch_size, workers=0):
         """Each image once, in order, in batches (B, 3, H, W)."""
-        yield from torch.utils.data.DataLoader(_Images(self), batch_size=batch_size, num_workers=workers)
+        return _from_workers(torch.utils.data.DataLoader(_Images(self), batch_size=batch_size,
+                                                         **_worker_options(workers)))
+
+
+def _from_workers(loader):
+    """The loader's batches; a worker's InputError comes without the traceback that DataLoader wraps it in."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    except InputError as error:
+        raise InputError(str(error).split("errors.InputError: ")[-1]) from None
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # or they would be waited for at exit, still holding the error
+            batches._shutdown_workers()
+
+
+def _worker_options(workers):
+    """DataLoader's options: draws of its own kept out of the run's, signals left to the main process."""
+    return {"num_workers": workers, "generator": torch.Generator(), "worker_init_fn": _outlive_signals}
+
+
+def _outlive_signals(worker):
+    """A pre-empted job's processes all get the signal; workers give the main one time to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
 class _Images(torch.utils.data.Dataset):

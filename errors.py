@@ -14,7 +14,10 @@ from contextlib import contextmanager
 
 
 class InputError(Exception):
-    """Bad input; the message is one sentence for the person at the keyboard."""
+    """Bad input; the message is one sentence, on one line, for the person at the keyboard."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -32,10 +35,10 @@ def number(kind, low, high=math.inf, low_allowed=True):
     """An argparse type: an int or float from `low` (or just above it) to `high`."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high) or (value == low and not low_allowed) or value == math.inf:
-            bounds = f"{'at least' if low_allowed else 'above'} {low}"
+        if not (low <= value <= high) or (value == low and not low_allowed) or not math.isfinite(value):
+            bounds = f" {'at least' if low_allowed else 'above'} {low}" if low > -math.inf else ""
             bounds += f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give a number {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give a finite number{bounds}")
         return value
     parse.__name__ = kind.__name__  # argparse's "invalid int value"
     return parse

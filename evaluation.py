@@ -23,7 +23,8 @@ from model import VSE
 from vocab import find_vocabulary, vocabulary_path
 
 FOLDS = 5
-TILE_IMAGES = {"cosine": 128, "order": 16}  # images a tile of the similarity matrix; five times as many captions
+TILE_IMAGES = {"cosine": 128, "order": 16}  # at most, of a tile of the similarity matrix; with five times the captions
+TILE_ROUND = 8
 
 
 class AverageMeter:
@@ -52,6 +53,15 @@ class LogCollector:
     def update(self, k, v, n=0):
         """Take in value `v` of meter `k`; see AverageMeter."""
         self.meters.setdefault(k, AverageMeter()).update(v, n)
+
+    def state(self):
+        """{name: the meter's values}, for a checkpoint."""
+        return {name: vars(meter) for name, meter in self.meters.items()}
+
+    def restore(self, state):
+        """Take up `state()`."""
+        for name, values in state.items():
+            vars(self.meters.setdefault(name, AverageMeter())).update(values)
 
     def __str__(self):
         return "  ".join(f"{name} {meter}" for name, meter in self.meters.items())
@@ -109,28 +119,25 @@ def rank_both_ways(images, captions, measure="cosine", top1=True):
     tiles that stay in cache and serve both directions: nothing of its size is kept. Without `top1`
     the first items are not looked for (None), which is a little faster.
     """
-    scores_of, tile = _Tiles(measure, images), TILE_IMAGES[measure]
-    image_blocks, caption_blocks = images.split(tile), captions.split(tile * CAPTIONS_PER_IMAGE)
-    own = torch.cat([_own_scores(scores_of(*blocks)).clone() for blocks in zip(image_blocks, caption_blocks)])
-    image_bars = _just_below(own.amax(1, keepdim=True)).split(tile)
-    caption_bars = _just_below(own.reshape(1, -1)).split(tile * CAPTIONS_PER_IMAGE, dim=1)
+    tiles = _Tiles(images, captions, measure)
+    own = torch.cat([_own_scores(tiles.scores(block, block)).clone() for block in range(tiles.count)])
+    image_bars, caption_bars = _just_below(own.amax(1, keepdim=True)), _just_below(own.reshape(1, -1))
 
     lower_captions, lower_images = own.new_zeros(len(images)), own.new_zeros(len(captions))
     best_caption, best_image = (_Best(len(queries), own) if top1 else None for queries in (images, captions))
-    below = images.new_empty(tile, tile * CAPTIONS_PER_IMAGE)
-    for i, image_block in enumerate(image_blocks):
-        rows = slice(i * tile, i * tile + len(image_block))
-        for c, caption_block in enumerate(caption_blocks):
-            columns = slice(c * tile * CAPTIONS_PER_IMAGE, c * tile * CAPTIONS_PER_IMAGE + len(caption_block))
-            scores, flags = scores_of(image_block, caption_block), below[:len(image_block), :len(caption_block)]
+    below = torch.empty_like(tiles.scores(0, 0))
+    for i in range(tiles.count):
+        for c in range(tiles.count):
+            scores, rows, columns = tiles.scores(i, c), tiles.image_rows(i), tiles.caption_rows(c)
+            flags = below[:len(scores), :scores.shape[1]]
             if top1:
                 best_caption.update(rows, scores, 1, columns.start)
                 best_image.update(columns, scores, 0, rows.start)
             if i == c:
                 _own_scores(scores).fill_(-torch.inf)
             # Comparing into floats is several times faster than into bools that are then counted.
-            lower_captions[rows] += torch.lt(scores, image_bars[i], out=flags).sum(1)
-            lower_images[columns] += torch.lt(scores, caption_bars[c], out=flags).sum(0)
+            lower_captions[rows] += torch.lt(scores, image_bars[rows], out=flags).sum(1)
+            lower_images[columns] += torch.lt(scores, caption_bars[:, columns], out=flags).sum(0)
     # Own pairs were counted as lower; where even they were not (NaN), nothing is.
     image_ranks = (len(captions) - lower_captions).clamp(max=len(captions) - CAPTIONS_PER_IMAGE)
     caption_ranks = (len(images) - lower_images).clamp(max=len(images) - 1)
@@ -139,17 +146,38 @@ def rank_both_ways(images, captions, measure="cosine", top1=True):
 
 
 class _Tiles:
-    """Scores of blocks of images and captions; one buffer serves all cosine tiles."""
+    """The similarity matrix in tiles of n images and 5n captions, all products of one shape.
 
-    def __init__(self, measure, like):
-        tile = TILE_IMAGES[measure]
-        self.similarity = SIMILARITIES[measure]
-        self.buffer = like.new_empty(tile, tile * CAPTIONS_PER_IMAGE) if measure == "cosine" else None
+    Libraries compute small products in another order: with a ragged last tile, equal embeddings would
+    not get equal scores. So both sides are filled up with zeros, and tiles cut to what is real.
+    """
 
-    def __call__(self, images, captions):
-        if self.buffer is None:
-            return self.similarity(images, captions)
-        return torch.mm(images, captions.t(), out=self.buffer[:len(images), :len(captions)])
+    def __init__(self, images, captions, measure):
+        self.measure, self.images, self.captions = measure, images, captions
+        self.count = -(-len(images) // TILE_IMAGES[measure])
+        self.size = -(-len(images) // self.count // TILE_ROUND) * TILE_ROUND
+        self.buffer = images.new_empty(self.size, self.size * CAPTIONS_PER_IMAGE)
+
+    def image_rows(self, block):
+        """The images of a block."""
+        return slice(block * self.size, min((block + 1) * self.size, len(self.images)))
+
+    def caption_rows(self, block):
+        """The captions of a block: those of its images."""
+        rows = self.image_rows(block)
+        return slice(rows.start * CAPTIONS_PER_IMAGE, rows.stop * CAPTIONS_PER_IMAGE)
+
+    def scores(self, image_block, caption_block):
+        """A tile (images, captions); valid until the next one is asked for."""
+        images, captions = self.images[self.image_rows(image_block)], self.captions[self.caption_rows(caption_block)]
+        if self.measure != "cosine":
+            return SIMILARITIES[self.measure](images, captions)
+        torch.mm(_filled(images, self.size), _filled(captions, self.size * CAPTIONS_PER_IMAGE).t(), out=self.buffer)
+        return self.buffer[:len(images), :len(captions)]
+
+
+def _filled(rows, n):
+    return rows if len(rows) == n else torch.cat([rows, rows.new_zeros(n - len(rows), rows.shape[1])])
 
 
 def _own_scores(scores):
@@ -370,7 +398,7 @@ def _write_results(opt_eval, opt, split, metrics, folds, rankings, images, capti
         rows = {"_fold1": folds[0], "_fold5": metrics} if folds else {"": metrics}
         for suffix, row in rows.items():
             figures = ", ".join(f"{value:.1f}" for value in (*row.i2t, *row.t2i, row.rsum))
-            _append(opt_eval.save_csv + suffix, f"{opt.logger_name}, {figures}\n")
+            append(opt_eval.save_csv + suffix, f"{opt.logger_name}, {figures}\n")
     if getattr(opt_eval, "save_json", None):
         with replacing(opt_eval.save_json, "w", encoding="utf-8") as file:
             json.dump({"model_path": opt_eval.model_path, "data_name": opt.data_name, "split": split,
@@ -383,7 +411,7 @@ def _write_results(opt_eval, opt, split, metrics, folds, rankings, images, capti
                      cap_embs=captions.cpu().numpy())
 
 
-def _append(path, line):
+def append(path, line):
     """Add a line to a text file; raises InputError where it cannot be written."""
     try:
         with open(path, "a", encoding="utf-8") as file:

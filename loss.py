@@ -75,12 +75,16 @@ def _log_one_plus_sum_exp(exponents, dim):
     return (shifted + (-largest).exp().squeeze(dim)).log() + largest.squeeze(dim)
 
 
+def loss_kind(opt):
+    """Which loss the options name: "max", "sum" or "hal"; `max_violation` wins over `sum_violation`."""
+    return "max" if opt.max_violation else "sum" if opt.sum_violation else "hal"
+
+
 class ContrastiveLoss(nn.Module):
     """The loss that the options name, with the call of the VSE++ family.
 
     opt: measure, margin, max_violation, sum_violation, local_alpha, local_ep and, for the memory
-    bank, global_alpha, global_beta, global_ep_nega, mb_k. `max_violation` wins over `sum_violation`;
-    with neither it is HAL. (global_ep_posi cancels in the weights: it has no effect.)
+    bank, global_alpha, global_beta, global_ep_nega, mb_k. (global_ep_posi cancels in the weights.)
     """
 
     def __init__(self, opt):
@@ -94,11 +98,13 @@ class ContrastiveLoss(nn.Module):
         mb_img, mb_cap: (n, D) and mb_ind: (n,), the memory bank; indices: (B,) the batch's caption
         indices, whose bank entries are left out. Without a bank the local loss is taken.
         """
-        opt, similarities = self.opt, self.similarity(im, s)
-        if opt.max_violation:
-            return max_margin_loss(similarities, opt.margin)
-        if opt.sum_violation:
-            return sum_margin_loss(similarities, opt.margin)
+        return self.of_similarities(self.similarity(im, s), im, s, mb_img, mb_cap, mb_ind, indices)
+
+    def of_similarities(self, similarities, im, s, mb_img=None, mb_cap=None, mb_ind=None, indices=None):
+        """The same, where the similarities (B, B) of im and s are at hand."""
+        opt, kind = self.opt, loss_kind(self.opt)
+        if kind != "hal":
+            return {"max": max_margin_loss, "sum": sum_margin_loss}[kind](similarities, opt.margin)
         weights = None
         if mb_img is not None and len(mb_img):
             bank = MemoryBank(mb_img, mb_cap, torch.as_tensor(mb_ind, device=im.device))

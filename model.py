@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from errors import InputError
@@ -18,8 +17,9 @@ from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on
 
 
 def l2norm(X):
-    """(n, D) rows scaled to length 1; a zero row stays zero."""
-    return F.normalize(X, dim=1, eps=torch.finfo(X.dtype).tiny)
+    """(n, D) rows scaled to length 1; a zero row stays zero, with a gradient that stays finite."""
+    lengths = torch.linalg.vector_norm(X, dim=1, keepdim=True)
+    return X / lengths.masked_fill(lengths == 0, 1)
 
 
 def _init_fc(in_features, embed_size):
@@ -71,7 +71,7 @@ class _Module(nn.Module):
 def cnn_types():
     """The names that --cnn_type takes: every VGG and ResNet of torchvision."""
     from torchvision import models
-    return [name for family in (models.vgg, models.resnet) for name in models.list_models(module=family)]
+    return models.list_models(module=models, include=["vgg*", "resnet*", "resnext*", "wide_resnet*"])
 
 
 def _build_cnn(cnn_type, weights):

@@ -10,23 +10,29 @@ TensorBoard, checkpoints to --logger_name.
 """
 
 import argparse
+import glob
+import math
 import os
+import signal
 import sys
 import time
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
 import checkpoint
+import run_record
 import sample_data
 from data import get_loaders, seed_for
 from device import choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, run_script
-from evaluation import LogCollector, embed, metrics_of, split_loss
-from loss import ContrastiveLoss
-from memory_bank import build_bank, draw_batches
+from evaluation import LogCollector, append, embed, metrics_of, split_loss
+from loss import ContrastiveLoss, loss_kind
+from memory_bank import MemoryBank, build_bank, draw_batches
 from model import VSE, cnn_types
 from vocab import READINGS, build_vocab, find_vocabulary, vocabulary_path, write_vocabulary
+from watch import StepFigures, Watch, figures_of
 
 BANK_DRAW = 1  # the bank's order of an epoch, beside training's 0
 KEEP_DRAW = 2
@@ -36,6 +42,7 @@ def parse_args(argv=None):
     """The script's flags; original names and defaults."""
     parser = ArgumentParser("Train a visual-semantic embedding with HAL or a margin loss.")
     count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
+    finite = number(float, -math.inf)
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", default="data", help="folder that holds the data sets")
@@ -68,13 +75,13 @@ def parse_args(argv=None):
     loss.add_argument("--max_violation", action="store_true", help="max-margin (VSE++): the hardest negatives")
     loss.add_argument("--sum_violation", action="store_true", help="sum-margin: all negatives")
     loss.add_argument("--local_alpha", default=30.0, type=positive, help="HAL: scale a in exp(a (S_ij - e))")
-    loss.add_argument("--local_ep", default=0.3, type=float, help="HAL: margin e in exp(a (S_ij - e))")
+    loss.add_argument("--local_ep", default=0.3, type=finite, help="HAL: margin e in exp(a (S_ij - e))")
     loss.add_argument("--memory_bank", action="store_true", help="HAL: global weights from a memory bank, from the "
                                                                  "second epoch on")
     loss.add_argument("--global_alpha", default=40.0, type=share, help="bank: scale g of the positive weights w_i")
     loss.add_argument("--global_beta", default=40.0, type=share, help="bank: scale b of the pair weights W_ij")
-    loss.add_argument("--global_ep_posi", default=0.2, type=float, help="bank: e+ of w_i (it cancels: no effect)")
-    loss.add_argument("--global_ep_nega", default=0.1, type=float, help="bank: e- in exp(b P_ik - e-)")
+    loss.add_argument("--global_ep_posi", default=0.2, type=finite, help="bank: e+ of w_i (it cancels: no effect)")
+    loss.add_argument("--global_ep_nega", default=0.1, type=finite, help="bank: e- in exp(b P_ik - e-)")
     loss.add_argument("--mb_k", default=250, type=count, help="bank: nearest neighbours that count")
     loss.add_argument("--mb_rate", default=0.05, type=number(float, 0, 1, low_allowed=False),
                       help="bank: share of the training pairs it holds")
@@ -85,12 +92,23 @@ def parse_args(argv=None):
     training.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
     training.add_argument("--lr_update", default=8, type=count, help="epochs after which it is divided by 10")
     training.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
+    training.add_argument("--lr_warmup_steps", default=0, type=number(int, 0),
+                          help="steps over which the learning rate rises linearly to --learning_rate")
+    training.add_argument("--warmup_epochs", default=0, type=number(int, 0), help="epochs trained with --warmup_loss")
+    training.add_argument("--warmup_loss", default="sum", choices=["sum"], help="sum: the sum-margin loss")
+    training.add_argument("--skip_bad_steps", default=0, type=number(int, 0),
+                          help="steps in a row with a loss or gradient that is not finite that may pass without update")
+    training.add_argument("--collapse_patience", default=50, type=count,
+                          help="steps in a row that must look collapsed before anything is said")
+    training.add_argument("--on_collapse", choices=["stop", "warn"],
+                          help="what to do then (default: stop; with --max_violation, which may recover, warn)")
     training.add_argument("--seed", default=0, type=number(int, 0, 2**63 - 1), help="decides weights, order and bank")
     training.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
     training.add_argument("--amp", default="off", choices=["off", "bf16"],
                           help="bf16: the encoders' matrix products in bf16")
     start = training.add_mutually_exclusive_group()
-    start.add_argument("--resume", default="", metavar="CHECKPOINT", help="continue this run where it stopped")
+    start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
+                       help="continue this run where it stopped; auto: from the run folder's newest checkpoint, if any")
     start.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
                                                                              "released code's)")
     training.add_argument("--reset_train", action="store_true", help="accepted as in the released code: no effect")
@@ -99,6 +117,8 @@ def parse_args(argv=None):
     output.add_argument("--logger_name", default="runs/runX", help="run folder: checkpoints and TensorBoard")
     output.add_argument("--log_step", default=10, type=count, help="steps between log lines")
     output.add_argument("--val_step", default=500, type=count, help="steps between validations")
+    output.add_argument("--save_step", type=count, help="steps between checkpoints within an epoch (default: none)")
+    output.add_argument("--keep", type=count, help="Epoch-<n> files that --save_all keeps (default: all)")
     output.add_argument("--save_all", action="store_true", help="keep Epoch-<n>-model.pth.tar of every epoch")
     output.add_argument("--record_val", action="store_true", help="append every epoch's rsum to rst_val_<run>")
     opt = parser.parse_args(argv)
@@ -128,7 +148,11 @@ def log(message):
 
 def load_start(opt):
     """The checkpoint to start from, or None; its caption reading is taken over unless a flag forces one."""
-    content = checkpoint.load(opt.resume or opt.init_from) if opt.resume or opt.init_from else None
+    if opt.resume == "auto":
+        content, opt.resume = checkpoint.newest(opt.logger_name, log)
+        log(f"Resuming {opt.resume}" if opt.resume else f"No checkpoint in {opt.logger_name}: starting from scratch")
+    else:
+        content = checkpoint.load(opt.resume or opt.init_from) if opt.resume or opt.init_from else None
     if opt.caption_reading is None:
         opt.caption_reading = checkpoint.caption_reading(content) if content else "text"
     if opt.caption_reading == "released":
@@ -137,20 +161,21 @@ def load_start(opt):
 
 
 def get_vocabulary(opt, start):
-    """The start checkpoint's words, else the vocabulary file's, else a new file's; sets opt.vocab_size."""
+    """(The start checkpoint's words, else the vocabulary file's, else new ones; whether they are new)."""
     vocabulary = checkpoint.vocabulary(start, opt.resume or opt.init_from) if start else None
     vocabulary = vocabulary or find_vocabulary(opt.vocab_path, opt.data_name)
-    if vocabulary is None:
-        vocabulary = build_vocab(opt.data_path, opt.data_name)
-        path = vocabulary_path(opt.vocab_path, opt.data_name)
-        write_vocabulary(vocabulary, path)
-        log(f"There was no vocabulary: built {path} with {len(vocabulary)} words")
+    found = vocabulary is not None
+    if not found and start:
+        raise InputError(f"{opt.resume or opt.init_from} carries no vocabulary, and there is none in "
+                         f"{vocabulary_path(opt.vocab_path, opt.data_name)} (or .pkl): name the folder of the one it "
+                         "was trained with by --vocab_path")
+    vocabulary = vocabulary or build_vocab(opt.data_path, opt.data_name)
     if start and start["opt"].vocab_size != len(vocabulary):
         raise InputError(f"the vocabulary for {opt.data_name} in {opt.vocab_path} has {len(vocabulary)} words, the "
                          f"checkpoint {opt.resume or opt.init_from} was trained with {start['opt'].vocab_size}: name "
                          "the right one with --vocab_path")
     opt.vocab_size = len(vocabulary)
-    return vocabulary
+    return vocabulary, not found
 
 
 def build_model(opt, start, device):
@@ -160,8 +185,8 @@ def build_model(opt, start, device):
     torch.manual_seed(opt.seed)
     model = VSE(opt)
     if opt.init_from:
-        for name in checkpoint.MODEL_OPTIONS[1:]:
-            if name != "finetune" and getattr(opt, name) != getattr(start["opt"], name):
+        for name in checkpoint.MODEL_OPTIONS:
+            if getattr(opt, name) != getattr(start["opt"], name):
                 raise InputError(f"--init_from {opt.init_from} has --{name} {getattr(start['opt'], name)}, this run "
                                  f"has {getattr(opt, name)}: give the same")
         checkpoint.load_weights(model, start, opt.init_from)
@@ -171,104 +196,177 @@ def build_model(opt, start, device):
 def tensorboard(folder):
     """A TensorBoard logger: `.log_value(tag, value, step)`. The one place that imports tensorboard_logger."""
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")  # its protobuf files are of an old make
+    from tensorboard_logger import Logger
+    return Logger(folder, flush_secs=5)
+
+
+class Stop:
+    """Remembers that SIGTERM or SIGINT came; a second one acts at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __call__(self, number, frame):
+        if self.signal:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = number
+        log(f"{signal.Signals(number).name}: saving after this step; once more stops at once")
+
+
+@contextmanager
+def stoppable():
+    """Within this, SIGTERM and SIGINT set `.signal` of the Stop it gives."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        os.makedirs(folder, exist_ok=True)
-        from tensorboard_logger import Logger
-        return Logger(folder, flush_secs=5)
-    except OSError as error:
-        raise InputError(f"--logger_name {folder} cannot be written ({error.strerror}): name another folder") from error
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # Training ---------------------------------------------------------------------------------------
 
 class Run:
-    """What a run carries from step to step."""
+    """What a run carries from step to step; all of it that matters is in its checkpoints."""
 
-    def __init__(self, opt, model, loaders, vocabulary, scalars):
-        self.opt, self.model, self.vocabulary, self.scalars = opt, model, vocabulary, scalars
+    def __init__(self, opt, model, loaders, vocabulary):
+        self.opt, self.model, self.vocabulary = opt, model, vocabulary
         self.train_loader, self.val_loader = loaders
         self.criterion = ContrastiveLoss(opt)
+        self.warmup_criterion = ContrastiveLoss(
+            argparse.Namespace(**{**vars(opt), "max_violation": False, "sum_violation": True}))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=opt.learning_rate,
                                           fused=model.device.type in ("cpu", "cuda"))
-        self.epoch, self.steps, self.best_rsum = 0, 0, 0.0
+        self.epoch, self.step_in_epoch, self.steps, self.best_rsum = 0, 0, 0, 0.0
+        self.bank, self.meters, self.pending, self.watch = None, LogCollector(), [], Watch(opt, log)
+        self.path = os.path.join(opt.logger_name, "checkpoint.pth.tar")
+        self.scalars = self.log = None  # opened when everything else has been found good
+
+    def progress(self):
+        """Where within the epoch the run is, for its checkpoint."""
+        return {"step_in_epoch": self.step_in_epoch, "bank": self.bank and list(self.bank),
+                "meters": self.meters.state(), "watch": self.watch.state()}
+
+    def restore(self, content):
+        """Take up a checkpoint's place in its run."""
+        self.epoch, self.steps, self.best_rsum, progress = checkpoint.restore(
+            content, self.opt.resume, self.model, self.optimizer, self.opt, log)
+        if progress:
+            self.step_in_epoch = progress["step_in_epoch"]
+            self.bank = progress["bank"] and MemoryBank(*(x.to(self.model.device) for x in progress["bank"]))
+            self.meters.restore(progress["meters"])
+            self.watch.restore(progress["watch"])
+        log(f"Resumed {self.opt.resume}: epoch {self.epoch}, step {self.step_in_epoch} of "
+            f"{len(self.train_loader)}, {self.steps} steps in all, best rsum {self.best_rsum:.1f}")
+
+
+def epoch_criterion(run):
+    """The loss of this epoch: the warm-up's in the first --warmup_epochs."""
+    return run.warmup_criterion if run.epoch < run.opt.warmup_epochs else run.criterion
 
 
 def adjust_learning_rate(run):
-    """learning_rate * 0.1 ** (epoch // lr_update)"""
+    """learning_rate * 0.1 ** (epoch // lr_update), and its linear rise over the first --lr_warmup_steps."""
+    lr = run.opt.learning_rate * 0.1 ** (run.epoch // run.opt.lr_update)
+    if run.steps < run.opt.lr_warmup_steps:
+        lr *= (run.steps + 1) / run.opt.lr_warmup_steps
     for group in run.optimizer.param_groups:
-        group["lr"] = run.opt.learning_rate * 0.1 ** (run.epoch // run.opt.lr_update)
+        group["lr"] = lr
+    return lr
 
 
 def draw_bank(run):
-    """This epoch's memory bank: None without --memory_bank and in the first epoch."""
-    if not run.opt.memory_bank or run.epoch == 0:
+    """This epoch's memory bank: None without --memory_bank, in the first epoch and in warm-up epochs."""
+    if not run.opt.memory_bank or run.epoch == 0 or epoch_criterion(run) is not run.criterion:
         return None
     generator = torch.Generator().manual_seed(seed_for(run.opt.seed, run.epoch, KEEP_DRAW))
-    run.train_loader.epoch = run.epoch
     batches = draw_batches(run.train_loader.batches(BANK_DRAW), run.opt.mb_rate, generator)
     bank = build_bank(run.model, run.train_loader.load(batches))
     log(f"Memory bank: {len(bank.indices)} pairs")
     return bank
 
 
-def train_step(run, batch, bank):
-    """One update; returns the loss, still on its device."""
+def train_step(run, batch, criterion):
+    """One update, left out where loss or gradient is not finite; returns its StepFigures, still on their device."""
     images, captions, lengths, _, indices = batch
     embeddings = run.model.forward_emb(images, captions, lengths)
-    loss = run.criterion(*embeddings, *(bank or (None,) * 3), indices)
+    similarities = criterion.similarity(*embeddings)
+    loss = criterion.of_similarities(similarities, *embeddings, *(run.bank or (None,) * 3), indices)
     run.optimizer.zero_grad()
     loss.backward()
-    if run.opt.grad_clip > 0:
-        torch.nn.utils.clip_grad_norm_(run.parameters, run.opt.grad_clip)
-    run.optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.opt.grad_clip or torch.inf)
+    figures = figures_of(loss, norm, similarities)
+    if run.optimizer.defaults["fused"]:
+        run.optimizer.found_inf = (1 - figures[1]).float()  # 1 makes the fused step change nothing
+        run.optimizer.step()
+    elif figures[1]:
+        run.optimizer.step()
     run.steps += 1
-    return loss.detach()
+    run.step_in_epoch += 1
+    return figures
 
 
-def train_epoch(run, bank):
-    """All batches of an epoch, with a validation every `val_step` steps."""
-    run.train_loader.epoch = run.epoch
-    meters, pending, end = LogCollector(), [], time.time()
-    steps = len(run.train_loader)
-    for i, batch in enumerate(tqdm(run.train_loader, f"Epoch {run.epoch}", steps, leave=False, disable=None)):
+def train_epoch(run, stop):
+    """The rest of an epoch's batches; validates every `val_step` steps, saves every `save_step` and when stopped."""
+    criterion, steps = epoch_criterion(run), len(run.train_loader)
+    batches, end = run.train_loader.load(run.train_loader.batches()[run.step_in_epoch:]), time.time()
+    for batch in tqdm(batches, f"Epoch {run.epoch}", steps, initial=run.step_in_epoch, leave=False, disable=None):
         run.model.train_start()
-        data_time = time.time() - end
-        loss = train_step(run, batch, bank)
-        pending.append((run.steps, i, loss, len(batch[1]), time.time() - end, data_time))
+        data_time, lr = time.time() - end, adjust_learning_rate(run)
+        figures = train_step(run, batch, criterion)
+        run.pending.append((run.steps, run.step_in_epoch - 1, lr, figures, len(batch[1]), time.time() - end, data_time))
         end = time.time()
-        if run.steps % run.opt.log_step == 0 or i + 1 == steps:
-            record(run, meters, pending)
-            pending = []
-        if run.steps % run.opt.log_step == 0:
-            log(f"Epoch: [{run.epoch}][{i}/{steps}]  {meters}")
-        if run.steps % run.opt.val_step == 0 and i + 1 < steps:
-            validate(run, bank)
-            end = time.time()
+        logged = run.steps % run.opt.log_step == 0
+        if logged or run.step_in_epoch == steps:
+            record(run, loss_kind(criterion.opt))
+        if logged:
+            log(f"Epoch: [{run.epoch}][{run.step_in_epoch - 1}/{steps}]  {run.meters}")
+        if run.step_in_epoch == steps:
+            return
+        if run.steps % run.opt.val_step == 0:
+            validate(run)
+        if stop.signal or run.opt.save_step and run.steps % run.opt.save_step == 0:
+            record(run, loss_kind(criterion.opt))
+            save(run, must_succeed=bool(stop.signal))
+        if stop.signal:
+            return
+        end = time.time()
 
 
-def record(run, meters, pending):
-    """Meters and TensorBoard take in the steps since the last record; reading their losses waits for them."""
-    lr = run.optimizer.param_groups[0]["lr"]
-    losses = torch.stack([loss for _, _, loss, *_ in pending]).tolist()
-    for loss, (step, i, _, size, batch_time, data_time) in zip(losses, pending):
-        meters.update("Eit", step)
-        meters.update("lr", lr)
-        meters.update("Loss", loss, size)
-        meters.update("Time", batch_time, 1)
-        meters.update("Data", data_time, 1)
+def record(run, kind):
+    """Meters, TensorBoard, log.jsonl and the watch take in the steps since the last record.
+
+    The one place that reads figures from the device, and so waits for it.
+    """
+    pending, run.pending = run.pending, []
+    if not pending:
+        return
+    rows = torch.stack([figures for _, _, _, figures, *_ in pending]).tolist()
+    for row, (step, i, lr, _, size, batch_time, data_time) in zip(rows, pending):
+        figures = StepFigures(*row)
+        for name, value, n in (("Eit", step, 0), ("lr", lr, 0), ("Loss", figures.loss, size),
+                               ("Time", batch_time, 1), ("Data", data_time, 1)):
+            run.meters.update(name, value, n)
         scalars = {"epoch": run.epoch, "step": i, "batch_time": batch_time, "data_time": data_time, "Eit": step,
-                   "lr": lr, "Loss": loss}
+                   "lr": lr, "Loss": figures.loss, "positive_share": figures.positive_share,
+                   "positive_similarity": figures.positive_mean, "negative_similarity": figures.negative_mean}
         for tag, value in scalars.items():
             run.scalars.log_value(tag, value, step)
+        if step % run.opt.log_step == 0:
+            run.log.write(kind="step", step=step, epoch=run.epoch, lr=lr, mean_loss=run.meters.meters["Loss"].avg,
+                          **{name: value if figures.finite else None for name, value in figures._asdict().items()})
+        run.watch.see(step, lr, figures, size, kind, run.path)
 
 
-def validate(run, bank):
+def validate(run):
     """Recalls on the dev split, logged and printed; returns rsum."""
     started = time.time()
     images, captions = embed(run.model, run.val_loader)
     with torch.no_grad():
-        loss = split_loss(images, captions, run.criterion, run.opt.batch_size, bank)
+        loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank)
     metrics, _ = metrics_of(images, captions, run.opt.measure)
     log(f"Dev: Loss {loss:.4f}  Time {time.time() - started:.3f}")
     for title, recall in (("Image to text", metrics.i2t), ("Text to image", metrics.t2i)):
@@ -279,49 +377,98 @@ def validate(run, bank):
                "rsum": metrics.rsum}
     for name, value in scalars.items():
         run.scalars.log_value(name, value, run.steps)
+    run.log.write(kind="validation", step=run.steps, epoch=run.epoch, loss=loss, **scalars)
     return metrics.rsum
 
 
-def save_epoch(run, rsum):
-    """End the epoch: write its checkpoint, the best one, and what --save_all and --record_val ask for."""
-    run.epoch += 1
-    folder = run.opt.logger_name
-    path = os.path.join(folder, "checkpoint.pth.tar")
-    best, run.best_rsum = rsum > run.best_rsum, max(rsum, run.best_rsum)
-    checkpoint.save(path, checkpoint.content_of(run.model, run.optimizer, run.opt, run.vocabulary, run.epoch,
-                                                run.steps, run.best_rsum))
-    if best:
-        checkpoint.copy(path, os.path.join(folder, "model_best.pth.tar"))
-    if run.opt.save_all:
-        checkpoint.copy(path, os.path.join(folder, f"Epoch-{run.epoch}-model.pth.tar"))
+# Saving -----------------------------------------------------------------------------------------
+
+def save(run, must_succeed):
+    """Write checkpoint.pth.tar; where it can't be and `must_succeed` is not set, say so and go on. True if written."""
+    try:
+        run.log.sync()
+        checkpoint.save(run.path, checkpoint.content_of(run.model, run.optimizer, run.opt, run.vocabulary, run.epoch,
+                                                        run.steps, run.best_rsum, run.progress()))
+        return True
+    except InputError as error:
+        if must_succeed:
+            raise
+        log(f"Warning: {error}. Training goes on; the next save may succeed")
+        return False
+
+
+def end_epoch(run, rsum):
+    """Write the finished epoch's checkpoint, the best one, and what --save_all and --record_val ask for."""
+    best, run.best_rsum = rsum > run.best_rsum or run.epoch == 0, max(rsum, run.best_rsum)
+    run.epoch, run.step_in_epoch, run.bank, run.meters = run.epoch + 1, 0, None, LogCollector()
+    folder, last = run.opt.logger_name, run.epoch >= run.opt.num_epochs
+    if save(run, must_succeed=last):
+        copies = {"model_best.pth.tar": best, f"Epoch-{run.epoch}-model.pth.tar": run.opt.save_all}
+        try:
+            for name in (name for name, wanted in copies.items() if wanted):
+                checkpoint.copy(run.path, os.path.join(folder, name))
+        except InputError as error:
+            if last:
+                raise
+            log(f"Warning: {error}. Training goes on")
+    if run.opt.keep:
+        kept = sorted(glob.glob(os.path.join(glob.escape(folder), "Epoch-*-model.pth.tar")),
+                      key=lambda path: int("0" + "".join(filter(str.isdigit, os.path.basename(path)))))
+        for path in kept[:-run.opt.keep]:
+            os.unlink(path)
     if run.opt.record_val:
         name = folder.removeprefix("./").removeprefix("runs/").strip("/").replace("/", "_")
-        with open(os.path.join(folder, f"rst_val_{name}"), "a", encoding="utf-8") as file:
-            file.write(f"Epoch: {run.epoch - 1} ; rsum: {rsum:.1f}\n")
+        append(os.path.join(folder, f"rst_val_{name}"), f"Epoch: {run.epoch - 1} ; rsum: {rsum:.1f}\n")
 
+
+# ------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     """Train as the flags say."""
     opt = parse_args(argv)
     device = choose_device(opt.device)
-    log(f"Device: {device}, float32 products: {choose_matmul_precision(device)}, amp: {opt.amp}")
+    precision = choose_matmul_precision(device)
     if opt.data_name in sample_data.WRITERS:
         sample_data.draw(opt.data_path)
     start = load_start(opt)
-    vocabulary = get_vocabulary(opt, start)
+    vocabulary, is_new = get_vocabulary(opt, start)
     loaders = get_loaders(opt.data_name, vocabulary, opt.crop_size, opt.batch_size,
                           min(opt.workers, os.cpu_count()), opt)
     for loader in loaders:
         loader.dataset.place(device, opt.features_on_device)
-    run = Run(opt, build_model(opt, start, device), loaders, vocabulary, tensorboard(opt.logger_name))
+    run = Run(opt, build_model(opt, start, device), loaders, vocabulary)
     if opt.resume:
-        run.epoch, run.steps, run.best_rsum = checkpoint.restore(start, opt.resume, run.model, run.optimizer, opt)
-        log(f"Resumed {opt.resume}: {run.epoch} epochs, {run.steps} steps, best rsum {run.best_rsum:.1f}")
-    while run.epoch < opt.num_epochs:
-        adjust_learning_rate(run)
-        bank = draw_bank(run)
-        train_epoch(run, bank)
-        save_epoch(run, validate(run, bank))
+        run.restore(start)
+    if is_new:  # written now that the data it was built from has been found good
+        path = vocabulary_path(opt.vocab_path, opt.data_name)
+        write_vocabulary(vocabulary, path)
+        log(f"There was no vocabulary: built {path} with {len(vocabulary)} words")
+    held = run_record.lock(opt.logger_name)
+    log(f"Device: {device}, float32 products: {precision}, amp: {opt.amp}")
+    run.scalars, run.log = tensorboard(opt.logger_name), run_record.Log(opt.logger_name, run.steps)
+    note = run_record.Record(opt.logger_name, opt, device, loaders[0].dataset, run.steps)
+    outcome = "failed"
+    try:
+        with stoppable() as stop:
+            train(run, stop)
+        outcome = signal.Signals(stop.signal).name if stop.signal else "finished"
+    finally:
+        note.end(outcome=outcome, epochs=run.epoch, steps=run.steps, best_rsum=run.best_rsum)
+        held.close()
+    if stop.signal:
+        log(f"Stopped. Go on with: --resume {run.path}")
+        sys.exit(128 + stop.signal)
+
+
+def train(run, stop):
+    """Epoch after epoch, until the last or a signal."""
+    while run.epoch < run.opt.num_epochs and not stop.signal:
+        run.train_loader.epoch = run.epoch
+        if run.step_in_epoch == 0:
+            run.bank = draw_bank(run)
+        train_epoch(run, stop)
+        if run.step_in_epoch == len(run.train_loader):
+            end_epoch(run, validate(run))
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def saved(tmp_path):
     model, optimizer = run_of(1)
     step(model, optimizer)
     path = str(tmp_path / "run.pth.tar")
-    content = checkpoint.content_of(model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5)
+    content = checkpoint.content_of(model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5, None)
     checkpoint.save(path, content)
     return path, model, optimizer, torch.rand(1)
 
@@ -318,8 +318,8 @@ def test_a_restored_run_goes_on_as_the_first_would_have(saved):
     path, model, optimizer, following = saved
     other, its_optimizer = run_of(2)
     step(other, its_optimizer)
-    found = checkpoint.restore(checkpoint.load(path), path, other, its_optimizer, options())
-    assert found == (2, 9, 33.5)
+    found = checkpoint.restore(checkpoint.load(path), path, other, its_optimizer, options(), print)
+    assert found == (2, 9, 33.5, None)
     assert torch.equal(torch.rand(1), following)
     step(model, optimizer)
     step(other, its_optimizer)
@@ -333,13 +333,13 @@ def test_a_run_of_another_model_is_not_restored(saved, name, value):
     path = saved[0]
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match=f"--resume.*--{name}"):
-        checkpoint.restore(checkpoint.load(path), path, model, optimizer, options(**{name: value}))
+        checkpoint.restore(checkpoint.load(path), path, model, optimizer, options(**{name: value}), print)
 
 
 def test_a_released_checkpoint_is_not_restored_but_pointed_to_init_from():
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match="--resume run.pth.tar.*optimizer.*--init_from"):
-        checkpoint.restore(released(), "run.pth.tar", model, optimizer, options())
+        checkpoint.restore(released(), "run.pth.tar", model, optimizer, options(), print)
 
 
 @pytest.mark.parametrize("damage", [
@@ -350,7 +350,7 @@ def test_a_damaged_state_of_a_run_is_refused(saved, damage):
     path = saved[0]
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match="--resume"):
-        checkpoint.restore({**checkpoint.load(path), **damage}, path, model, optimizer, options())
+        checkpoint.restore({**checkpoint.load(path), **damage}, path, model, optimizer, options(), print)
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
@@ -360,4 +360,4 @@ def test_optimizer_moments_of_another_shape_are_refused(saved, name):
     content["optimizer"]["state"][0][name] = torch.ones(2, 2)
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match="--resume"):
-        checkpoint.restore(content, path, model, optimizer, options())
+        checkpoint.restore(content, path, model, optimizer, options(), print)

@@ -171,7 +171,10 @@ def test_the_faster_of_two_processes_wins(few, tmp_path, monkeypatch):
 
 
 def test_a_file_in_the_way_is_an_error(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_data, "WRITERS", {"sample": lambda folder, examples: (tmp_path / "sample").touch()})
+    def put_a_file_there(folder, examples):
+        (tmp_path / "sample").touch()
+
+    monkeypatch.setattr(sample_data, "WRITERS", {"sample": put_a_file_there})
     with pytest.raises(OSError):
         sample_data.draw(tmp_path)
 

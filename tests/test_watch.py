@@ -1,0 +1,110 @@
+"""watch.py: figures of a step, and when training has gone wrong."""
+
+import argparse
+
+import pytest
+import torch
+
+from errors import InputError
+from watch import StepFigures, Watch, figures_of
+
+GOOD = StepFigures(loss=0.5, finite=1.0, positive_share=0.9, positive_mean=0.4, negative_mean=0.1)
+COLLAPSED = StepFigures(loss=0.0, finite=1.0, positive_share=0.0, positive_mean=-0.5, negative_mean=-0.5)
+BAD = StepFigures(loss=float("nan"), finite=0.0, positive_share=0.0, positive_mean=float("nan"), negative_mean=0.0)
+
+
+def watch_with(said=None, **changes):
+    options = {"margin": 0.2, "skip_bad_steps": 0, "collapse_patience": 5, "on_collapse": None, **changes}
+    return Watch(argparse.Namespace(**options), (said if said is not None else []).append)
+
+
+def feed(watch, figures, steps, kind="hal", batch=128):
+    for step in range(1, steps + 1):
+        watch.see(step, 0.001, figures, batch, kind, "runs/x/checkpoint.pth.tar")
+
+
+def test_figures_are_those_of_plain_loops():
+    torch.manual_seed(0)
+    similarities = torch.randn(5, 5, dtype=torch.float64)
+    figures = StepFigures(*figures_of(torch.tensor(0.25).double(), torch.tensor(1.0).double(), similarities).tolist())
+    pairs = [similarities[i, i].item() for i in range(5)]
+    others = [similarities[i, j].item() for i in range(5) for j in range(5) if i != j]
+    assert figures.loss == 0.25 and figures.finite == 1
+    assert figures.positive_share == pytest.approx(sum(value > 0 for value in pairs) / 5)
+    assert figures.positive_mean == pytest.approx(sum(pairs) / 5)
+    assert figures.negative_mean == pytest.approx(sum(others) / 20)
+
+
+@pytest.mark.parametrize("loss, norm", [(float("nan"), 1.0), (float("inf"), 1.0), (0.5, float("nan")),
+                                        (0.5, float("inf"))])
+def test_a_loss_or_gradient_that_is_not_finite_is_seen(loss, norm):
+    assert figures_of(torch.tensor(loss), torch.tensor(norm), torch.ones(1, 1))[1] == 0
+
+
+def test_collapsed_hal_stops_at_its_patience_and_not_before():
+    watch = watch_with()
+    feed(watch, COLLAPSED, 4)
+    with pytest.raises(InputError, match="collapsed.*--lr_warmup_steps"):
+        feed(watch, COLLAPSED, 1)
+
+
+def test_a_good_step_starts_the_count_again():
+    watch = watch_with()
+    for _ in range(3):
+        feed(watch, COLLAPSED, 4)
+        feed(watch, GOOD, 1)
+
+
+def test_a_warning_is_given_once_when_asked_for():
+    said = []
+    feed(watch_with(said, on_collapse="warn"), COLLAPSED, 20)
+    assert len(said) == 1 and "collapsed" in said[0]
+
+
+@pytest.mark.parametrize("on_collapse, stops", [(None, False), ("warn", False), ("stop", True)])
+def test_stuck_max_margin_warns_and_stops_only_by_request(on_collapse, stops):
+    said = []
+    watch = watch_with(said, on_collapse=on_collapse)
+    stuck = GOOD._replace(loss=51.2)  # 2 x 128 x 0.2
+    if stops:
+        with pytest.raises(InputError, match="trivial loss"):
+            feed(watch, stuck, 5, kind="max")
+    else:
+        feed(watch, stuck, 20, kind="max")
+        assert len(said) == 1 and "trivial loss" in said[0]
+
+
+def test_max_margin_away_from_its_trivial_loss_is_left_alone():
+    said = []
+    feed(watch_with(said, on_collapse="stop"), GOOD._replace(loss=49.0, positive_share=0.0), 20, kind="max")
+    assert not said
+
+
+def test_sum_margin_is_not_watched_for_collapse():
+    feed(watch_with(), COLLAPSED, 20, kind="sum")
+
+
+def test_a_step_that_is_not_finite_stops_with_the_last_good_loss():
+    watch = watch_with()
+    feed(watch, GOOD, 1)
+    with pytest.raises(InputError, match=r"step 1: .*not finite.*0\.001.*0\.5.*runs/x/checkpoint"):
+        feed(watch, BAD, 1)
+
+
+def test_bad_steps_in_a_row_may_be_let_pass_up_to_a_number():
+    said = []
+    watch = watch_with(said, skip_bad_steps=2)
+    for _ in range(3):
+        feed(watch, BAD, 2)
+        feed(watch, GOOD, 1)
+    assert len(said) == 6
+    with pytest.raises(InputError):
+        feed(watch, BAD, 3)
+
+
+def test_a_restored_watch_goes_on_counting():
+    first, second = watch_with(), watch_with()
+    feed(first, COLLAPSED, 4)
+    second.restore(first.state())
+    with pytest.raises(InputError):
+        feed(second, COLLAPSED, 1)
