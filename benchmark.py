@@ -9,12 +9,14 @@ product, or its bytes at the speed of one large copy, both measured here.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
+from collections import Counter
 from statistics import median
 
 import numpy as np
@@ -30,7 +32,7 @@ from evaluation import FOLDS, metrics_of, rank_both_ways
 from loss import ContrastiveLoss, cosine_sim
 from memory_bank import build_bank, draw_batches, in_batch
 from model import VSE, l2norm
-from vocab import SPECIAL_WORDS, tokenize, vocabulary_of
+from vocab import SPECIAL_WORDS, read_captions, tokenize, vocabulary_of
 
 WORDS = 3000  # of the made-up captions
 HARD_SCORES = 1e-6  # float64 scores further apart than this must be ranked alike
@@ -80,12 +82,13 @@ def ratio(slow, fast):
 def peak_extra_memory(function):
     """Bytes of resident memory a call takes at its peak beyond what was there before; None where it cannot be read."""
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still held would hide what the call takes
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts again from what is resident now
         before = _status("VmRSS")
         function()
         return _status("VmHWM") - before
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 
@@ -110,17 +113,15 @@ def make_captions(n, rng):
     return [" ".join(f"w{word}" for word in rng.zipf(1.3, rng.integers(8, 16)) % WORDS) + " ." for _ in range(n)]
 
 
-def make_data(folder, images, width, rng, captions_per_image=CAPTIONS_PER_IMAGE):
-    """Write a `train` split of made-up features and captions; returns the captions' lines."""
+def make_data(folder, lines, images, width, rng):
+    """Write a `train` split of made-up features and the given captions."""
     features = np.lib.format.open_memmap(os.path.join(folder, "train_ims.npy"), "w+", np.float32, (images, width))
     for start in range(0, images, 4096):
         block = features[start:start + 4096]
         block[:] = rng.standard_normal(block.shape, np.float32)
     features.flush()
-    lines = make_captions(images * captions_per_image, rng)
     with open(os.path.join(folder, "train_caps.txt"), "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
-    return lines
 
 
 def made_up_vocabulary():
@@ -398,6 +399,8 @@ def parse_args(argv=None):
     parser.add_argument("--images", default=2048, type=count, help="images of the made-up training set")
     parser.add_argument("--captions_per_image", default=CAPTIONS_PER_IMAGE, type=int, choices=[1, CAPTIONS_PER_IMAGE],
                         help="captions a feature row")
+    parser.add_argument("--captions", metavar="FILE", help="take captions from this file instead of making them up: "
+                                                           "real ones begin more alike")
     parser.add_argument("--img_dim", default=2048, type=count, help="width of the features")
     parser.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
     parser.add_argument("--batch_size", default=512, type=count, help="batch of the loader and the bank's exclusion")
@@ -425,10 +428,18 @@ def parse_args(argv=None):
 
 def measure(options, timer):
     """All parts that were asked for: {title: line}."""
-    vocab, speeds, lines = made_up_vocabulary(), machine_speeds(timer), {}
+    vocab, speeds, lines, rng = made_up_vocabulary(), machine_speeds(timer), {}, np.random.default_rng(0)
+    count = options.images * options.captions_per_image
+    captions = read_captions(options.captions)[:count] if options.captions else make_captions(count, rng)
+    if len(captions) < count:
+        raise InputError(f"--captions {options.captions} has {len(captions)} captions, {count} are needed: give fewer "
+                         "--images")
+    if options.captions:
+        words = Counter(word for caption in captions for word in tokenize(caption))
+        vocab = vocabulary_of([*SPECIAL_WORDS, *(word for word in words if words[word] >= 4)])
     with tempfile.TemporaryDirectory() as folder:
         if {"loader", "step", "bank"} & set(options.parts):
-            make_data(folder, options.images, options.img_dim, np.random.default_rng(0), options.captions_per_image)
+            make_data(folder, captions, options.images, options.img_dim, rng)
             dataset = PrecompDataset(folder, "train", vocab)
             dataset.place(timer.device)
             model = made_up_model(options, options.img_dim, vocab).to(timer.device)
@@ -442,7 +453,7 @@ def measure(options, timer):
         for images in options.eval_images:
             lines |= bench_evaluation(options, timer, images)
     if options.coco_memory:
-        lines |= bench_coco_memory(options, timer, vocab)
+        lines |= bench_coco_memory(options, timer, made_up_vocabulary())
     return {"speeds": speeds, "parts": lines}
 
 

@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import shutil
+import zipfile
 
 import numpy as np
 import torch
@@ -72,8 +73,15 @@ def load(path):
     Raises InputError if the file is missing, torn, of another kind, or asks for anything else.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise InputError(f"checkpoint {path} is refused: it is compressed, which torch.save never does, "
+                                     "and could fill the memory")
         with torch.serialization.safe_globals(_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read ({error.strerror or error}): check the path") from error
     except Exception as error:  # torn files raise many kinds
@@ -90,15 +98,16 @@ def load(path):
     for name, value in {**OPTION_DEFAULTS, **_sizes(content["model"])}.items():
         if not hasattr(opt, name):
             setattr(opt, name, value)
-    for name, value in _sizes(content["model"]).items():
-        if getattr(opt, name) != value and not (name == "img_dim" and not opt.data_name.endswith("_precomp")):
-            raise InputError(f"checkpoint {path} contradicts itself: its options give {name} as "
-                             f"{getattr(opt, name)}, its weights have {value}")
     for name, value in OPTION_DEFAULTS.items():
         if type(getattr(opt, name)) is not type(value) and not (
                 isinstance(value, float) and isinstance(getattr(opt, name), int)):
-            raise InputError(f"checkpoint {path} has the option {name} = {getattr(opt, name)!r}, which should be like "
-                             f"{value!r}")
+            raise InputError(f"checkpoint {path} has a {type(getattr(opt, name)).__name__} for the option {name}, "
+                             f"which should be like {value!r}")
+    for name, value in _sizes(content["model"]).items():
+        if getattr(opt, name) != value and not (name == "img_dim" and not opt.data_name.endswith("_precomp")):
+            given = getattr(opt, name) if type(getattr(opt, name)) is int else "something else"
+            raise InputError(f"checkpoint {path} contradicts itself: its options give {name} as {given}, its weights "
+                             f"have {value}")
     if opt.measure not in ("cosine", "order") or min(opt.batch_size, opt.crop_size, opt.workers + 1) < 1:
         raise InputError(f"checkpoint {path} has options out of range: measure {opt.measure}, batch_size "
                          f"{opt.batch_size}, crop_size {opt.crop_size}, workers {opt.workers}")
@@ -114,16 +123,26 @@ def _check(content, path):
     if not (isinstance(states, (list, tuple)) and len(states) == 2 and all(isinstance(s, dict) for s in states)):
         raise InputError(f"checkpoint {path}: 'model' is not [image state, text state]")
     for name, tensor in [item for state in states for item in state.items()]:
-        if not isinstance(tensor, torch.Tensor) or tensor.numel() > tensor.untyped_storage().nbytes():
+        if not _whole(tensor):
             raise InputError(f"checkpoint {path}: {name} is not a whole tensor")
     needed = {("fc.weight", 0): 2, ("embed.weight", 1): 2, ("rnn.weight_hh_l0", 1): 2}
     for (name, part), dimensions in needed.items():
         if name not in states[part] or states[part][name].dim() != dimensions:
             raise InputError(f"checkpoint {path} has no {name} of {dimensions} dimensions: it is not of this family")
+    sizes = _sizes(states)
+    if min(sizes.values()) < 1 or len(states[0]["fc.weight"]) != sizes["embed_size"]:
+        raise InputError(f"checkpoint {path}: its weights do not fit each other ({sizes})")
     if not isinstance(content["opt"], argparse.Namespace):
         raise InputError(f"checkpoint {path}: 'opt' is not an argparse.Namespace")
     if content.get("caption_reading", "text") not in READINGS:
-        raise InputError(f"checkpoint {path}: unknown caption reading {content['caption_reading']!r}")
+        raise InputError(f"checkpoint {path}: unknown caption reading")
+
+
+def _whole(tensor):
+    """Whether it is a dense tensor with a number in memory for each of its entries, as saved ones are."""
+    return (type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+            and tensor.device.type == "cpu" and not tensor.is_quantized
+            and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 
 def _sizes(states):
@@ -198,12 +217,32 @@ def restore(content, path, model, optimizer, opt, log):
     try:
         optimizer.load_state_dict(content["optimizer"])
         for parameter, state in optimizer.state.items():
-            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape:
-                raise ValueError("Adam's moments have another shape than the weights")
+            if not all(_whole(state[name].cpu()) and state[name].shape == parameter.shape for name in
+                       ("exp_avg", "exp_avg_sq")) or state["step"].numel() != 1:
+                raise ValueError("Adam's moments are not those of these weights")
         torch.set_rng_state(content["random_states"]["cpu"])
         if torch.cuda.is_available() and len(content["random_states"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(content["random_states"]["cuda"])
+        _check_progress(content.get("progress"), opt.embed_size)
         return int(content["epoch"]), int(content["Eiters"]), float(content["best_rsum"]), content.get("progress")
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise InputError(f"--resume {path}: its optimizer or random states are damaged ({error!r}); start from its "
                          f"weights with --init_from {path}") from error
+
+
+def _check_progress(progress, embed_size):
+    """Raise ValueError unless a run's place within its epoch has the form that train.py gives it."""
+    if progress is None:
+        return
+    bank, meters, watch = progress["bank"], progress["meters"], progress["watch"]
+    numbers = [meter[part] for meter in meters.values() for part in ("val", "avg", "sum", "count")]
+    numbers += [watch["bad"], watch["collapsed"], watch["warned"], progress["step_in_epoch"]]
+    if watch["last_good"] is not None:
+        numbers.append(watch["last_good"])
+    if not all(isinstance(value, (int, float)) for value in numbers) or type(progress["step_in_epoch"]) is not int:
+        raise ValueError("what it knows of its place in the epoch is no number")
+    if bank is not None:
+        images, captions, indices = bank
+        if not (all(map(_whole, bank)) and images.shape == captions.shape == (len(indices), embed_size)
+                and indices.dtype == torch.int64 and indices.dim() == 1):
+            raise ValueError("its memory bank is damaged")

@@ -22,6 +22,8 @@ def parse_args(argv=None):
     source.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
                         help="split of the data set")
     source.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
+    source.add_argument("--skip_broken_images", action="store_true",
+                        help="leave out raw images that cannot be decoded")
     source.add_argument("--caption_reading", choices=READINGS,
                         help="how captions become words (default: as in the checkpoint's training)")
     machine = parser.add_argument_group("how")

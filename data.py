@@ -10,10 +10,14 @@ Every data set has five captions an image, in image order, unless it says otherw
 import io
 import os
 import signal
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from captions import by_length, number_words
 from errors import InputError
@@ -144,7 +148,12 @@ class ImageDataset(torch.utils.data.Dataset):
     image_files: (n_images,) paths; captions: list of str; image_of: for each caption its image.
     """
 
-    def __init__(self, image_files, captions, image_of, vocab, transform=None, reading="text", seed=0, cache_dir=None):
+    def __init__(self, image_files, captions, image_of, vocab, transform=None, reading="text", seed=0, cache_dir=None,
+                 skip_broken=False):
+        if not captions:
+            raise InputError("no captions for this split were found: check the annotation file and --data_name")
+        if skip_broken:
+            image_files, captions, image_of = _without_broken(image_files, captions, image_of)
         self.image_files, self.captions, self.image_of = image_files, captions, image_of
         self.word_ids = number_words(captions, vocab, reading, cache_dir)
         self.transform, self.seed, self.epoch = transform, seed, 0
@@ -167,13 +176,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def image(self, number):
         """One image, decoded and transformed. Raises InputError if it cannot be decoded."""
-        from PIL import Image
-        path = self.image_files[number]
-        try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB")
-        except Exception as error:  # decoders raise many kinds on broken files
-            raise InputError(f"image {path} cannot be read ({error}): fetch it again or take it out") from error
+        picture = decode_image(self.image_files[number])
         return self.transform(picture) if self.transform else picture
 
     def load(self, batches, workers=0, epoch=0):
@@ -212,6 +215,44 @@ def _outlive_signals(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
+def decode_image(path):
+    """A PIL picture in RGB; raises InputError if it cannot be decoded or is absurdly large (Pillow's limit)."""
+    from PIL import Image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                return file.convert("RGB")
+    except Exception as error:  # decoders raise many kinds on broken files
+        raise InputError(f"image {path} cannot be read ({error}): fetch it again, or leave such images out with "
+                         "--skip_broken_images") from error
+
+
+def _is_whole(path):
+    try:
+        decode_image(path)
+        return True
+    except InputError:
+        return False
+
+
+def _without_broken(image_files, captions, image_of):
+    """The images that can be decoded with their captions; says how many are left out."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding lets other threads run
+        whole = list(tqdm(pool.map(_is_whole, image_files), "Checking images", len(image_files), leave=False,
+                          disable=None))
+    if not any(whole):
+        raise InputError(f"none of {len(image_files)} images can be read, such as {image_files[0]}: check the folder")
+    if all(whole):
+        return image_files, captions, image_of
+    first_broken = image_files[whole.index(False)]
+    tqdm.write(f"{whole.count(False)} broken images left out, such as {first_broken}", file=sys.stderr)
+    renumbered = np.cumsum(whole) - 1
+    kept = [place for place, image in enumerate(image_of) if whole[image]]
+    return ([path for path, good in zip(image_files, whole) if good], [captions[place] for place in kept],
+            [int(renumbered[image_of[place]]) for place in kept])
+
+
 class _Images(torch.utils.data.Dataset):
     """The images of an ImageDataset, one by one, without their captions."""
 
@@ -242,8 +283,6 @@ class FlickrDataset(ImageDataset):
         files = [_image_path(root, image["filename"], json) for image in images]
         captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
         image_of = [number for number, image in enumerate(images) for _ in image["sentences"]]
-        if not captions:
-            raise InputError(f"{json} has no caption for split {split!r}")
         super().__init__(files, captions, image_of, vocab, transform, **options)
 
 
@@ -364,7 +403,7 @@ def get_dataset(split, data_name, vocab, crop_size, opt):
     if data_name.endswith("_precomp"):
         return PrecompDataset(folder, "dev" if split == "val" else split, vocab, img_dim=getattr(opt, "img_dim", None),
                               **options)
-    options["seed"] = getattr(opt, "seed", 0)
+    options |= {"seed": getattr(opt, "seed", 0), "skip_broken": getattr(opt, "skip_broken_images", False)}
     transform = image_transform(split == "train", crop_size)
     if not os.path.isdir(folder):
         raise InputError(f"data folder {folder} is not there: check --data_path and --data_name")

@@ -24,7 +24,6 @@ from vocab import find_vocabulary, vocabulary_path
 
 FOLDS = 5
 TILE_IMAGES = {"cosine": 128, "order": 16}  # at most, of a tile of the similarity matrix; with five times the captions
-TILE_ROUND = 8
 
 
 class AverageMeter:
@@ -75,8 +74,9 @@ def embed(model, loader):
     Equal captions are encoded once, so that they get equal embeddings to the bit.
     """
     model.val_start()
-    dataset, batch_size = loader.dataset, loader.batch_size
-    images = torch.cat([model.embed_images(batch) for batch in dataset.load_images(batch_size, loader.workers)])
+    dataset, batch_size, n_images = loader.dataset, loader.batch_size, len(loader.dataset) // CAPTIONS_PER_IMAGE
+    images = torch.cat([model.embed_images(_filled(batch, min(batch_size, n_images)) if batch.dim() == 2 else batch)
+                        for batch in dataset.load_images(batch_size, loader.workers)])[:n_images]
     every = torch.arange(len(dataset))
     padded = dataset.word_ids.padded(every, int(dataset.word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
@@ -120,15 +120,17 @@ def rank_both_ways(images, captions, measure="cosine", top1=True):
     the first items are not looked for (None), which is a little faster.
     """
     tiles = _Tiles(images, captions, measure)
-    own = torch.cat([_own_scores(tiles.scores(block, block)).clone() for block in range(tiles.count)])
+    own_tiles = [tiles.scores(block, block).clone() for block in range(tiles.count)]
+    own = torch.cat([_own_scores(scores) for scores in own_tiles])
     image_bars, caption_bars = _just_below(own.amax(1, keepdim=True)), _just_below(own.reshape(1, -1))
 
     lower_captions, lower_images = own.new_zeros(len(images)), own.new_zeros(len(captions))
     best_caption, best_image = (_Best(len(queries), own) if top1 else None for queries in (images, captions))
-    below = torch.empty_like(tiles.scores(0, 0))
+    below = torch.empty_like(own_tiles[0])
     for i in range(tiles.count):
         for c in range(tiles.count):
-            scores, rows, columns = tiles.scores(i, c), tiles.image_rows(i), tiles.caption_rows(c)
+            scores = own_tiles[i] if i == c else tiles.scores(i, c)
+            rows, columns = tiles.image_rows(i), tiles.caption_rows(c)
             flags = below[:len(scores), :scores.shape[1]]
             if top1:
                 best_caption.update(rows, scores, 1, columns.start)
@@ -155,7 +157,7 @@ class _Tiles:
     def __init__(self, images, captions, measure):
         self.measure, self.images, self.captions = measure, images, captions
         self.count = -(-len(images) // TILE_IMAGES[measure])
-        self.size = -(-len(images) // self.count // TILE_ROUND) * TILE_ROUND
+        self.size = -(-len(images) // self.count)
         self.buffer = images.new_empty(self.size, self.size * CAPTIONS_PER_IMAGE)
 
     def image_rows(self, block):
@@ -177,7 +179,8 @@ class _Tiles:
 
 
 def _filled(rows, n):
-    return rows if len(rows) == n else torch.cat([rows, rows.new_zeros(n - len(rows), rows.shape[1])])
+    """Zeros added up to n rows, so that all products have one shape, and equal rows equal results."""
+    return rows if len(rows) == n else torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
 
 
 def _own_scores(scores):
@@ -323,6 +326,7 @@ def load_for_evaluation(opt_eval, split):
         if getattr(opt_eval, name, None):
             setattr(opt, name, getattr(opt_eval, name))
     opt.caption_reading = getattr(opt_eval, "caption_reading", None) or checkpoint.caption_reading(content)
+    opt.skip_broken_images = getattr(opt_eval, "skip_broken_images", False)
     opt.cnn_weights = "none"  # the checkpoint's own take their place
     vocabulary = None if getattr(opt_eval, "vocab_path", None) else checkpoint.vocabulary(content, path)
     vocabulary = vocabulary or find_vocabulary(opt.vocab_path, opt.data_name)

@@ -38,7 +38,8 @@ def build_bank(model, batches):
 def in_batch(entries, indices):
     """Which entries (n,) are among a batch's indices (B,): (n,) bool, without a wait for the device."""
     ordered = indices.sort().values
-    return ordered[torch.searchsorted(ordered, entries).clamp(max=len(ordered) - 1)] == entries
+    places = torch.searchsorted(ordered, entries, out_int32=True).clamp_(max=len(ordered) - 1)
+    return ordered.index_select(0, places) == entries
 
 
 @torch.no_grad()

@@ -157,12 +157,13 @@ class EncoderText(nn.Module):
 
     def forward(self, captions, lengths):
         """captions: (B, T) word ids, longest caption first; lengths: (B,) -> (B, embed_size)."""
-        packed = pack_padded_sequence(self.embed(captions), torch.as_tensor(lengths).cpu(), batch_first=True)
+        lengths = torch.as_tensor(lengths).cpu()
         if captions.device.type == "cpu":
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-            last = last_states(self.rnn, packed, dtype)
+            with torch.autocast("cpu", enabled=False):  # last_states casts what it multiplies, and nothing else
+                last = last_states(self.rnn, self.embed, captions, lengths, dtype)
         else:
-            last = self.rnn(packed)[1][-1]
+            last = self.rnn(pack_padded_sequence(self.embed(captions), lengths, batch_first=True))[1][-1]
         embeddings = l2norm(last.to(self.embed.weight.dtype))
         return embeddings.abs() if self.use_abs else embeddings
 

@@ -55,6 +55,8 @@ def parse_args(argv=None):
     data.add_argument("--caption_reading", choices=READINGS,
                       help="how captions become words (default: text, or as in the checkpoint that is started from)")
     data.add_argument("--use_restval", action="store_true", help="coco: train on the restval captions, too")
+    data.add_argument("--skip_broken_images", action="store_true",
+                      help="leave out raw images that cannot be decoded (checked at the start)")
     data.add_argument("--crop_size", default=224, type=count, help="pixels of the random training crop (raw images)")
     data.add_argument("--workers", default=10, type=number(int, 0), help="processes that decode raw images")
 

@@ -19,6 +19,7 @@ from errors import ArgumentParser, InputError, number, replacing, run_script
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 READINGS = ("text", "released")
 TOKENIZER_VERSION = 1  # goes up with any change of `tokenize`'s words: cached ones are then made again
+MAX_CAPTION = 20_000  # characters; more is a broken file, and would take the memory of the GRU
 ASCII_SPACE = " \t\n\r\x0b\x0c"
 COCO_ANNOTATIONS = {"train": "annotations/captions_train2014.json", "val": "annotations/captions_val2014.json"}
 
@@ -47,6 +48,9 @@ def tokenize(caption, reading="text"):
     `b'a man . '`, which checkpoints published with that code were trained on.
     """
     caption = caption.strip(ASCII_SPACE)
+    if len(caption) > MAX_CAPTION:
+        raise InputError(f"a caption has {len(caption)} characters (it begins {caption[:40]!r}): captions may have "
+                         f"{MAX_CAPTION}; check the caption file")
     if reading == "released":
         caption = str(caption.encode("utf-8", "surrogatepass"))
     sentences, words = _tokenizers()
@@ -226,7 +230,8 @@ def read_vocabulary(path):
     numbers = content.get("word2idx") if isinstance(content, dict) else None
     if not isinstance(numbers, dict) or not all(isinstance(word, str) for word in numbers):
         raise InputError(f"vocabulary {path} has no 'word2idx': build one with vocab.py")
-    if sorted(numbers.values(), key=repr) != sorted(range(len(numbers)), key=repr):
+    if not all(type(index) is int for index in numbers.values()) or sorted(numbers.values()) != list(
+            range(len(numbers))):
         raise InputError(f"vocabulary {path} does not number its {len(numbers)} words from 0 on: build one with "
                          "vocab.py")
     return vocabulary_of(sorted(numbers, key=numbers.get), source=f"vocabulary {path}")

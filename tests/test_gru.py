@@ -4,42 +4,67 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from gru import last_states
+from gru import last_states, prefix_tree
 
-LENGTHS = [[1], [4], [5, 3, 3, 1], [2] * 6, [7, 1]]
+WORDS = 4  # few, so that captions begin alike
+LENGTHS = [[1], [4], [5, 3, 3, 1], [2] * 6, [7, 1], [6] * 4 + [3] * 30]
 
 
-def both(num_layers, lengths, dtype):
-    """(states, gradients) of the CPU's GRU and of PyTorch's on the same captions."""
-    torch.manual_seed(sum(lengths) + num_layers)
-    rnn = torch.nn.GRU(3, 4, num_layers, batch_first=True).to(dtype)
-    inputs = torch.randn(len(lengths), lengths[0], 3, dtype=dtype, requires_grad=True)
-    weights = torch.randn(len(lengths), 4, dtype=dtype)
-    found = []
-    for states in (last_states, lambda rnn, packed: rnn(packed)[1][-1]):
-        value = states(rnn, pack_padded_sequence(inputs, torch.tensor(lengths), batch_first=True))
-        found.append((value, torch.autograd.grad((value * weights).sum(), [inputs, *rnn.parameters()])))
-    return found
+def batch(lengths):
+    """Captions (B, T) of random words, 0 past their lengths."""
+    captions = torch.randint(1, WORDS, (len(lengths), lengths[0]))
+    return captions * (torch.arange(lengths[0]) < torch.tensor(lengths).unsqueeze(1)), torch.tensor(lengths)
+
+
+def theirs(rnn, embed, captions, lengths):
+    return rnn(pack_padded_sequence(embed(captions), lengths, batch_first=True))[1][-1]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_states_and_gradients_equal_pytorch_s(num_layers, lengths, dtype, tolerance):
-    (mine, my_gradients), (theirs, their_gradients) = both(num_layers, lengths, dtype)
-    assert mine.dtype == dtype and (mine - theirs).abs().max() < tolerance
-    assert all((a - b).abs().max() < tolerance for a, b in zip(my_gradients, their_gradients, strict=True))
+    torch.manual_seed(sum(lengths) + num_layers)
+    rnn, embed = torch.nn.GRU(3, 4, num_layers, batch_first=True).to(dtype), torch.nn.Embedding(WORDS, 3, dtype=dtype)
+    captions, lengths = batch(lengths)
+    weights, parameters = torch.randn(len(lengths), 4, dtype=dtype), [*rnn.parameters(), *embed.parameters()]
+    (mine, my_gradients), (other, other_gradients) = (
+        (states, torch.autograd.grad((states * weights).sum(), parameters))
+        for states in (last_states(rnn, embed, captions, lengths), theirs(rnn, embed, captions, lengths)))
+    assert mine.dtype == dtype and (mine - other).abs().max() < tolerance
+    for a, b in zip(my_gradients, other_gradients, strict=True):
+        assert (a - b).abs().max() < tolerance * max(1, b.abs().max())
+
+
+def test_bf16_products_are_near():
+    torch.manual_seed(0)
+    rnn, embed = torch.nn.GRU(8, 16, batch_first=True), torch.nn.Embedding(WORDS, 8)
+    captions, lengths = batch([5, 5, 3, 2])
+    states = last_states(rnn, embed, captions, lengths, torch.bfloat16)
+    assert states.dtype == torch.float32
+    assert 0 < (states - theirs(rnn, embed, captions, lengths)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_states_need_no_gradient(lengths):
-    rnn = torch.nn.GRU(3, 4, 2, batch_first=True)
-    packed = pack_padded_sequence(torch.randn(len(lengths), lengths[0], 3), torch.tensor(lengths), batch_first=True)
-    with torch.no_grad():
-        assert (last_states(rnn, packed) - rnn(packed)[1][-1]).abs().max() < 1e-5
+def test_the_tree_has_every_distinct_prefix_once(lengths):
+    torch.manual_seed(3)
+    captions, lengths = batch(lengths)
+    rows = [row[:length] for row, length in zip(captions.tolist(), lengths.tolist())]
+    prefixes = [{tuple(row[:n]) for row in rows if len(row) >= n} for n in range(1, len(rows[0]) + 1)]
+    tree = prefix_tree(captions, lengths)
+    assert tree.sizes == [len(level) for level in prefixes]
+    # Walking up from each caption's end spells it backwards.
+    parent_of = [None] * tree.sizes[0] + [parent for parents, size in zip(tree.parents, tree.sizes[1:])
+                                          for parent in parents[:size].tolist()]
+    for row, node in zip(rows, tree.ends.tolist()):
+        spelled = []
+        while node is not None:
+            spelled.append(tree.words[tree.word_of[node]].item())
+            node = parent_of[node]
+        assert spelled[::-1] == row
 
 
-def test_extreme_gates_stay_finite():
-    rnn = torch.nn.GRU(2, 3, batch_first=True)
-    packed = pack_padded_sequence(torch.full((2, 3, 2), 1e30), torch.tensor([3, 2]), batch_first=True)
-    assert last_states(rnn, packed).isfinite().all()
+def test_extreme_inputs_stay_finite():
+    rnn, embed = torch.nn.GRU(2, 3, batch_first=True), torch.nn.Embedding(WORDS, 2)
+    embed.weight.data.fill_(1e30)
+    assert last_states(rnn, embed, *batch([3, 2])).isfinite().all()
