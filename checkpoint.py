@@ -244,5 +244,6 @@ def _check_progress(progress, embed_size):
     if bank is not None:
         images, captions, indices = bank
         if not (all(map(_whole, bank)) and images.shape == captions.shape == (len(indices), embed_size)
-                and indices.dtype == torch.int64 and indices.dim() == 1):
+                and indices.dtype == torch.int64 and indices.dim() == 1 and 0 <= indices.min()
+                and indices.max() < 2**31):
             raise ValueError("its memory bank is damaged")

@@ -49,9 +49,13 @@ def prefix_tree(captions, lengths):
     return PrefixTree(_rounded(words), torch.cat(word_of), parents, sizes, ends)
 
 
+def _rounded_up(rows):
+    return -(-rows // ROUND_ALL) * ROUND_ALL
+
+
 def _rounded(rows):
     """Filled up with zeros at the end."""
-    return pad(rows, (0, 0) * (rows.dim() - 1) + (0, -len(rows) % ROUND_ALL))
+    return pad(rows, (0, 0) * (rows.dim() - 1) + (0, _rounded_up(len(rows)) - len(rows)))
 
 
 class _TreeGRU(torch.autograd.Function):
@@ -63,21 +67,23 @@ class _TreeGRU(torch.autograd.Function):
         hidden, weight_hh = weight_hh.shape[1], weight_hh.to(dtype)
         gates = products.index_select(0, input_of)  # becomes reset, update, new: each (nodes, H)
         states, candidates = gates.new_empty(len(gates), hidden), gates.new_empty(len(gates), hidden)
+        previous = gates.new_zeros(_rounded_up(len(gates)), hidden)
         start = 0
         for level, size in enumerate(tree.sizes):
             rows = slice(start, start + size)
             if level == 0:  # from the zero state there is nothing to multiply
-                before, recurrent = gates.new_zeros(size, hidden), bias_hh.expand(size, -1)
+                recurrent = bias_hh.expand(size, -1)
             else:
                 before = states.index_select(0, tree.parents[level - 1])
+                previous[rows] = before[:size]
                 recurrent = torch.add((before.to(dtype) @ weight_hh.t())[:size], bias_hh)
             reset_update, new = gates[rows, :2 * hidden], gates[rows, 2 * hidden:]
             reset, update = reset_update.add_(recurrent[:, :2 * hidden]).sigmoid_().chunk(2, 1)
             candidates[rows] = recurrent[:, 2 * hidden:]
             new.addcmul_(reset, candidates[rows]).tanh_()
-            torch.lerp(new, before[:size], update, out=states[rows])
+            torch.lerp(new, previous[rows], update, out=states[rows])
             start += size
-        ctx.save_for_backward(weight_hh, gates, candidates, states, input_of)
+        ctx.save_for_backward(weight_hh, gates, candidates, previous, input_of)
         ctx.tree, ctx.inputs = tree, len(products)
         return states
 
@@ -85,33 +91,31 @@ class _TreeGRU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_states):
         """Gradients of the input products, and of the recurrent weight and bias."""
-        weight_hh, gates, candidates, states, input_of = ctx.saved_tensors
-        dtype, tree, hidden = weight_hh.dtype, ctx.tree, weight_hh.shape[1]
+        weight_hh, gates, candidates, previous, input_of = ctx.saved_tensors
+        dtype, tree, hidden, end = weight_hh.dtype, ctx.tree, weight_hh.shape[1], len(gates)
         grad_states = grad_states.clone()
-        grad_recurrent = gates.new_empty(len(gates), 3 * hidden)  # of W_hh h + b_hh: reset, update, candidate
-        grad_new = torch.empty_like(states)
-        previous, end = [], len(gates)
+        # Of W_hh h + b_hh: reset, update, candidate. Rows past the nodes are zero.
+        grad_recurrent = gates.new_empty(len(previous), 3 * hidden)
+        grad_recurrent[end:] = 0
+        grad_new = torch.empty_like(candidates)
         for level, size in reversed(list(enumerate(tree.sizes))):
             rows = slice(end - size, end)
             end -= size
-            parents = tree.parents[level - 1][:size] if level else None
-            before = states.index_select(0, parents) if level else torch.zeros_like(states[rows])
-            previous.append(before)
             grad, (reset, update, new) = grad_states[rows], gates[rows].chunk(3, 1)
             to_reset, to_update, to_candidate = grad_recurrent[rows].chunk(3, 1)
             torch.mul(grad, 1 - update, out=grad_new[rows]).mul_(1 - new * new)
             torch.mul(grad_new[rows], reset, out=to_candidate)
             torch.mul(to_candidate, candidates[rows], out=to_reset).mul_(1 - reset)
-            torch.mul(grad, before.sub(new), out=to_update).mul_(update).mul_(1 - update)
+            torch.mul(grad, previous[rows].sub(new), out=to_update).mul_(update).mul_(1 - update)
             if level:
-                rounded = pad(grad_recurrent[rows], (0, 0, 0, len(tree.parents[level - 1]) - size))
-                product = (rounded.to(dtype) @ weight_hh)[:size]
-                grad_states.index_add_(0, parents, torch.addcmul(product, grad, update))
-        previous = _rounded(torch.cat(previous[::-1])).to(dtype)
-        grad_weight_hh = (_rounded(grad_recurrent).to(dtype).t() @ previous).to(gates.dtype)
+                parents = tree.parents[level - 1]
+                product = (grad_recurrent[end:end + len(parents)].to(dtype) @ weight_hh)[:size]
+                grad_states.index_add_(0, parents[:size], torch.addcmul(product, grad, update))
+        grad_weight_hh = (grad_recurrent.to(dtype).t() @ previous.to(dtype)).to(gates.dtype)
         grad_bias_hh = grad_recurrent.sum(0)
-        grad_recurrent[:, 2 * hidden:] = grad_new  # from here on of W_ih x + b_ih
-        grad_products = gates.new_zeros(ctx.inputs, 3 * hidden).index_add_(0, input_of, grad_recurrent)
+        grad_inputs = grad_recurrent[:len(gates)]
+        grad_inputs[:, 2 * hidden:] = grad_new  # from here on of W_ih x + b_ih
+        grad_products = gates.new_zeros(ctx.inputs, 3 * hidden).index_add_(0, input_of, grad_inputs)
         return grad_products, grad_weight_hh, grad_bias_hh, None, None, None
 
 

@@ -36,7 +36,11 @@ def build_bank(model, batches):
 
 
 def in_batch(entries, indices):
-    """Which entries (n,) are among a batch's indices (B,): (n,) bool, without a wait for the device."""
+    """Which entries (n,) are among a batch's indices (B,): (n,) bool, without a wait for a GPU."""
+    if entries.device.type == "cpu":
+        member = torch.zeros(int(torch.maximum(entries.max(), indices.max())) + 1, dtype=torch.bool)
+        member[indices] = True
+        return member[entries]
     ordered = indices.sort().values
     places = torch.searchsorted(ordered, entries, out_int32=True).clamp_(max=len(ordered) - 1)
     return ordered.index_select(0, places) == entries
