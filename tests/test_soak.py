@@ -18,7 +18,7 @@ import sample_data
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 30
 FLAGS = ["--data_name", "sample_precomp", "--embed_size", "48", "--word_dim", "24", "--batch_size", "32",
-         "--learning_rate", "0.001", "--num_epochs", "9", "--log_step", "1", "--save_step", "1", "--val_step", "25",
+         "--learning_rate", "0.001", "--num_epochs", "12", "--log_step", "1", "--save_step", "1", "--val_step", "25",
          "--memory_bank", "--mb_k", "20", "--device", "cpu"]
 
 
@@ -45,7 +45,7 @@ def test_killed_runs_resume_exactly(tmp_path):
         for line in process.stderr:  # the start takes seconds of imports: kill some time after it
             if line.startswith(("Resumed", "Epoch")):
                 break
-        time.sleep(rng.uniform(0.0, 1.2))
+        time.sleep(rng.uniform(0.0, 0.6))
         if process.poll() is not None:
             break  # it has come to its end
         process.send_signal(signal.SIGKILL)
