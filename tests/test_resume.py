@@ -1,0 +1,210 @@
+"""Runs that are stopped, killed, or meet a full disk, and go on."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import RAW, ROOT, TINY, load, states_equal
+
+import run_record
+import train
+from errors import InputError
+
+FLAGS = [*TINY, "--num_epochs", "3", "--log_step", "1", "--val_step", "3", "--memory_bank", "--mb_rate", "0.5",
+         "--mb_k", "5"]  # 4 steps an epoch
+RUN = "runs/runX/checkpoint.pth.tar"
+
+
+def log_of(folder="runs/runX"):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal in the middle of a step."""
+    true_step = train.train_step
+
+    def step_with_signal(run, batch, criterion):
+        if run.steps + 1 == step:
+            os.kill(os.getpid(), number)
+        return true_step(run, batch, criterion)
+    monkeypatch.setattr(train, "train_step", step_with_signal)
+
+
+def stopped(monkeypatch, flags, step, number=signal.SIGTERM):
+    """Run until the signal; the exit code."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        stop_at(patch, step, number)
+        train.main(flags)
+    return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, drawn_data):
+    """The run's end where nothing happened: its checkpoint and its log."""
+    folder, here = tmp_path_factory.mktemp("whole"), os.getcwd()
+    (folder / "data").symlink_to(drawn_data)
+    os.chdir(folder)
+    try:
+        train.main(FLAGS)
+        return load(RUN), log_of()
+    finally:
+        os.chdir(here)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 8, 11, 12])
+def test_a_stopped_run_goes_on_to_the_same_end(step, workdir, monkeypatch, whole_run):
+    assert stopped(monkeypatch, FLAGS, step) == 128 + signal.SIGTERM
+    assert load(RUN)["Eiters"] == step
+    train.main([*FLAGS, "--resume", "auto"])
+    content, log = whole_run
+    assert states_equal(load(RUN)["model"], content["model"])
+    assert load(RUN)["best_rsum"] == content["best_rsum"] and load(RUN)["Eiters"] == content["Eiters"]
+    assert log_of() == log
+
+
+def test_a_run_stopped_twice_in_an_epoch_goes_on_to_the_same_end(workdir, monkeypatch, whole_run):
+    stopped(monkeypatch, FLAGS, 5)
+    stopped(monkeypatch, [*FLAGS, "--resume", RUN], 7, signal.SIGINT)
+    train.main([*FLAGS, "--resume", RUN])
+    assert states_equal(load(RUN)["model"], whole_run[0]["model"]) and log_of() == whole_run[1]
+
+
+def test_a_resumed_raw_image_run_ends_the_same_whatever_the_workers(workdir, monkeypatch):
+    flags = [*RAW, "--data_name", "f8k", "--finetune", "--log_step", "1"]
+    train.main([*flags, "--logger_name", "runs/whole"])
+    stopped(monkeypatch, flags, 2)
+    train.main([*flags, "--resume", RUN, "--workers", "1"])
+    assert states_equal(load(RUN)["model"], load("runs/whole/checkpoint.pth.tar")["model"])
+
+
+def test_save_step_writes_checkpoints_within_an_epoch(workdir, monkeypatch):
+    seen = []
+    true_save = train.save
+    monkeypatch.setattr(train, "save", lambda run, must_succeed: (seen.append(run.steps), true_save(run, must_succeed)))
+    train.main([*FLAGS, "--num_epochs", "1", "--save_step", "2"])
+    assert seen == [2, 4]
+
+
+def test_resume_auto_starts_where_there_is_nothing_and_passes_over_what_is_broken(workdir, capsys):
+    train.main([*FLAGS, "--num_epochs", "1", "--resume", "auto"])
+    assert "starting from scratch" in capsys.readouterr().err
+    train.main([*FLAGS, "--num_epochs", "2", "--save_all", "--resume", "auto"])
+    Path(RUN).write_bytes(Path(RUN).read_bytes()[:1000])
+    train.main([*FLAGS, "--resume", "auto"])
+    said = capsys.readouterr().err
+    assert "Passed over" in said and "Epoch-2-model.pth.tar" in said
+    assert load(RUN)["epoch"] == 3
+
+
+@pytest.mark.parametrize("flag, value", [("local_alpha", "10.0"), ("seed", "5"), ("batch_size", "8"),
+                                         ("margin", "0.1")])
+def test_a_flag_that_makes_another_model_is_refused_with_both_values(flag, value, workdir):
+    train.main([*FLAGS, "--num_epochs", "1"])
+    before = getattr(load(RUN)["opt"], flag)
+    with pytest.raises(InputError, match=f"--{flag} was {before} there and is {value}"):
+        train.main([*FLAGS, "--resume", RUN, f"--{flag}", value])
+
+
+def test_a_flag_of_the_schedule_may_change_and_is_reported(workdir, capsys):
+    train.main([*FLAGS, "--num_epochs", "1"])
+    train.main([*FLAGS, "--num_epochs", "2", "--lr_update", "1", "--logger_name", "runs/other", "--resume", RUN])
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("--num_epochs was 1", "--lr_update was 8", "--logger_name was runs/runX"))
+    assert load("runs/other/checkpoint.pth.tar")["epoch"] == 2
+
+
+def test_a_folder_of_a_living_run_is_refused(workdir):
+    held = run_record.lock("runs/runX")
+    with pytest.raises(InputError, match="another run"):
+        train.main(FLAGS)
+    held.close()
+
+
+def test_keep_bounds_the_epoch_files(workdir):
+    train.main([*FLAGS, "--save_all", "--keep", "2"])
+    assert sorted(path.name for path in Path("runs/runX").glob("Epoch-*")) == [
+        "Epoch-2-model.pth.tar", "Epoch-3-model.pth.tar"]
+
+
+def test_the_record_tells_what_ran_and_what_came_out(workdir):
+    train.main(FLAGS)
+    record = json.loads(Path("runs/runX/run.json").read_text())
+    assert record["options"]["mb_k"] == 5 and record["packages"]["torch"] and record["python"]
+    assert record["data"]["train_captions"] == 60 and len(record["data"]["train_fingerprint"]) == 16
+    assert record["start"] <= record["end"]
+    assert record["result"]["outcome"] == "finished" and record["result"]["steps"] == 12
+    assert record["result"]["best_rsum"] == load(RUN)["best_rsum"]
+
+
+def test_the_learning_rate_warms_up_linearly(workdir):
+    train.main([*FLAGS, "--lr_warmup_steps", "5", "--lr_update", "2"])
+    rates = [line["lr"] for line in log_of() if line["kind"] == "step"]
+    assert rates == pytest.approx([0.002, 0.004, 0.006, 0.008] + [0.01] * 4 + [0.001] * 4)
+
+
+def test_warm_up_epochs_train_with_the_sum_of_hinges(workdir):
+    train.main([*TINY, "--num_epochs", "1", "--sum_violation", "--logger_name", "runs/sum"])
+    train.main([*TINY, "--num_epochs", "1", "--warmup_epochs", "1"])
+    assert states_equal(load(RUN)["model"], load("runs/sum/checkpoint.pth.tar")["model"])
+    train.main([*TINY, "--num_epochs", "1", "--logger_name", "runs/hal"])
+    assert not states_equal(load(RUN)["model"], load("runs/hal/checkpoint.pth.tar")["model"])
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_and_stops_the_run(workdir, monkeypatch):
+    true_forward, weights = train.ContrastiveLoss.of_similarities, {}
+
+    def spoiled(criterion, similarities, *others):
+        loss = true_forward(criterion, similarities, *others)
+        return loss * float("nan") if len(weights) == 2 else loss
+    true_step = train.train_step
+
+    def watched(run, *others):
+        weights[run.steps] = [p.detach().clone() for p in run.parameters]
+        figures = true_step(run, *others)
+        if run.steps == 2:
+            assert not figures[1]
+            assert all((a == b).all() for a, b in zip(weights[1], run.parameters))
+        return figures
+    monkeypatch.setattr(train.ContrastiveLoss, "of_similarities", spoiled)
+    monkeypatch.setattr(train, "train_step", watched)
+    with pytest.raises(InputError, match="step 2.*not finite.*0.01.*checkpoint"):
+        train.main(FLAGS)
+    assert sorted(weights) == [0, 1]
+    assert all(math.isfinite(value) for p in weights[1] for value in p.flatten().tolist())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(workdir):
+    train.main([*TINY, "--num_epochs", "1"])
+    before = load(RUN)["epoch"]
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--num_epochs", "60", "--resume", RUN],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=small_files,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "could not be written" in line and load(RUN)["epoch"] == before:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)  # there is room again
+            break
+    said += process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert "Training goes on" in said and before == 1
+    assert load(RUN)["epoch"] == 60
+    assert not list(Path("runs/runX").glob("*.tmp"))
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(workdir):
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)); "
+            f"sys.path.insert(0, {str(ROOT)!r}); import train, errors; errors.run_script(train.main)")
+    found = subprocess.run([sys.executable, "-c", code, *TINY, "--num_epochs", "1"], capture_output=True, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert found.returncode == 2 and "checkpoint.pth.tar could not be written" in found.stderr
+    assert "Traceback" not in found.stderr and not list(Path("runs/runX").glob("*.pth.tar*"))
