@@ -32,7 +32,9 @@ from evaluation import FOLDS, metrics_of, rank_both_ways
 from loss import ContrastiveLoss, cosine_sim
 from memory_bank import build_bank, draw_batches, in_batch
 from model import VSE, l2norm
+from run_record import Log
 from vocab import SPECIAL_WORDS, read_captions, tokenize, vocabulary_of
+from watch import StepFigures, figures_of
 
 WORDS = 3000  # of the made-up captions
 HARD_SCORES = 1e-6  # float64 scores further apart than this must be ranked alike
@@ -299,6 +301,17 @@ def bench_step(options, timer, dataset, vocab, model, speeds):
     return lines
 
 
+def bench_watch(options, timer):
+    """What watching and recording add to a step: its figures, and one line of log.jsonl."""
+    loss, norm = torch.zeros((), device=timer.device), torch.ones((), device=timer.device)
+    similarities = torch.randn(options.step_batch, options.step_batch, device=timer.device)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Log(folder, 0)
+        times, = timer.turns(lambda: log.write(step=1, **StepFigures(*figures_of(
+            loss, norm, similarities).tolist())._asdict()))
+    return {"a step's figures and log line (ms)": row(times, unit=1e-3)}
+
+
 def bench_bank(options, timer, dataset, model):
     """Leaving out a batch's own entries, against a Python scan; building a bank, against encoding everything."""
     generator = torch.Generator().manual_seed(2)
@@ -446,7 +459,7 @@ def measure(options, timer):
         if "loader" in options.parts:
             lines |= bench_loader(options, timer, dataset, vocab, speeds)
         if "step" in options.parts:
-            lines |= bench_step(options, timer, dataset, vocab, model, speeds)
+            lines |= bench_step(options, timer, dataset, vocab, model, speeds) | bench_watch(options, timer)
         if "bank" in options.parts:
             lines |= bench_bank(options, timer, dataset, model)
     if "evaluation" in options.parts:
