@@ -326,6 +326,7 @@ def load_for_evaluation(opt_eval, split):
         if getattr(opt_eval, name, None):
             setattr(opt, name, getattr(opt_eval, name))
     opt.caption_reading = getattr(opt_eval, "caption_reading", None) or checkpoint.caption_reading(content)
+    opt.cache_dir = os.path.join(opt.data_path, ".cache")  # never one that a stranger's checkpoint names
     opt.skip_broken_images = getattr(opt_eval, "skip_broken_images", False)
     opt.cnn_weights = "none"  # the checkpoint's own take their place
     vocabulary = None if getattr(opt_eval, "vocab_path", None) else checkpoint.vocabulary(content, path)

@@ -388,3 +388,12 @@ def test_a_checkpoint_of_another_machine_s_paths_names_them(evaluated):
 def test_the_script_s_folder_needs_not_be_current(evaluated):
     assert ROOT != evaluated
     assert run_script("compute_results.py", "--device", "cpu", cwd=evaluated).returncode == 0
+
+
+def test_a_checkpoint_cannot_choose_where_the_cache_is_written(evaluated):
+    path = "runs/runX/model_best.pth.tar"
+    content = load(path)
+    content["opt"].cache_dir = "elsewhere"
+    torch.save(content, path)
+    compute_results.main([])
+    assert not os.path.exists("elsewhere") and os.listdir("data/.cache")
