@@ -13,7 +13,7 @@ import torch
 from errors import InputError
 
 COLLAPSED_SHARE = 0.95  # of a batch's pairs at a similarity of 0 or less
-STUCK_WITHIN = 0.01  # of max-margin's trivial loss, relative
+STUCK_WITHIN = 0.05  # relative: the loss of its trivial value, the mean pair's lead over the others of the margin
 
 
 class StepFigures(NamedTuple):
@@ -77,7 +77,9 @@ class Watch:
     def _looks_collapsed(self, figures, batch, kind):
         if kind == "max":
             trivial = 2 * batch * self.opt.margin
-            return trivial > 0 and abs(figures.loss - trivial) <= STUCK_WITHIN * trivial
+            gap = figures.positive_mean - figures.negative_mean
+            return (0 < trivial and abs(figures.loss - trivial) <= STUCK_WITHIN * trivial
+                    and abs(gap) <= STUCK_WITHIN * self.opt.margin)
         return kind == "hal" and figures.positive_share <= 1 - COLLAPSED_SHARE
 
     def _report(self, step, lr, figures, kind):

@@ -65,7 +65,7 @@ def test_a_warning_is_given_once_when_asked_for():
 def test_stuck_max_margin_warns_and_stops_only_by_request(on_collapse, stops):
     said = []
     watch = watch_with(said, on_collapse=on_collapse)
-    stuck = GOOD._replace(loss=51.2)  # 2 x 128 x 0.2
+    stuck = GOOD._replace(loss=51.5, negative_mean=0.395)  # 2 x 128 x 0.2 is 51.2
     if stops:
         with pytest.raises(InputError, match="trivial loss"):
             feed(watch, stuck, 5, kind="max")
@@ -74,9 +74,10 @@ def test_stuck_max_margin_warns_and_stops_only_by_request(on_collapse, stops):
         assert len(said) == 1 and "trivial loss" in said[0]
 
 
-def test_max_margin_away_from_its_trivial_loss_is_left_alone():
+@pytest.mark.parametrize("changes", [{"loss": 45.0, "negative_mean": 0.4}, {"loss": 51.2}], ids=["loss", "gap"])
+def test_max_margin_away_from_its_trivial_point_is_left_alone(changes):
     said = []
-    feed(watch_with(said, on_collapse="stop"), GOOD._replace(loss=49.0, positive_share=0.0), 20, kind="max")
+    feed(watch_with(said, on_collapse="stop"), GOOD._replace(positive_share=0.0, **changes), 20, kind="max")
     assert not said
 
 
