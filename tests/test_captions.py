@@ -125,3 +125,13 @@ def test_without_a_place_for_the_cache_it_is_done_without(tmp_path, words, capsy
 def test_captions_of_json_may_hold_lone_surrogates(tmp_path, words):
     captions = json.loads('["a \\ud800 dog"]')
     assert unpacked(number_words(captions, words, cache_dir=str(tmp_path))) == [ids(captions[0])]
+
+
+def test_another_release_of_the_tokenizer_has_its_own_cache(tmp_path, monkeypatch):
+    vocabulary = vocabulary_of(["<pad>", "<start>", "<end>", "<unk>", "dog"])
+    number_words(["a dog"], vocabulary, cache_dir=str(tmp_path))
+    number_words(["a dog"], vocabulary, cache_dir=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
+    number_words(["a dog"], vocabulary, cache_dir=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
