@@ -29,7 +29,9 @@ class PrefixTree(NamedTuple):
 
 
 def prefix_tree(captions, lengths):
-    """captions: (B, T) word ids, longest first; lengths: (B,)."""
+    """captions: (B, T) word ids, longest first; lengths: (B,). Raises ValueError for another order, as packing does."""
+    if (lengths.diff() > 0).any() or lengths[-1] < 1:
+        raise ValueError("captions must come longest first, and have a word each")
     words, places = torch.unique(captions, return_inverse=True)
     node_of = torch.zeros(len(captions), dtype=torch.int64)
     word_of, parents, sizes, start = [], [], [], 0

@@ -68,3 +68,10 @@ def test_extreme_inputs_stay_finite():
     rnn, embed = torch.nn.GRU(2, 3, batch_first=True), torch.nn.Embedding(WORDS, 2)
     embed.weight.data.fill_(1e30)
     assert last_states(rnn, embed, *batch([3, 2])).isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [[2, 3], [3, 2, 3], [2, 0]], ids=str)
+def test_captions_in_another_order_are_refused(lengths):
+    rnn, embed = torch.nn.GRU(2, 3, batch_first=True), torch.nn.Embedding(WORDS, 2)
+    with pytest.raises(ValueError, match="longest first"):
+        last_states(rnn, embed, torch.ones(len(lengths), 3, dtype=torch.int64), torch.tensor(lengths))
