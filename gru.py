@@ -69,7 +69,8 @@ class _TreeGRU(torch.autograd.Function):
         hidden, weight_hh = weight_hh.shape[1], weight_hh.to(dtype)
         gates = products.index_select(0, input_of)  # becomes reset, update, new: each (nodes, H)
         states, candidates = gates.new_empty(len(gates), hidden), gates.new_empty(len(gates), hidden)
-        previous = gates.new_zeros(_rounded_up(len(gates)), hidden)
+        previous = gates.new_empty(_rounded_up(len(gates)), hidden)
+        previous[:tree.sizes[0]] = previous[len(gates):] = 0  # the first level's states before it, and no node's
         start = 0
         for level, size in enumerate(tree.sizes):
             rows = slice(start, start + size)
