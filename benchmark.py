@@ -346,8 +346,8 @@ def bench_evaluation(options, timer, n_images):
 
     def folds():
         for pair in zip(fold_images, fold_captions):
-            metrics_of(*pair)
-    floor_times, times = timer.turns(product, lambda: rank_both_ways(images, captions, top1=False))
+            metrics_of(rank_both_ways(*pair, top=0))
+    floor_times, times = timer.turns(product, lambda: rank_both_ways(images, captions, top=0))
     fold_floor, fold_times = timer.turns(fold_products, folds)
     start = time.perf_counter()
     expected = reference_ranks(images, captions)

@@ -1,19 +1,25 @@
 """Evaluate a checkpoint: recall@K both ways, over a whole split or five folds of it.
 
     python3 compute_results.py --model_path runs/runX/model_best.pth.tar --data_path data
+    python3 compute_results.py --model_path runs/runX/model_best.pth.tar --data_path data \\
+        --hubness --correction all --tune_correction --report report
 
 COCO's two settings are `--split testall` (5K) and `--split testall --fold5` (mean of five 1Ks).
 Reads checkpoints of the released scripts, too.
 """
 
-from errors import ArgumentParser, number, run_script
-from evaluation import evalrank
+import corrections
+from data import CAPTIONS_PER_IMAGE
+from errors import ArgumentParser, InputError, number, run_script
+from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
+from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from vocab import READINGS
 
 
 def parse_args(argv=None):
     """The script's flags."""
     parser = ArgumentParser("Evaluate a checkpoint of train.py or of the released code.")
+    count, positive = number(int, 1), number(float, 0, low_allowed=False)
     source = parser.add_argument_group("what to evaluate")
     source.add_argument("--model_path", default="runs/runX/model_best.pth.tar", help="checkpoint file")
     source.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
@@ -26,23 +32,157 @@ def parse_args(argv=None):
                         help="leave out raw images that cannot be decoded")
     source.add_argument("--caption_reading", choices=READINGS,
                         help="how captions become words (default: as in the checkpoint's training)")
+    hubs = parser.add_argument_group("hubs")
+    hubs.add_argument("--hubness", action="store_true", help="print how hubs distort the ranking: N_1, N_5, N_10")
+    hubs.add_argument("--correction", choices=[*corrections.METHODS, "all"],
+                      help="print recalls and hubness before and after a correction of hubs at inference")
+    hubs.add_argument("--correction_bank", default="train", choices=["train", "dev"],
+                      help="split whose images and captions tell which targets are hubs")
+    hubs.add_argument("--correction_bank_images", default=10000, type=number(int, 0),
+                      help="at most so many images of it, evenly spread, with their captions (0: all)")
+    hubs.add_argument("--transductive", action="store_true", help="take the evaluated queries themselves as the bank")
+    hubs.add_argument("--correction_k", type=count, help="csls, nnn, qbnorm: nearest of the bank (default: 10, 128, 1)")
+    hubs.add_argument("--correction_temperature", type=positive,
+                      help="inverted_softmax, qbnorm, sinkhorn: temperature of the softmax (default: 0.05)")
+    hubs.add_argument("--correction_alpha", type=positive, help="nnn: weight of what is taken off (default: 0.75)")
+    hubs.add_argument("--tune_correction", action="store_true",
+                      help="choose those that are not given by the recalls on the dev split, for each direction")
     machine = parser.add_argument_group("how")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
-    machine.add_argument("--batch_size", type=number(int, 1),
-                         help="items encoded at a time (default: the checkpoint's)")
+    machine.add_argument("--batch_size", type=count, help="items encoded at a time (default: the checkpoint's)")
     output = parser.add_argument_group("what to write")
     output.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "
                                                            "with --fold5)")
     output.add_argument("--save_json", metavar="FILE", help="write all figures at full precision")
     output.add_argument("--save_embeddings", action="store_true",
                         help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
-    return parser.parse_args(argv)
+    output.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
+    output.add_argument("--images", metavar="DIR", help="--report: folder of the photos, named as in <split>_ids.txt")
+    options = parser.parse_args(argv)
+    _check(options)
+    return options
+
+
+def _check(options):
+    """Raise InputError for flags that do not go together."""
+    needs = {"--correction": ("transductive", "correction_k", "correction_temperature", "correction_alpha",
+                              "tune_correction"), "--report": ("images",)}
+    for needed, names in needs.items():
+        for name in names:
+            if getattr(options, name) and not getattr(options, needed[2:]):
+                raise InputError(f"--{name} does nothing without {needed}: add it, or leave --{name} out")
+    if options.report and options.fold5:
+        raise InputError("--report shows a whole split: leave --fold5 out")
+    if not options.correction or options.transductive:
+        return
+    split = {"val": "dev"}.get(options.split, options.split)
+    if options.correction_bank == split:
+        raise InputError(f"--correction_bank is {split}, the split that is evaluated: take another one, or say "
+                         "--transductive if the queries themselves are meant to be the bank")
+    if options.tune_correction and options.correction_bank == "dev":
+        raise InputError("--tune_correction chooses on the dev split, which cannot be the bank, too: leave out "
+                         "--correction_bank dev")
+
+
+# Hubs -------------------------------------------------------------------------------------------
+
+def hubness_of_folds(rankings):
+    """The hubness of a split's folds, each (i2t Ranking, t2i Ranking), or their mean."""
+    return mean_hubness([hubness_both_ways(pair) for pair in rankings])
+
+
+def load_bank(options, result):
+    """(images, captions) of the bank's split and what it is in words; with --transductive, None and the words."""
+    if options.transductive:
+        return None, "transductive: the bank is the evaluated queries themselves"
+    loader = result.checkpoint.loader(options.correction_bank)
+    n_images = len(loader.dataset) // CAPTIONS_PER_IMAGE
+    limit = options.correction_bank_images or n_images
+    images, captions = embed(result.checkpoint.model, loader, stride=-(-n_images // limit))
+    return (images, captions), f"bank: {options.correction_bank}, {len(images)} images, {len(captions)} captions"
+
+
+def correct(options, result):
+    """What --correction asks for: (the bank in words, {method: its parameters, folds' rankings, metrics, hubness})."""
+    names = list(corrections.METHODS) if options.correction == "all" else [options.correction]
+    given = {name: getattr(options, f"correction_{name}") for name in ("k", "temperature", "alpha")}
+    measure = result.checkpoint.opt.measure
+    bank, words = load_bank(options, result)
+    if options.tune_correction:
+        dev = embed(result.checkpoint.model, result.checkpoint.loader("dev"))
+        parameters = corrections.tune(names, *dev, bank or dev, given, measure)
+        words += "; parameters chosen on dev"
+    else:
+        parameters = [(corrections.parameters_of(name, **given),) * 2 for name in names]
+    wanted_i2t, wanted_t2i = (list(zip(names, side)) for side in zip(*parameters))
+    folds = []
+    for (images, captions), rankings in zip(result.parts(), result.rankings):
+        bank_images, bank_captions = bank or (images, captions)
+        pairs = zip(corrections.corrections_of(captions, bank_images, wanted_i2t, measure),
+                    corrections.corrections_of(images, bank_captions, wanted_t2i, measure))
+        folds.append(corrections.rank_corrected(images, captions, rankings, list(pairs), measure, max(DEPTHS)))
+    outcome = {}
+    for name, (i2t, t2i), rankings in zip(names, parameters, zip(*folds)):
+        outcome[name] = {"parameters": {"i2t": i2t, "t2i": t2i}, "rankings": rankings,
+                         "metrics": mean_metrics([metrics_of(pair) for pair in rankings]),
+                         "hubness": hubness_of_folds(rankings)}
+    return words, outcome
+
+
+def print_hubness(hubs):
+    """The table of --hubness."""
+    print("Hubness: N_k of a target is the number of queries with it among their k nearest (i2t: captions are targets)")
+    print(f"{'':5}{'k':>3}{'skewness':>10}{'anti-hubs':>11}{'top 1 % take':>14}{'Robin Hood':>12}{'largest N_k':>13}")
+    for side, rows in hubs.items():
+        for k, row in rows.items():
+            item = f" (item {row.largest_item})" if row.largest_item >= 0 else " (mean of folds)"
+            print(f"{side:5}{k:3}{row.skewness:10.2f}{row.anti_hubs:11.1%}{row.top_share:14.1%}{row.robin_hood:12.1%}"
+                  f"{row.largest:13.6g}{item}")
+
+
+def print_corrections(words, plain, outcome):
+    """The table of --correction: a row without, then a row for each method."""
+    print(f"Corrections ({words})")
+    print(f"{'':18}{'i2t R@1':>8}{'R@5':>7}{'R@10':>7}{'t2i R@1':>9}{'R@5':>7}{'R@10':>7}{'rsum':>8}"
+          f"{'i2t: N_10 skewness, anti-hubs':>32}{'t2i: N_10 skewness, anti-hubs':>32}")
+    for name, (metrics, hubs, parameters) in {"none": (*plain, ""), **{name: (
+            one["metrics"], one["hubness"], describe(one["parameters"])) for name, one in outcome.items()}}.items():
+        recalls = [*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum]
+        cells = "".join(f"{value:{width}.1f}" for value, width in zip(recalls, (8, 7, 7, 9, 7, 7, 8)))
+        for side in ("i2t", "t2i"):
+            cells += f"{hubs[side][10].skewness:23.2f}{hubs[side][10].anti_hubs:9.1%}"
+        print(f"{name:18}{cells}  {parameters}".rstrip())
+
+
+def describe(parameters):
+    """{"i2t": {name: value}, "t2i": ...} in words."""
+    sides = {side: " ".join(f"{name}={value:g}" for name, value in own.items()) for side, own in parameters.items()}
+    return sides["i2t"] if sides["i2t"] == sides["t2i"] else f"i2t {sides['i2t']}, t2i {sides['t2i']}"
+
+
+def hubness_as_dict(hubs):
+    """Hubness as plain names and numbers, for JSON."""
+    return {side: {str(k): row._asdict() for k, row in rows.items()} for side, rows in hubs.items()}
 
 
 def main(argv=None):
     """Evaluate what the flags name."""
     options = parse_args(argv)
-    evalrank(options, options.split)
+    look_at_hubs = options.hubness or options.correction or options.report
+    result = evaluate(options, options.split, top=max(DEPTHS) if look_at_hubs else 1)
+    more, words, outcome = {}, "", {}
+    if look_at_hubs:
+        hubs = hubness_of_folds(result.rankings)
+        more["hubness"] = hubness_as_dict(hubs)
+        if options.hubness:
+            print_hubness(hubs)
+    if options.correction:
+        words, outcome = correct(options, result)
+        print_corrections(words, (result.metrics, hubs), outcome)
+        more["correction_bank"] = words
+        more["corrections"] = {name: {"parameters": one["parameters"], **as_dict(one["metrics"]),
+                                      "hubness": hubness_as_dict(one["hubness"])} for name, one in outcome.items()}
+    write_results(options, options.split, result, more)
 
 
 if __name__ == "__main__":

@@ -109,9 +109,9 @@ class PrecompDataset:
             rows = (indices if self.images.device.type == "cpu" else there) // self.captions_per_row
             yield self._rows(rows), self.placed_word_ids.padded(there, int(lengths[0])), lengths, there, there
 
-    def load_images(self, batch_size, workers=0):
-        """The features of each image once, in order, in batches."""
-        rows = torch.arange(0, len(self), CAPTIONS_PER_IMAGE) // self.captions_per_row
+    def load_images(self, batch_size, workers=0, stride=1):
+        """The features of each image (each so manieth, with a stride) once, in order, in batches."""
+        rows = torch.arange(0, len(self), CAPTIONS_PER_IMAGE * stride) // self.captions_per_row
         for batch in rows.split(batch_size):
             yield self._rows(batch)
 
@@ -186,10 +186,10 @@ class ImageDataset(torch.utils.data.Dataset):
             self, batch_sampler=[batch.tolist() for batch in batches], collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available(), **_worker_options(workers)))
 
-    def load_images(self, batch_size, workers=0):
-        """Each image once, in order, in batches (B, 3, H, W)."""
-        return _from_workers(torch.utils.data.DataLoader(_Images(self), batch_size=batch_size,
-                                                         **_worker_options(workers)))
+    def load_images(self, batch_size, workers=0, stride=1):
+        """Each image (each so manieth, with a stride) once, in order, in batches (B, 3, H, W)."""
+        images = torch.utils.data.Subset(_Images(self), range(0, len(self.image_files), stride))
+        return _from_workers(torch.utils.data.DataLoader(images, batch_size=batch_size, **_worker_options(workers)))
 
 
 def _from_workers(loader):
@@ -431,4 +431,6 @@ def get_test_loader(split_name, data_name, vocab, crop_size, batch_size, workers
     if len(dataset) % CAPTIONS_PER_IMAGE or images != [i // CAPTIONS_PER_IMAGE for i in range(len(dataset))]:
         raise InputError(f"split {split_name} of {data_name} has {len(dataset)} captions that are not "
                          f"{CAPTIONS_PER_IMAGE} for each image in turn: evaluation needs that")
+    if isinstance(dataset, ImageDataset):
+        dataset.transform = image_transform(False, crop_size)  # the training split's, too, is not augmented here
     return Loader(dataset, batch_size, workers=workers)

@@ -68,17 +68,18 @@ class LogCollector:
 
 # Embedding --------------------------------------------------------------------------------------
 
-def embed(model, loader):
+def embed(model, loader, stride=1):
     """A split's embeddings on the model's device: (N, D), each image once, and (5N, D), one a caption.
 
-    Equal captions are encoded once, so that they get equal embeddings to the bit.
+    Equal captions are encoded once, so that they get equal embeddings to the bit. With a stride only
+    each so manieth image is taken, with its captions.
     """
     model.val_start()
-    dataset, batch_size, n_images = loader.dataset, loader.batch_size, len(loader.dataset) // CAPTIONS_PER_IMAGE
-    images = torch.cat([model.embed_images(_filled(batch, min(batch_size, n_images)) if batch.dim() == 2 else batch)
-                        for batch in dataset.load_images(batch_size, loader.workers)])[:n_images]
-    every = torch.arange(len(dataset))
-    padded = dataset.word_ids.padded(every, int(dataset.word_ids.lengths.max()))
+    dataset, batch_size = loader.dataset, loader.batch_size
+    chosen = torch.arange(len(dataset)).unflatten(0, (-1, CAPTIONS_PER_IMAGE))[::stride]
+    images = torch.cat([model.embed_images(_filled(batch, min(batch_size, len(chosen))) if batch.dim() == 2 else batch)
+                        for batch in dataset.load_images(batch_size, loader.workers, stride)])[:len(chosen)]
+    padded = dataset.word_ids.padded(chosen.flatten(), int(dataset.word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
@@ -99,10 +100,15 @@ def encode_data(model, data_loader, log_step=10, logging=print):
 # Ranks ------------------------------------------------------------------------------------------
 
 class Ranking(NamedTuple):
-    """0-based ranks of n queries and, where asked for, the item that came first for each: (n,) int64."""
+    """0-based ranks of n queries (n,), and the items that came first for each, best first (n, top): int64."""
 
     ranks: torch.Tensor
-    top1: torch.Tensor | None
+    items: torch.Tensor
+
+    @property
+    def top1(self):
+        """The item that came first for each query: (n,)."""
+        return self.items[:, 0]
 
 
 def _just_below(scores):
@@ -111,43 +117,74 @@ def _just_below(scores):
     return scores.nextafter(lowest).nextafter(lowest)
 
 
-def rank_both_ways(images, captions, measure="cosine", top1=True):
+def rank_both_ways(images, captions, measure="cosine", top=1):
     """(N, D) unique images and (5N, D) captions -> (image-to-text Ranking, text-to-image Ranking).
 
     An item that is not the query's own and scores at least as high as its own best, less two units in the
-    last place, stands before it; so does one whose comparison is NaN. The similarity matrix is made in
-    tiles that stay in cache and serve both directions: nothing of its size is kept. Without `top1`
-    the first items are not looked for (None), which is a little faster.
+    last place, stands before it; so does one whose comparison is NaN. The `top` first items of each query
+    are kept; with 0 they are not looked for, which is a little faster.
     """
-    tiles = _Tiles(images, captions, measure)
-    own_tiles = [tiles.scores(block, block).clone() for block in range(tiles.count)]
-    own = torch.cat([_own_scores(scores) for scores in own_tiles])
-    image_bars, caption_bars = _just_below(own.amax(1, keepdim=True)), _just_below(own.reshape(1, -1))
+    return rank_shifted(images, captions, [None], measure, top)[0]
 
-    lower_captions, lower_images = own.new_zeros(len(images)), own.new_zeros(len(captions))
-    best_caption, best_image = (_Best(len(queries), own) if top1 else None for queries in (images, captions))
-    below = torch.empty_like(own_tiles[0])
+
+def rank_shifted(images, captions, shifts, measure="cosine", top=1):
+    """As `rank_both_ways`, once for each of `shifts`: None, or (captions' (5N,), images' (N,)) similarities that are
+    taken off those targets' before ranking.
+
+    The similarity matrix is made in tiles that stay in cache and serve all: nothing of its size is kept.
+    """
+    tiles = Tiles(images, captions, measure)
+    own = torch.cat([_own_scores(tiles.scores(block, block)).clone() for block in range(tiles.count)])
+    sides = [_Side(dim, own, None if shift is None else shift[1 - dim], top)
+             for shift in shifts for dim in (1, 0)]  # targets along dim: captions of images, images of captions
     for i in range(tiles.count):
         for c in range(tiles.count):
-            scores = own_tiles[i] if i == c else tiles.scores(i, c)
-            rows, columns = tiles.image_rows(i), tiles.caption_rows(c)
-            flags = below[:len(scores), :scores.shape[1]]
-            if top1:
-                best_caption.update(rows, scores, 1, columns.start)
-                best_image.update(columns, scores, 0, rows.start)
-            if i == c:
-                _own_scores(scores).fill_(-torch.inf)
-            # Comparing into floats is several times faster than into bools that are then counted.
-            lower_captions[rows] += torch.lt(scores, image_bars[rows], out=flags).sum(1)
-            lower_images[columns] += torch.lt(scores, caption_bars[:, columns], out=flags).sum(0)
-    # Own pairs were counted as lower; where even they were not (NaN), nothing is.
-    image_ranks = (len(captions) - lower_captions).clamp(max=len(captions) - CAPTIONS_PER_IMAGE)
-    caption_ranks = (len(images) - lower_images).clamp(max=len(images) - 1)
-    return (Ranking(image_ranks.long(), best_caption.item if top1 else None),
-            Ranking(caption_ranks.long(), best_image.item if top1 else None))
+            scores = tiles.scores(i, c)
+            for side in sides:
+                side.see(scores, tiles.image_rows(i), tiles.caption_rows(c))
+    rankings = [side.ranking() for side in sides]
+    return list(zip(rankings[::2], rankings[1::2]))
 
 
-class _Tiles:
+class _Side:
+    """One direction's ranks and first items over the tiles seen so far."""
+
+    def __init__(self, dim, own, shift, top):
+        """own: (N, 5) similarities of each image with its captions; shift: (targets,) or None."""
+        self.dim, self.shift = dim, shift
+        if shift is not None:
+            self.shift = shift.unsqueeze(1 - dim)
+            own = own - (shift.view_as(own) if dim == 1 else self.shift)
+        self.bars = _just_below(own.amax(1, keepdim=True) if dim == 1 else own.reshape(1, -1))
+        self.n_targets, self.n_own = (own.numel(), CAPTIONS_PER_IMAGE) if dim == 1 else (len(own), 1)
+        self.lower = own.new_zeros(self.bars.numel())
+        self.best = Best(len(self.lower), min(top, self.n_targets), own) if top else None
+        self.buffer = own.new_empty(0)
+
+    def see(self, scores, images, captions):
+        """Take in a tile (images, captions) of the similarity matrix; it is left as it is."""
+        queries, targets = (images, captions) if self.dim == 1 else (captions, images)
+        bars = self.bars[images] if self.dim == 1 else self.bars[:, captions]
+        buffer = self.buffer.resize_(scores.shape)
+        if self.shift is not None:
+            shift = self.shift[:, captions] if self.dim == 1 else self.shift[images]
+            scores = torch.sub(scores, shift, out=buffer)
+        if self.best:
+            self.best.update(queries, scores, self.dim, targets.start)
+        if images.start * CAPTIONS_PER_IMAGE == captions.start:
+            scores = scores.clone()
+            _own_scores(scores).fill_(-torch.inf)
+        # Comparing into floats is several times faster than into bools that are then counted.
+        self.lower[queries] += torch.lt(scores, bars, out=buffer).sum(self.dim)
+
+    def ranking(self):
+        """The Ranking, once all tiles were seen."""
+        # Own pairs were counted as lower; where even they were not (NaN), nothing is.
+        ranks = (self.n_targets - self.lower).clamp(max=self.n_targets - self.n_own).long()
+        return Ranking(ranks, self.best.items if self.best else ranks.new_empty(len(ranks), 0))
+
+
+class Tiles:
     """The similarity matrix in tiles of n images and 5n captions, all products of one shape.
 
     Libraries compute small products in another order: with a ragged last tile, equal embeddings would
@@ -188,18 +225,24 @@ def _own_scores(scores):
     return scores.unflatten(1, (len(scores), CAPTIONS_PER_IMAGE)).diagonal().t()
 
 
-class _Best:
-    """The best item of each query over the tiles seen so far."""
+class Best:
+    """The k best items of each query over the blocks seen so far, best first: `.scores` and `.items`, (n, k)."""
 
-    def __init__(self, n, like):
-        self.score = torch.full((n,), -torch.inf, dtype=like.dtype, device=like.device)
-        self.item = torch.zeros(n, dtype=torch.int64, device=like.device)
+    def __init__(self, n, k, like):
+        self.scores = torch.full((n, k), -torch.inf, dtype=like.dtype, device=like.device)
+        self.items = torch.zeros(n, k, dtype=torch.int64, device=like.device)
 
     def update(self, queries, scores, dim, first):
-        score, item = scores.max(dim)
-        better = score > self.score[queries]
-        self.score[queries] = torch.where(better, score, self.score[queries])
-        self.item[queries] = torch.where(better, item + first, self.item[queries])
+        """Take in the scores of the slice `queries` and the items from number `first` on, these along `dim`."""
+        k = min(self.items.shape[1], scores.shape[dim])
+        if k == 1:  # several times faster than topk
+            scores, items = (part.flatten().unsqueeze(1) for part in scores.max(dim))
+        else:
+            scores, items = (scores if dim == 1 else scores.t().contiguous()).topk(k, 1)
+        scores = torch.cat([self.scores[queries], scores], 1)
+        items = torch.cat([self.items[queries], items + first], 1)
+        self.scores[queries], places = scores.topk(self.items.shape[1], 1)
+        self.items[queries] = items.gather(1, places)
 
 
 # Recalls ----------------------------------------------------------------------------------------
@@ -266,7 +309,7 @@ def _unique_images(images, captions, npts):
 def _directed(direction, images, captions, npts, measure, return_ranks):
     ranking = rank_both_ways(*_unique_images(images, captions, npts), measure)[direction]
     recall = recall_of(ranking.ranks)
-    return (recall, tuple(part.cpu().numpy() for part in ranking)) if return_ranks else recall
+    return (recall, (ranking.ranks.cpu().numpy(), ranking.top1.cpu().numpy())) if return_ranks else recall
 
 
 def i2t(images, captions, npts=None, measure="cosine", return_ranks=False):
@@ -282,10 +325,9 @@ def t2i(images, captions, npts=None, measure="cosine", return_ranks=False):
     return _directed(1, images, captions, npts, measure, return_ranks)
 
 
-def metrics_of(images, captions, measure="cosine", top1=False):
-    """(N, D) images and (5N, D) captions -> (Metrics, the two Rankings)."""
-    rankings = rank_both_ways(images, captions, measure, top1)
-    return Metrics(*(recall_of(ranking.ranks) for ranking in rankings)), rankings
+def metrics_of(rankings):
+    """(image-to-text Ranking, text-to-image Ranking) -> Metrics."""
+    return Metrics(*(recall_of(ranking.ranks) for ranking in rankings))
 
 
 def mean_metrics(folds):
@@ -313,11 +355,25 @@ def print_metrics(metrics):
     print(f"Text to image: {metrics.t2i}")
 
 
-def load_for_evaluation(opt_eval, split):
-    """(model, loader of the split, checkpoint's options) for evaluation.
+class Checkpoint(NamedTuple):
+    """A checkpoint made ready for evaluation: its model on the device, its options and its vocabulary."""
 
-    opt_eval: model_path and, where given, data_path, vocab_path, device, batch_size, caption_reading.
-    Raises InputError where checkpoint, vocabulary and data do not fit each other.
+    model: VSE
+    opt: object
+    vocabulary: object
+
+    def loader(self, split):
+        """The loader of a split of its data set."""
+        opt = self.opt
+        return get_test_loader(split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size,
+                               min(opt.workers, os.cpu_count()), opt)
+
+
+def load_for_evaluation(opt_eval):
+    """The Checkpoint opt_eval.model_path.
+
+    opt_eval may also have data_path, vocab_path, device, batch_size, caption_reading, skip_broken_images.
+    Raises InputError where checkpoint and vocabulary do not fit each other.
     """
     path = opt_eval.model_path
     content = checkpoint.load(path)
@@ -337,53 +393,67 @@ def load_for_evaluation(opt_eval, split):
     if len(vocabulary) != opt.vocab_size:
         raise InputError(f"the vocabulary for {opt.data_name} in {opt.vocab_path} has {len(vocabulary)} words, the "
                          f"checkpoint {path} was trained with {opt.vocab_size}: name the right one with --vocab_path")
-    loader = get_test_loader(split, opt.data_name, vocabulary, opt.crop_size, opt.batch_size,
-                             min(opt.workers, os.cpu_count()), opt)
     model = VSE(opt)
     checkpoint.load_weights(model, content, path)
     device = choose_device(getattr(opt_eval, "device", "auto"))
     choose_matmul_precision(device)
-    return model.to(device), loader, opt
+    return Checkpoint(model.to(device), opt, vocabulary)
 
 
-def evalrank(opt_eval, split="test"):
-    """Evaluate a checkpoint on a split: print the recalls, write what was asked for, return the Metrics.
+class Evaluation(NamedTuple):
+    """A checkpoint's figures on a split: over all of it (one fold), or over five folds and their mean."""
 
-    opt_eval: as for `load_for_evaluation`, and fold5, save_csv, save_json, save_embeddings. Writes
-    `ranks.pth.tar` (of the first fold, with fold5) into the current folder, as the released code does.
+    checkpoint: Checkpoint
+    dataset: object
+    images: torch.Tensor  # (N, D)
+    captions: torch.Tensor  # (5N, D)
+    rankings: list  # of each fold, (i2t Ranking, t2i Ranking)
+    folds: list  # of each fold, Metrics
+    metrics: Metrics
+
+    def parts(self):
+        """Each fold's (images, captions)."""
+        size = len(self.images) // len(self.folds)
+        return list(zip(self.images.split(size), self.captions.split(size * CAPTIONS_PER_IMAGE)))
+
+
+def evaluate(opt_eval, split, top=1):
+    """Evaluate a checkpoint on a split and print its recalls; returns the Evaluation, with `top` items a query.
+
+    opt_eval: as for `load_for_evaluation`, and fold5.
     """
-    model, loader, opt = load_for_evaluation(opt_eval, split)
+    loaded = load_for_evaluation(opt_eval)
+    loader, opt, n_folds = loaded.loader(split), loaded.opt, FOLDS if getattr(opt_eval, "fold5", False) else 1
     n_images = len(loader.dataset) // CAPTIONS_PER_IMAGE
-    if getattr(opt_eval, "fold5", False) and n_images % FOLDS:
+    if n_images % n_folds:
         testall = os.path.join(opt.data_path, opt.data_name, "testall_ims.npy")
         hint = "try --split testall" if split != "testall" and os.path.exists(testall) else "leave --fold5 out"
         raise InputError(f"--fold5 needs five equal folds, and split {split} has {n_images} images: {hint}")
-    images, captions = embed(model, loader)
+    images, captions = embed(loaded.model, loader)
     print(f"Images: {len(images)}, Captions: {len(captions)}", file=sys.stderr)
-    if getattr(opt_eval, "fold5", False):
-        folds, rankings = _evaluate_folds(images, captions, opt.measure)
-        metrics = mean_metrics(folds)
+    result = Evaluation(loaded, loader.dataset, images, captions, [], [None] * n_folds, None)
+    rankings = [rank_both_ways(*part, opt.measure, top) for part in result.parts()]
+    folds = [metrics_of(pair) for pair in rankings]
+    result = result._replace(rankings=rankings, folds=folds, metrics=mean_metrics(folds) if n_folds > 1 else folds[0])
+    if n_folds > 1:
+        for metrics in folds:
+            print("Image to text: " + ", ".join(f"{value:.1f}" for value in metrics.i2t))
+            print("Text to image: " + ", ".join(f"{value:.1f}" for value in metrics.t2i))
+            print(f"rsum: {metrics.rsum:.1f} ar: {metrics.ar:.1f} ari: {metrics.ari:.1f}")
         print("-----------------------------------")
         print("Mean metrics: ")
-    else:
-        metrics, rankings = metrics_of(images, captions, opt.measure, top1=True)
-        folds = []
-    print_metrics(metrics)
-    _write_results(opt_eval, opt, split, metrics, folds, rankings, images, captions)
-    return metrics
+    print_metrics(result.metrics)
+    return result
 
 
-def _evaluate_folds(images, captions, measure):
-    """Print five folds; returns their Metrics and the first one's Rankings."""
-    results = []
-    size = len(images) // FOLDS
-    for fold_images, fold_captions in zip(images.split(size), captions.split(size * CAPTIONS_PER_IMAGE)):
-        metrics, rankings = metrics_of(fold_images, fold_captions, measure, top1=True)
-        results.append((metrics, rankings))
-        print("Image to text: " + ", ".join(f"{value:.1f}" for value in metrics.i2t))
-        print("Text to image: " + ", ".join(f"{value:.1f}" for value in metrics.t2i))
-        print(f"rsum: {metrics.rsum:.1f} ar: {metrics.ar:.1f} ari: {metrics.ari:.1f}")
-    return [metrics for metrics, _ in results], results[0][1]
+def evalrank(opt_eval, split="test"):
+    """The family's call: evaluate a checkpoint on a split, print the recalls, write what was asked for.
+
+    opt_eval: as for `evaluate` and `write_results`. Returns the Metrics.
+    """
+    result = evaluate(opt_eval, split)
+    write_results(opt_eval, split, result)
+    return result.metrics
 
 
 def as_dict(metrics):
@@ -392,9 +462,13 @@ def as_dict(metrics):
             "ar": metrics.ar, "ari": metrics.ari, "rsum": metrics.rsum}
 
 
-def _write_results(opt_eval, opt, split, metrics, folds, rankings, images, captions):
-    """ranks.pth.tar and, where asked for, CSV, JSON and embeddings."""
-    ranks = {name: tuple(part.cpu() for part in ranking) for name, ranking in zip(("rt", "rti"), rankings)}
+def write_results(opt_eval, split, result, more=None):
+    """Write `ranks.pth.tar` (of the first fold) into the current folder, as the released code does, and what
+    opt_eval's save_csv, save_json and save_embeddings ask for; more: further entries of the JSON file.
+    """
+    ranks = {name: (ranking.ranks.cpu(), ranking.top1.cpu())
+             for name, ranking in zip(("rt", "rti"), result.rankings[0])}
+    opt, metrics, folds = result.checkpoint.opt, result.metrics, result.folds if len(result.folds) > 1 else []
     try:
         checkpoint.save("ranks.pth.tar", ranks)
     except InputError as error:  # nobody asked for this file by a flag
@@ -407,13 +481,13 @@ def _write_results(opt_eval, opt, split, metrics, folds, rankings, images, capti
     if getattr(opt_eval, "save_json", None):
         with replacing(opt_eval.save_json, "w", encoding="utf-8") as file:
             json.dump({"model_path": opt_eval.model_path, "data_name": opt.data_name, "split": split,
-                       "images": len(images), "captions": len(captions), "folds": [as_dict(f) for f in folds],
-                       **as_dict(metrics)}, file, indent=1)
+                       "images": len(result.images), "captions": len(result.captions),
+                       "folds": [as_dict(fold) for fold in folds], **as_dict(metrics), **(more or {})}, file, indent=1)
     if getattr(opt_eval, "save_embeddings", False):
         run = os.path.basename(os.path.dirname(os.path.abspath(opt_eval.model_path)))
         with replacing(f"{run}_img_and_cap_embeddings.npz") as file:
-            np.savez(file, img_embs=images.repeat_interleave(CAPTIONS_PER_IMAGE, 0).cpu().numpy(),
-                     cap_embs=captions.cpu().numpy())
+            np.savez(file, img_embs=result.images.repeat_interleave(CAPTIONS_PER_IMAGE, 0).cpu().numpy(),
+                     cap_embs=result.captions.cpu().numpy())
 
 
 def append(path, line):

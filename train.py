@@ -27,7 +27,8 @@ import sample_data
 from data import get_loaders, seed_for
 from device import choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, run_script
-from evaluation import LogCollector, append, embed, metrics_of, split_loss
+from evaluation import LogCollector, append, embed, metrics_of, rank_both_ways, split_loss
+from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, loss_kind
 from memory_bank import MemoryBank, build_bank, draw_batches
 from model import VSE, cnn_types
@@ -369,14 +370,19 @@ def validate(run):
     images, captions = embed(run.model, run.val_loader)
     with torch.no_grad():
         loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank)
-    metrics, _ = metrics_of(images, captions, run.opt.measure)
+    rankings = rank_both_ways(images, captions, run.opt.measure, top=max(DEPTHS))
+    metrics, hubs = metrics_of(rankings), hubness_both_ways(rankings)
     log(f"Dev: Loss {loss:.4f}  Time {time.time() - started:.3f}")
     for title, recall in (("Image to text", metrics.i2t), ("Text to image", metrics.t2i)):
         log(f"{title}: " + ", ".join(f"{value:.1f}" for value in recall))
+    log("N_10: " + ", ".join(f"{side} skewness {hubs[side][10].skewness:.2f}, anti-hubs {hubs[side][10].anti_hubs:.1%}"
+                             for side in ("i2t", "t2i")))
     tqdm.write(f"rsum: {metrics.rsum:.1f}", file=sys.stdout)
     sys.stdout.flush()
     scalars = {**metrics.i2t._asdict(), **{f"{name}i": value for name, value in metrics.t2i._asdict().items()},
-               "rsum": metrics.rsum}
+               "rsum": metrics.rsum,
+               **{f"{side}_n10_{name}": getattr(hubs[side][10], name) for side in ("i2t", "t2i")
+                  for name in ("skewness", "anti_hubs")}}
     for name, value in scalars.items():
         run.scalars.log_value(name, value, run.steps)
     run.log.write(kind="validation", step=run.steps, epoch=run.epoch, loss=loss, **scalars)

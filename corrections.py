@@ -1,0 +1,173 @@
+"""Corrections of hubs at inference, without training: each target's similarities are lowered by how near it is to a
+bank of other queries, those of the training split for example.
+
+For the ranking of one query all of them come to a shift of each target, S'[q, t] = S[q, t] - shift[t]: terms
+that depend on the query alone are left out, and the scale is that of S. A shift is a pure function of the
+similarities of the targets and the bank (n_targets, n_bank), row by row but for Sinkhorn's. Image to text shifts
+captions with a bank of images, text to image shifts images with a bank of captions.
+"""
+
+import inspect
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+
+from evaluation import Best, Ranking, metrics_of, rank_both_ways, rank_shifted
+from loss import SIMILARITIES
+
+BLOCK = 2**22  # similarities (or differences, for order embeddings) held at a time
+
+
+def csls(similarities, k=10):
+    """Half the mean similarity to the k nearest of the bank (all, if fewer).
+
+    CSLS, Conneau et al., "Word Translation Without Parallel Data", ICLR 2018: 2 S[q, t] - r(q) - r(t).
+    """
+    return nnn(similarities, k, alpha=0.5)
+
+
+def nnn(similarities, k=128, alpha=0.75):
+    """alpha times the mean similarity to the k nearest of the bank (all, if fewer).
+
+    NNN, Chowdhury et al., "Nearest Neighbor Normalization Improves Multimodal Retrieval", EMNLP 2024.
+    """
+    return alpha * similarities.topk(min(k, similarities.shape[1]), sorted=False).values.mean(1)
+
+
+def inverted_softmax(similarities, temperature=0.05):
+    """temperature * log mean exp(similarities / temperature) over the bank.
+
+    Inverted softmax, Smith et al., "Offline bilingual word vectors, orthogonal transformations and the inverted
+    softmax", ICLR 2017: exp(S[q, t] / T) / sum_b exp(S[b, t] / T).
+    """
+    return _soft_mean(similarities, temperature, 1)
+
+
+def qbnorm(similarities, temperature=0.05, k=1):
+    """The inverted softmax, for those queries whose nearest target is among the k nearest of a query of the bank.
+
+    QB-Norm's dynamic inverted softmax, Bogolin et al., "Cross Modal Retrieval with Querybank Normalisation", CVPR 2022.
+    Which targets are near to the bank is not seen row by row: `corrections_of` finds them.
+    """
+    return inverted_softmax(similarities, temperature)
+
+
+def sinkhorn(similarities, temperature=0.05, iterations=10):
+    """The targets' potentials after Sinkhorn's balancing of exp(similarities / temperature), targets first: with one
+    iteration the inverted softmax.
+
+    Cuturi, "Sinkhorn Distances", NIPS 2013; for retrieval Park et al., "Normalized Contrastive Learning for Text-Video
+    Retrieval", EMNLP 2022. Needs all rows at once.
+    """
+    shift = _soft_mean(similarities, temperature, 1)
+    for _ in range(iterations - 1):
+        bank_shift = _soft_mean(similarities, temperature, 0, shift.unsqueeze(1))
+        shift = _soft_mean(similarities, temperature, 1, bank_shift.unsqueeze(0))
+    return shift
+
+
+def _soft_mean(similarities, temperature, dim, shift=0.0):
+    """temperature * log mean exp((similarities - shift) / temperature) along dim, a block of the result at a time."""
+    shift = torch.as_tensor(shift, dtype=similarities.dtype, device=similarities.device).expand_as(similarities)
+    blocks = zip(*(x.split(max(1, BLOCK // similarities.shape[dim]), 1 - dim) for x in (similarities, shift)))
+    soft = torch.cat([((block - off) / temperature).logsumexp(dim) for block, off in blocks])
+    return temperature * (soft - math.log(similarities.shape[dim]))
+
+
+METHODS = {"csls": csls, "inverted_softmax": inverted_softmax, "qbnorm": qbnorm, "nnn": nnn, "sinkhorn": sinkhorn}
+_TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+GRIDS = {  # what `tune` chooses from; other parameters keep their defaults
+    "csls": {"k": (1, 5, 10, 20, 50, 100)},
+    "inverted_softmax": {"temperature": _TEMPERATURES},
+    "qbnorm": {"temperature": _TEMPERATURES},
+    "nnn": {"k": (8, 16, 32, 64, 128), "alpha": (0.25, 0.5, 0.75, 1.0)},
+    "sinkhorn": {"temperature": _TEMPERATURES},
+}
+
+
+def parameters_of(name, **given):
+    """A method's parameters: its defaults, but for what is `given` and not None; what it does not have is left out."""
+    own = inspect.signature(METHODS[name]).parameters
+    return {key: own[key].default if given.get(key) is None else given[key] for key in list(own)[1:]}
+
+
+class Correction(NamedTuple):
+    """shift: (n_targets,); activation: (n_targets,) bool, where set only queries whose nearest target is in it are
+    corrected."""
+
+    shift: torch.Tensor
+    activation: torch.Tensor | None = None
+
+
+def corrections_of(targets, bank, wanted, measure="cosine"):
+    """(n, D) targets and (m, D) bank queries -> a Correction for each (method's name, its parameters) of `wanted`.
+
+    One pass over the similarities, in blocks of targets; only for Sinkhorn they are all kept.
+    """
+    height = max(1, BLOCK // (len(bank) * (bank.shape[1] if measure == "order" else 1)))
+    depth = max((parameters["k"] for name, parameters in wanted if name == "qbnorm"), default=0)
+    nearest = Best(len(bank), min(depth, len(targets)), targets)
+    matrix = targets.new_empty(len(targets), len(bank)) if any(name == "sinkhorn" for name, _ in wanted) else None
+    shifts = {place: [] for place, (name, _) in enumerate(wanted) if name != "sinkhorn"}
+    for start in range(0, len(targets), height):
+        similarities = SIMILARITIES[measure](targets[start:start + height], bank)
+        for place, parts in shifts.items():
+            name, parameters = wanted[place]
+            parts.append(METHODS[name](similarities, **parameters))
+        if depth:
+            nearest.update(slice(None), similarities, 0, start)
+        if matrix is not None:
+            matrix[start:start + height] = similarities
+    corrections = []
+    for place, (name, parameters) in enumerate(wanted):
+        shift = torch.cat(shifts[place]) if place in shifts else sinkhorn(matrix, **parameters)
+        activation = None
+        if name == "qbnorm":
+            activation = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+            activation[nearest.items[:, :parameters["k"]]] = True
+        corrections.append(Correction(shift, activation))
+    return corrections
+
+
+def rank_corrected(images, captions, rankings, corrections, measure="cosine", top=10):
+    """Rankings of the corrected similarities, for each (i2t Correction, t2i Correction) of `corrections`.
+
+    images (N, D), captions (5N, D); rankings: what `rank_both_ways` gives for them uncorrected, with as many items.
+    """
+    shifted = rank_shifted(images, captions, [(i2t.shift, t2i.shift) for i2t, t2i in corrections], measure, top)
+    return [tuple(_where_active(correction, plain, ranking)
+                  for correction, plain, ranking in zip(pair, rankings, corrected))
+            for pair, corrected in zip(corrections, shifted)]
+
+
+def _where_active(correction, plain, corrected):
+    """The corrected Ranking of the queries that the correction is for, the plain one of the others."""
+    if correction.activation is None:
+        return corrected
+    active = correction.activation[plain.top1]
+    return Ranking(torch.where(active, corrected.ranks, plain.ranks),
+                   torch.where(active.unsqueeze(1), corrected.items, plain.items))
+
+
+def tune(names, images, captions, bank, given, measure="cosine"):
+    """For each method the parameters with the best sum of recalls, one dictionary for each direction: [(i2t's, t2i's)].
+
+    images (N, D) and captions (5N, D) of the dev split; bank: (image queries, caption queries). What is `given` and not
+    None is not varied.
+    """
+    wanted = []
+    for name in names:
+        grid = {key: values for key, values in GRIDS[name].items() if given.get(key) is None}
+        wanted += [(name, parameters_of(name, **{**given, **dict(zip(grid, values))}))
+                   for values in itertools.product(*grid.values())]
+    corrections = list(zip(corrections_of(captions, bank[0], wanted, measure),
+                           corrections_of(images, bank[1], wanted, measure)))
+    plain = rank_both_ways(images, captions, measure)
+    metrics = [metrics_of(pair) for pair in rank_corrected(images, captions, plain, corrections, measure, top=1)]
+    best = []
+    for name in names:
+        own = [place for place, (other, _) in enumerate(wanted) if other == name]
+        best.append(tuple(wanted[max(own, key=lambda place: sum(metrics[place][side][:3]))][1] for side in (0, 1)))
+    return best
