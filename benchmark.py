@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -25,10 +26,12 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from captions import number_words
+from corrections import METHODS, corrections_of, parameters_of, rank_corrected
 from data import CAPTIONS_PER_IMAGE, Loader, PrecompDataset
 from device import choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, replacing, run_script
 from evaluation import FOLDS, metrics_of, rank_both_ways
+from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, cosine_sim
 from memory_bank import build_bank, draw_batches, in_batch
 from model import VSE, l2norm
@@ -36,6 +39,7 @@ from run_record import Log
 from vocab import SPECIAL_WORDS, read_captions, tokenize, vocabulary_of
 from watch import StepFigures, figures_of
 
+PARTS = ["loader", "step", "bank", "evaluation", "hubs"]
 WORDS = 3000  # of the made-up captions
 HARD_SCORES = 1e-6  # float64 scores further apart than this must be ranked alike
 BANK_ENTRIES = 28_000  # about 5 % of COCO's training pairs
@@ -362,6 +366,32 @@ def bench_evaluation(options, timer, n_images):
             f"five folds of {fold}: times their products alone": {"ours": ratio(fold_times, fold_floor)}}
 
 
+def bench_hubs(options, timer, n_images):
+    """The hubness table and each correction, with a bank as large as the split, against one product."""
+    images, captions = made_up_embeddings(n_images, options.embed_size, timer.device)
+    bank_images, bank_captions = images.flip(1), captions.flip(1)
+    plain = rank_both_ways(images, captions, top=max(DEPTHS))
+
+    def product():
+        return images @ captions.t()
+
+    def hubness():
+        hubness_both_ways(rank_both_ways(images, captions, top=max(DEPTHS)))
+
+    def corrected(name):
+        wanted = [(name, parameters_of(name))]
+        pairs = zip(corrections_of("i2t", captions, bank_images, wanted),
+                    corrections_of("t2i", images, bank_captions, wanted))
+        rank_corrected(images, captions, plain, list(pairs))
+    floor, table, *times = timer.turns(product, hubness, *(partial(corrected, name) for name in METHODS))
+    memory, size = peak_extra_memory(hubness), f"{n_images} x {len(captions)}"
+    peak = {"ours": spread([memory], 1e6)} if memory is not None else {}
+    return {f"hubness table, {size}: times the product alone": {"ours": ratio(table, floor)},
+            f"hubness table, {size}: peak extra memory (MB)": peak,
+            **{f"{name}, {size}, bank as large, both ways: times the product alone": {"ours": ratio(own, floor)}
+               for name, own in zip(METHODS, times)}}
+
+
 def check_ranks(images, captions, ranked, expected):
     """Raise AssertionError unless ranks equal the reference's wherever float64 scores are not within HARD_SCORES."""
     scores = images.double().cpu() @ captions.double().cpu().t()
@@ -426,8 +456,7 @@ def parse_args(argv=None):
                         help="kinds of training step")
     parser.add_argument("--coco_memory", action="store_true",
                         help="also measure the memory of training on a set of COCO's size (1 GB of disk, minutes)")
-    parser.add_argument("--parts", default=["loader", "step", "bank", "evaluation"], nargs="+",
-                        choices=["loader", "step", "bank", "evaluation"], help="what to measure")
+    parser.add_argument("--parts", default=PARTS, nargs="+", choices=PARTS, help="what to measure")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     options = parser.parse_args(argv)
     if any(images % FOLDS for images in options.eval_images):
@@ -465,6 +494,9 @@ def measure(options, timer):
     if "evaluation" in options.parts:
         for images in options.eval_images:
             lines |= bench_evaluation(options, timer, images)
+    if "hubs" in options.parts:
+        for images in options.eval_images:
+            lines |= bench_hubs(options, Timer(timer.device, min(timer.repeats, 3)), images)
     if options.coco_memory:
         lines |= bench_coco_memory(options, timer, made_up_vocabulary())
     return {"speeds": speeds, "parts": lines}

@@ -118,8 +118,8 @@ def correct(options, result):
     folds = []
     for (images, captions), rankings in zip(result.parts(), result.rankings):
         bank_images, bank_captions = bank or (images, captions)
-        pairs = zip(corrections.corrections_of(captions, bank_images, wanted_i2t, measure),
-                    corrections.corrections_of(images, bank_captions, wanted_t2i, measure))
+        pairs = zip(corrections.corrections_of("i2t", captions, bank_images, wanted_i2t, measure),
+                    corrections.corrections_of("t2i", images, bank_captions, wanted_t2i, measure))
         folds.append(corrections.rank_corrected(images, captions, rankings, list(pairs), measure, max(DEPTHS)))
     outcome = {}
     for name, (i2t, t2i), rankings in zip(names, parameters, zip(*folds)):
@@ -143,14 +143,15 @@ def print_hubness(hubs):
 def print_corrections(words, plain, outcome):
     """The table of --correction: a row without, then a row for each method."""
     print(f"Corrections ({words})")
-    print(f"{'':18}{'i2t R@1':>8}{'R@5':>7}{'R@10':>7}{'t2i R@1':>9}{'R@5':>7}{'R@10':>7}{'rsum':>8}"
-          f"{'i2t: N_10 skewness, anti-hubs':>32}{'t2i: N_10 skewness, anti-hubs':>32}")
-    for name, (metrics, hubs, parameters) in {"none": (*plain, ""), **{name: (
-            one["metrics"], one["hubness"], describe(one["parameters"])) for name, one in outcome.items()}}.items():
-        recalls = [*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum]
-        cells = "".join(f"{value:{width}.1f}" for value, width in zip(recalls, (8, 7, 7, 9, 7, 7, 8)))
-        for side in ("i2t", "t2i"):
-            cells += f"{hubs[side][10].skewness:23.2f}{hubs[side][10].anti_hubs:9.1%}"
+    print(f"{'':18}{'image to text':^20}{'text to image':^22}{'':8}{'N_10 of captions':^21}{'N_10 of images':^21}")
+    print(f"{'':18}{'R@1':>6}{'R@5':>7}{'R@10':>7}{'R@1':>8}{'R@5':>7}{'R@10':>7}{'rsum':>8}"
+          + f"{'skewness':>10}{'anti-hubs':>11}" * 2)
+    rows = {"none": (*plain, ""), **{name: (one["metrics"], one["hubness"], describe(one["parameters"]))
+                                     for name, one in outcome.items()}}
+    for name, (metrics, hubs, parameters) in rows.items():
+        recalls = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], (6, 7, 7, 8, 7, 7, 8))
+        cells = "".join(f"{value:{width}.1f}" for value, width in recalls)
+        cells += "".join(f"{hubs[side][10].skewness:10.2f}{hubs[side][10].anti_hubs:11.1%}" for side in ("i2t", "t2i"))
         print(f"{name:18}{cells}  {parameters}".rstrip())
 
 

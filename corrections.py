@@ -101,10 +101,11 @@ class Correction(NamedTuple):
     activation: torch.Tensor | None = None
 
 
-def corrections_of(targets, bank, wanted, measure="cosine"):
+def corrections_of(side, targets, bank, wanted, measure="cosine"):
     """(n, D) targets and (m, D) bank queries -> a Correction for each (method's name, its parameters) of `wanted`.
 
-    One pass over the similarities, in blocks of targets; only for Sinkhorn they are all kept.
+    side: "i2t", where the targets are captions and the bank's are images, or "t2i", the other way round. One pass
+    over the similarities, in blocks of targets; only for Sinkhorn they are all kept.
     """
     height = max(1, BLOCK // (len(bank) * (bank.shape[1] if measure == "order" else 1)))
     depth = max((parameters["k"] for name, parameters in wanted if name == "qbnorm"), default=0)
@@ -112,7 +113,9 @@ def corrections_of(targets, bank, wanted, measure="cosine"):
     matrix = targets.new_empty(len(targets), len(bank)) if any(name == "sinkhorn" for name, _ in wanted) else None
     shifts = {place: [] for place, (name, _) in enumerate(wanted) if name != "sinkhorn"}
     for start in range(0, len(targets), height):
-        similarities = SIMILARITIES[measure](targets[start:start + height], bank)
+        rows = targets[start:start + height]  # images come first in a similarity: order's is not symmetric
+        similarities = (SIMILARITIES[measure](bank, rows).t().contiguous() if side == "i2t" else
+                        SIMILARITIES[measure](rows, bank))
         for place, parts in shifts.items():
             name, parameters = wanted[place]
             parts.append(METHODS[name](similarities, **parameters))
@@ -162,8 +165,8 @@ def tune(names, images, captions, bank, given, measure="cosine"):
         grid = {key: values for key, values in GRIDS[name].items() if given.get(key) is None}
         wanted += [(name, parameters_of(name, **{**given, **dict(zip(grid, values))}))
                    for values in itertools.product(*grid.values())]
-    corrections = list(zip(corrections_of(captions, bank[0], wanted, measure),
-                           corrections_of(images, bank[1], wanted, measure)))
+    corrections = list(zip(corrections_of("i2t", captions, bank[0], wanted, measure),
+                           corrections_of("t2i", images, bank[1], wanted, measure)))
     plain = rank_both_ways(images, captions, measure)
     metrics = [metrics_of(pair) for pair in rank_corrected(images, captions, plain, corrections, measure, top=1)]
     best = []

@@ -238,11 +238,23 @@ class Best:
         if k == 1:  # several times faster than topk
             scores, items = (part.flatten().unsqueeze(1) for part in scores.max(dim))
         else:
-            scores, items = (scores if dim == 1 else scores.t().contiguous()).topk(k, 1)
+            scores, items = scores.topk(k, 1) if dim == 1 else _column_topk(scores, k)
         scores = torch.cat([self.scores[queries], scores], 1)
         items = torch.cat([self.items[queries], items + first], 1)
         self.scores[queries], places = scores.topk(self.items.shape[1], 1)
         self.items[queries] = items.gather(1, places)
+
+
+def _column_topk(scores, k):
+    """scores.t().topk(k), several times faster: the k best are among the k groups of rows with the largest maxima."""
+    size = 4
+    missing = max(k * size - len(scores), -len(scores) % size)
+    padded = torch.nn.functional.pad(scores, (0, 0, 0, missing), value=-torch.inf) if missing else scores
+    groups = padded.unflatten(0, (size, -1))  # (place in the group, group, column)
+    best = groups.amax(0).t().contiguous().topk(k, sorted=False).indices
+    candidates = groups.gather(1, best.t().unsqueeze(0).expand(size, -1, -1)).permute(2, 0, 1).flatten(1)
+    values, places = candidates.topk(k)
+    return values, best.gather(1, places % k) + places // k * groups.shape[1]
 
 
 # Recalls ----------------------------------------------------------------------------------------
