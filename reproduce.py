@@ -52,8 +52,8 @@ PRESETS = {
     "f30k": Preset("f30k_precomp", F30K_HAL),
     # HAL's loss as for COCO, which does better here than Flickr30k's; it needs the warm-up, so all losses get it.
     # Max-margin stays at its trivial loss for epochs unless sum-margin begins.
-    "f8k": Preset("f8k_precomp", COCO_HAL, num_epochs=8, lr_update=5, train=("--lr_warmup_steps", "100"),
-                  max_margin=("--warmup_epochs", "1")),
+    "f8k": Preset("f8k_precomp", COCO_HAL, num_epochs=8, lr_update=5, learning_rates=(0.0005, 0.001, 0.002, 0.004),
+                  train=("--lr_warmup_steps", "100"), max_margin=("--warmup_epochs", "1")),
     "smoke": Preset("sample_precomp", F30K_HAL, num_epochs=2, pilot_epochs=1, learning_rates=(0.0005, 0.001),
                     seeds=(0, 1), train=("--embed_size", "64")),
 }

@@ -1,0 +1,197 @@
+"""The comparison of the losses: what is run, what is kept, what is chosen, and the tables' numbers.
+
+But for one run of the real scripts, stand-ins for train.py and compute_results.py keep a record of their calls.
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import reproduce
+from errors import InputError
+
+TRAIN = '''
+import json, os, sys, time
+flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
+folder, lr, seed, epochs = (flags["--" + name] for name in ("logger_name", "learning_rate", "seed", "num_epochs"))
+lr, seed, epochs = float(lr), int(seed), int(epochs)
+kind = "sum" if "--sum_violation" in flags else "max" if "--max_violation" in flags else \\
+    "bank" if "--memory_bank" in flags else "HAL"
+with open(os.environ["CALLS"], "a") as file:
+    file.write(f"train {kind} {lr:g} {seed} {epochs} {flags['--device']}\\n")
+if os.environ.get("NO_DATA"):
+    print("error: no data here: look elsewhere", file=sys.stderr)
+    sys.exit(2)
+if kind == os.environ.get("SLOW"):
+    time.sleep(60)
+if kind == "HAL" and lr > 0.001:
+    json.dump({"result": {"outcome": "failed", "epochs": 0, "steps": 5}}, open(os.path.join(folder, "run.json"), "w"))
+    print("error: step 5: training has collapsed", file=sys.stderr)
+    sys.exit(2)
+with open(os.path.join(folder, "log.jsonl"), "w") as file:
+    for epoch in range(epochs):  # 0.001 leads after one epoch, 0.0005 in the end
+        rsum = 100 + epoch * (50 if lr == 0.0005 else 1) + (10 if lr == 0.001 else 0)
+        file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum}) + "\\n")
+        file.write(json.dumps({"kind": "step", "epoch": epoch}) + "\\n")
+result = {"outcome": "finished", "epochs": epochs, "steps": 9}
+json.dump({"result": result}, open(os.path.join(folder, "run.json"), "w"))
+'''
+TEST = '''
+import json, os, sys
+flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
+seed = int(flags["--model_path"].rsplit("seed", 1)[1][0])
+with open(os.environ["CALLS"], "a") as file:
+    file.write(f"test {seed}\\n")
+recalls = {"r1": 10 + seed, "r5": 20, "r10": 30 + seed * seed, "medr": 1, "meanr": 2}
+row = {"skewness": 1.5 + seed, "anti_hubs": 0.25}
+json.dump({"i2t": recalls, "t2i": recalls, "rsum": 120 + 4 * seed,
+           "hubness": {side: {"10": row} for side in ("i2t", "t2i")}}, open(flags["--save_json"], "w"))
+'''
+FAST = ["--preset", "smoke", "--devices", "cpu"]
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Stand-ins; returns a function that gives the calls so far."""
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "train.py").write_text(TRAIN)
+    (folder / "compute_results.py").write_text(TEST)
+    monkeypatch.setattr(reproduce, "SCRIPTS", str(folder))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.chdir(tmp_path)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield lambda: (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def results(path="runs/reproduce_smoke/results.json"):
+    with open(path) as file:
+        return json.load(file)
+
+
+def test_the_learning_rate_of_each_loss_is_that_with_the_best_dev_rsum_of_the_trial(scripts):
+    reproduce.main(FAST)
+    found = results()
+    assert found["learning_rates"] == {"sum-margin": 0.001, "max-margin": 0.001, "HAL": 0.001, "HAL+bank": 0.001}
+    assert found["learning_rate_trials"]["sum-margin"] == {"0.0005": 100, "0.001": 110}
+    trained = [call for call in scripts() if call.startswith("train sum")]
+    assert sorted(trained) == ["train sum 0.0005 0 1 cpu", "train sum 0.001 0 1 cpu", "train sum 0.001 0 2 cpu",
+                               "train sum 0.001 1 2 cpu"]
+
+
+def test_a_longer_trial_chooses_otherwise_and_a_collapsed_one_is_out(scripts):
+    reproduce.main([*FAST, "--pilot_epochs", "2", "--learning_rates", "0.0005", "0.001", "0.002", "--losses", "HAL"])
+    found = results()
+    assert found["learning_rates"] == {"HAL": 0.0005}
+    assert found["learning_rate_trials"]["HAL"] == {"0.0005": 150, "0.001": 111, "0.002": None}
+
+
+def test_every_row_has_the_mean_and_sample_deviation_over_the_seeds(scripts):
+    reproduce.main([*FAST, "--seeds", "0", "1", "3"])
+    assert results()["summary"]["test"]["HAL"]["rsum"] == [120, 124, 132]
+    lines = open("runs/reproduce_smoke/results.md").read().splitlines()
+    head = next(line for line in lines if line.startswith("| loss")).split("|")
+    row = next(line for line in lines if line.startswith("| max-margin |")).split("|")
+    cells = {name.strip(): cell.strip() for name, cell in zip(head, row)}
+    assert cells["rsum"] == f"{statistics.mean([120, 124, 132]):.1f} ± {statistics.stdev([120, 124, 132]):.1f}"
+    assert cells["i2t R@1"] == "11.3 ± 1.5" and cells["t2i R@5"] == "20.0 ± 0.0"
+    assert cells["t2i N10 skewness"] == "2.83 ± 1.53" and cells["i2t anti-hubs %"] == "25.0 ± 0.0"
+    assert open("runs/reproduce_smoke/results.png", "rb").read(4) == b"\x89PNG"
+
+
+def test_finished_runs_are_kept_and_more_seeds_add_to_them(scripts):
+    reproduce.main([*FAST, "--seeds", "0"])
+    first = scripts()
+    reproduce.main([*FAST, "--seeds", "0"])
+    assert scripts() == first
+    reproduce.main([*FAST, "--seeds", "0", "2"])
+    assert all(call.split()[-3 if call.startswith("train") else -1] == "2" for call in scripts()[len(first):])
+    assert len(scripts()) == len(first) + 8
+
+
+def test_several_devices_work_at_once_each_on_one_run(scripts):
+    reproduce.main(["--preset", "smoke", "--devices", "cpu", "auto", "--seeds", "0"])
+    assert {call.split()[-1] for call in scripts() if call.startswith("train")} == {"cpu", "auto"}
+
+
+def test_a_loss_that_no_learning_rate_trains_is_one_sentence(scripts):
+    with pytest.raises(InputError, match="HAL could not be trained with any of --learning_rates 0.002 0.003"):
+        reproduce.main([*FAST, "--learning_rates", "0.002", "0.003"])
+    assert not os.path.exists("runs/reproduce_smoke/results.json")
+
+
+def test_a_seed_that_collapses_is_reported_and_left_out_of_the_mean(scripts, monkeypatch):
+    train = open(os.path.join(reproduce.SCRIPTS, "train.py")).read()
+    with open(os.path.join(reproduce.SCRIPTS, "train.py"), "w") as file:
+        file.write(train.replace("lr > 0.001", "seed == 1"))
+    reproduce.main([*FAST, "--seeds", "0", "1", "2"])
+    found = results()
+    assert found["summary"]["test"]["HAL"]["rsum"] == [120, 128]
+    assert found["runs"]["HAL"]["1"] == {"failed": "step 5: training has collapsed"}
+    assert "| HAL (1 of 3 seeds failed) | 0.001 |" in open("runs/reproduce_smoke/results.md").read()
+
+
+def test_what_is_wrong_with_the_data_stops_everything_with_its_sentence(scripts, monkeypatch):
+    monkeypatch.setenv("NO_DATA", "1")
+    with pytest.raises(InputError, match="no data here: look elsewhere"):
+        reproduce.main(FAST)
+    assert len(scripts()) == 1
+
+
+@pytest.mark.parametrize("flags, named", [(["--num_epochs", "3"], "num_epochs"),
+                                          (["--", "--embed_size", "9"], "train_flags"),
+                                          (["--seeds", "7"], "first_seed")])
+def test_runs_made_otherwise_are_not_mixed(scripts, flags, named):
+    reproduce.main([*FAST, "--losses", "HAL"])
+    before = scripts()
+    with pytest.raises(InputError, match=f"holds runs with other {named}"):
+        reproduce.main([*FAST, "--losses", "HAL", *flags])
+    assert scripts() == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--preset", "mnist"], [*FAST, "--losses", "triplet"], [*FAST, "--seeds", "-1"],
+                                   [*FAST, "--learning_rates", "0"], [*FAST, "--pilot_epochs", "3"]], ids=" ".join)
+def test_bad_flags_are_one_sentence(scripts, flags):
+    with pytest.raises(InputError):
+        reproduce.main(flags)
+    assert not scripts()
+
+
+def test_a_signal_reaches_the_running_script_and_the_same_command_goes_on(scripts, tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce; "
+            f"reproduce.SCRIPTS = {reproduce.SCRIPTS!r}; reproduce.main({FAST!r})")
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "SLOW": "max"}, stderr=subprocess.PIPE)
+    until = time.time() + 60
+    while not any(call.startswith("train max") for call in scripts()) and time.time() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM and b"The same command goes on" in errors
+    before = scripts()
+    reproduce.main(FAST)
+    assert not any(call.startswith("train sum 0.0005") for call in scripts()[len(before):])
+    assert results()["summary"]["test"]["max-margin"]["rsum"] == [120, 124]
+
+
+def test_the_real_scripts_end_to_end(tmp_path):
+    command = [sys.executable, str(ROOT / "reproduce.py"), "--preset", "smoke", "--losses", "HAL",
+               "--seeds", "4", "--num_epochs", "1", "--learning_rates", "0.001", "--devices", "cpu", "cpu", "--",
+               "--batch_size", "256", "--embed_size", "16"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path / "runs/reproduce_smoke/results.json")
+    figures = found["runs"]["HAL"]["4"]["test"]
+    assert found["summary"]["test"]["HAL"]["rsum"] == [figures["rsum"]]
+    assert figures["rsum"] == pytest.approx(
+        sum(figures[side][f"r{k}"] for side in ("i2t", "t2i") for k in (1, 5, 10)))
+    assert figures["images"] == 200 and figures["hubness"]["i2t"]["10"]["largest"] >= 2
+    assert done.stdout.count("\n| ") == 2
