@@ -6,10 +6,13 @@ import os
 import loops
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from conftest import RELEASED, ROOT, load, run_script, scalars, tree
+from conftest import RAW, RELEASED, ROOT, load, run_script, scalars, tree
 
 import compute_results
+import train
+from corrections import METHODS
 from errors import InputError
 
 EXPECTED = json.loads((RELEASED / "expected.json").read_text())
@@ -283,6 +286,122 @@ def write_vocabulary(folder, words):
     (folder / "vocab" / "tiny_precomp_vocab.json").write_text(json.dumps(content))
 
 
+# Hubs -------------------------------------------------------------------------------------------
+
+def recorded_scores(run):
+    recorded = np.load(RELEASED / f"expected_{run}.npz")
+    return recorded["image_embeddings"].astype(float) @ recorded["caption_embeddings"].astype(float).T
+
+
+def counts_of(scores, k):
+    """N_k of the columns by sorting every row."""
+    nearest = np.argsort(-scores, axis=1)[:, :k]
+    return [int((nearest == target).sum()) for target in range(scores.shape[1])]
+
+
+def test_hubness_is_printed_after_the_unchanged_lines(released, capsys):
+    compute_results.main([*flags_for("local"), "--hubness", "--save_json", "out.json"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:5] == EXPECTED["local"]["printed"] and len(printed) == 5 + 2 + 6
+    content = json.loads((released / "out.json").read_text())["hubness"]
+    scores = recorded_scores("local")
+    for line, (side, k) in zip(printed[7:], [(side, k) for side in ("i2t", "t2i") for k in (1, 5, 10)]):
+        counts = counts_of(scores if side == "i2t" else scores.T, k)
+        row = content[side][str(k)]
+        assert row["skewness"] == pytest.approx(scipy.stats.skew(counts), abs=1e-9)
+        assert row["anti_hubs"] == pytest.approx(counts.count(0) / len(counts))
+        assert (row["largest"], counts[row["largest_item"]]) == (max(counts), max(counts))
+        assert line.split()[:4] == [side, str(k), f"{scipy.stats.skew(counts):.2f}", f"{row['anti_hubs']:.1%}"]
+
+
+def test_folds_print_the_mean_of_their_hubness(released, capsys):
+    compute_results.main([*flags_for("local"), "--fold5", "--hubness", "--save_json", "out.json"])
+    content = json.loads((released / "out.json").read_text())["hubness"]
+    parts = [recorded_scores("local")[12 * f:12 * f + 12, 60 * f:60 * f + 60] for f in range(5)]
+    expected = np.mean([scipy.stats.skew(counts_of(part.T, 5)) for part in parts])
+    assert content["t2i"]["5"]["skewness"] == pytest.approx(expected, abs=1e-9)
+    assert "(mean of folds)" in capsys.readouterr().out
+
+
+def test_corrections_are_printed_side_by_side_before_and_after(evaluated, capsys):
+    compute_results.main(["--correction", "all", "--correction_k", "3", "--save_json", "out.json"])
+    printed = capsys.readouterr().out.splitlines()
+    content = json.loads((evaluated / "out.json").read_text())
+    assert [line.split()[0] for line in printed[-6:]] == ["none", *METHODS]
+    assert content["correction_bank"] == "bank: train, 12 images, 60 captions"
+    assert f"({content['correction_bank']})" in printed[5]
+    assert float(printed[-6].split()[7]) == pytest.approx(content["rsum"], abs=0.051)
+    for line in printed[-5:]:
+        name, *cells = line.split()
+        found = content["corrections"][name]
+        recalls = [found[side][r] for side in ("i2t", "t2i") for r in ("r1", "r5", "r10")]
+        hubs = found["hubness"]["i2t"]["10"]
+        assert [float(cell.strip("%")) for cell in cells[:9]] == pytest.approx(
+            [*recalls, found["rsum"], hubs["skewness"], 100 * hubs["anti_hubs"]], abs=0.051)
+        assert found["rsum"] == pytest.approx(sum(recalls))
+    assert content["corrections"]["csls"]["parameters"] == {side: {"k": 3} for side in ("i2t", "t2i")}
+
+
+def test_a_correction_is_that_of_the_embeddings_and_the_bank_s(evaluated):
+    """NNN from the saved embeddings of test and train, in NumPy."""
+    compute_results.main(["--correction", "nnn", "--correction_k", "4", "--correction_alpha", "0.6",
+                          "--save_json", "out.json", "--save_embeddings"])
+    test = dict(np.load("runX_img_and_cap_embeddings.npz"))
+    compute_results.main(["--split", "train", "--save_embeddings"])
+    bank = dict(np.load("runX_img_and_cap_embeddings.npz"))
+    images, captions = test["img_embs"][::5], test["cap_embs"]
+    caption_shift = 0.6 * np.sort(captions @ bank["img_embs"][::5].T)[:, -4:].mean(1)
+    image_shift = 0.6 * np.sort(images @ bank["cap_embs"].T)[:, -4:].mean(1)
+    scores = images @ captions.T
+    to_text = loops.recall(loops.ranks(scores - caption_shift)[0])
+    to_image = loops.recall(loops.ranks(scores - image_shift[:, None])[1])
+    found = json.loads((evaluated / "out.json").read_text())["corrections"]["nnn"]
+    assert {name: found[name] for name in ("i2t", "t2i", "rsum")} == approximately(
+        {name: value for name, value in as_dict(to_text, to_image).items() if name in ("i2t", "t2i", "rsum")})
+
+
+def test_the_evaluated_queries_are_the_bank_only_where_it_says_so(evaluated, capsys):
+    compute_results.main(["--correction", "csls", "--transductive", "--save_json", "out.json"])
+    assert "transductive" in capsys.readouterr().out
+    assert json.loads((evaluated / "out.json").read_text())["correction_bank"].startswith("transductive")
+
+
+def test_a_smaller_bank_is_spread_over_its_split(evaluated, capsys):
+    compute_results.main(["--correction", "csls", "--correction_bank_images", "5"])
+    assert "bank: train, 4 images, 20 captions" in capsys.readouterr().out  # each third of twelve
+
+
+def test_parameters_are_tuned_on_dev_only(evaluated, capsys, monkeypatch):
+    """Whatever is in the test split, the same is chosen."""
+    def chosen():
+        compute_results.main(["--correction", "all", "--tune_correction", "--save_json", "out.json"])
+        assert "parameters chosen on dev" in capsys.readouterr().out
+        content = json.loads((evaluated / "out.json").read_text())["corrections"]
+        return {name: one["parameters"] for name, one in content.items()}
+    before = chosen()
+    path = evaluated / "data" / "tiny_precomp" / "test_ims.npy"
+    np.save(path, np.load(path)[::-1] * 3)
+    assert chosen() == before
+
+
+def test_raw_images_have_a_bank_of_unaugmented_images(workdir, capsys):
+    train.main([*RAW, "--data_name", "f8k"])
+    compute_results.main(["--correction", "nnn", "--save_json", "one.json"])
+    compute_results.main(["--correction", "nnn", "--save_json", "two.json"])
+    assert (workdir / "one.json").read_text() == (workdir / "two.json").read_text()
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_broken_model_has_figures_all_the_same(evaluated, capsys, value):
+    content = load(evaluated / MODEL)
+    for state in content["model"]:
+        for tensor in state.values():
+            tensor.fill_(value)
+    torch.save(content, evaluated / MODEL)
+    compute_results.main(["--hubness", "--correction", "all"])
+    assert "sinkhorn" in capsys.readouterr().out
+
+
 SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
 BAD = {  # what is done to the folder, the flags, and what the sentence names
     "no checkpoint": (lambda f: None, ["--model_path", "runs/none.pth.tar"], ["runs/none.pth.tar"]),
@@ -321,6 +440,22 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
     "no batch": (lambda f: None, ["--batch_size", "0"], ["--batch_size", "0"]),
     "a device that is not there": (lambda f: None, ["--device", "cuda:99"], ["--device cuda:99"]),
     "a device of no kind": (lambda f: None, ["--device", "potato"], ["--device potato"]),
+    "an unknown correction": (lambda f: None, ["--correction", "magic"], ["--correction", "csls"]),
+    "a k without a correction": (lambda f: None, ["--correction_k", "3"], ["--correction_k", "--correction:"]),
+    "a correction with k 0": (lambda f: None, ["--correction", "csls", "--correction_k", "0"], ["--correction_k"]),
+    "a temperature of 0": (lambda f: None, ["--correction", "sinkhorn", "--correction_temperature", "0"],
+                           ["--correction_temperature"]),
+    "the evaluated split as bank": (lambda f: None, ["--correction", "csls", "--split", "train"],
+                                    ["--correction_bank is train", "--transductive"]),
+    "val as bank of dev": (lambda f: None, ["--correction", "csls", "--split", "val", "--correction_bank", "dev"],
+                           ["--correction_bank is dev", "--transductive"]),
+    "dev as bank and to choose on": (lambda f: None, ["--correction", "csls", "--tune_correction",
+                                                      "--correction_bank", "dev"], ["--tune_correction"]),
+    "a report of folds": (lambda f: None, ["--report", "page", "--fold5", "--split", "testall"],
+                          ["--report", "--fold5"]),
+    "photos without a report": (lambda f: None, ["--images", "data"], ["--images", "--report"]),
+    "a bank that is not there": (lambda f: (f / "data/tiny_precomp/train_caps.txt").unlink(), ["--correction", "nnn"],
+                                 ["train_caps.txt"]),
     "an unknown flag": (lambda f: None, ["--potato"], ["--potato"]),
     "a shortened flag": (lambda f: None, ["--fold"], ["--fold"]),
     "a batch_size of 0 in the options": (lambda f: change_checkpoint(f, opt=changed(f, batch_size=0)), [], [MODEL]),

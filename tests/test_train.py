@@ -357,7 +357,8 @@ def test_tensorboard_has_every_tag_with_its_values(workdir, capsys):
     values = {tag: [value for name, _, value in found if name == tag] for tag in steps}
     per_step = ["epoch", "step", "batch_time", "data_time", "Eit", "lr", "Loss", "positive_share",
                 "positive_similarity", "negative_similarity"]
-    per_validation = ["r1", "r5", "r10", "medr", "meanr", "r1i", "r5i", "r10i", "medri", "meanri", "rsum"]
+    per_validation = ["r1", "r5", "r10", "medr", "meanr", "r1i", "r5i", "r10i", "medri", "meanri", "rsum",
+                      "i2t_n10_skewness", "i2t_n10_anti_hubs", "t2i_n10_skewness", "t2i_n10_anti_hubs"]
     assert set(steps) == {*per_step, *per_validation}
     assert {tag: steps[tag] for tag in per_step} == {tag: list(range(1, 9)) for tag in per_step}
     assert {tag: steps[tag] for tag in per_validation} == {tag: [4, 8] for tag in per_validation}
