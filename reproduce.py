@@ -52,7 +52,7 @@ PRESETS = {
     "f30k": Preset("f30k_precomp", F30K_HAL),
     # HAL's loss as for COCO, which does better here than Flickr30k's; it needs the warm-up, so all losses get it.
     # Max-margin stays at its trivial loss for epochs unless sum-margin begins.
-    "f8k": Preset("f8k_precomp", COCO_HAL, num_epochs=8, lr_update=5, learning_rates=(0.0005, 0.001, 0.002, 0.004),
+    "f8k": Preset("f8k_precomp", COCO_HAL, num_epochs=8, lr_update=5, learning_rates=(0.001, 0.002, 0.004, 0.008),
                   train=("--lr_warmup_steps", "100"), max_margin=("--warmup_epochs", "1")),
     "smoke": Preset("sample_precomp", F30K_HAL, num_epochs=2, pilot_epochs=1, learning_rates=(0.0005, 0.001),
                     seeds=(0, 1), train=("--embed_size", "64")),
@@ -121,9 +121,11 @@ class Calls:
 
     def script(self, name, flags, folder, log):
         """Run a script on a free device, in `folder`, its output appended to `log` there; returns the exit status."""
-        os.makedirs(folder, exist_ok=True)
         device = self.devices.get()
         try:
+            if self.signal:
+                raise Stopped
+            os.makedirs(folder, exist_ok=True)
             with open(os.path.join(folder, log), "ab") as output:
                 with self.lock:
                     if self.signal:
