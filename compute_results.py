@@ -9,6 +9,7 @@ Reads checkpoints of the released scripts, too.
 """
 
 import corrections
+import report
 from data import CAPTIONS_PER_IMAGE
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
@@ -146,19 +147,13 @@ def print_corrections(words, plain, outcome):
     print(f"{'':18}{'image to text':^20}{'text to image':^22}{'':8}{'N_10 of captions':^21}{'N_10 of images':^21}")
     print(f"{'':18}{'R@1':>6}{'R@5':>7}{'R@10':>7}{'R@1':>8}{'R@5':>7}{'R@10':>7}{'rsum':>8}"
           + f"{'skewness':>10}{'anti-hubs':>11}" * 2)
-    rows = {"none": (*plain, ""), **{name: (one["metrics"], one["hubness"], describe(one["parameters"]))
+    rows = {"none": (*plain, ""), **{name: (one["metrics"], one["hubness"], corrections.in_words(one["parameters"]))
                                      for name, one in outcome.items()}}
     for name, (metrics, hubs, parameters) in rows.items():
         recalls = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], (6, 7, 7, 8, 7, 7, 8))
         cells = "".join(f"{value:{width}.1f}" for value, width in recalls)
         cells += "".join(f"{hubs[side][10].skewness:10.2f}{hubs[side][10].anti_hubs:11.1%}" for side in ("i2t", "t2i"))
         print(f"{name:18}{cells}  {parameters}".rstrip())
-
-
-def describe(parameters):
-    """{"i2t": {name: value}, "t2i": ...} in words."""
-    sides = {side: " ".join(f"{name}={value:g}" for name, value in own.items()) for side, own in parameters.items()}
-    return sides["i2t"] if sides["i2t"] == sides["t2i"] else f"i2t {sides['i2t']}, t2i {sides['t2i']}"
 
 
 def hubness_as_dict(hubs):
@@ -183,6 +178,8 @@ def main(argv=None):
         more["correction_bank"] = words
         more["corrections"] = {name: {"parameters": one["parameters"], **as_dict(one["metrics"]),
                                       "hubness": hubness_as_dict(one["hubness"])} for name, one in outcome.items()}
+    if options.report:
+        report.write_report(options, options.split, result, hubs, words, outcome)
     write_results(options, options.split, result, more)
 
 

@@ -93,6 +93,12 @@ def parameters_of(name, **given):
     return {key: own[key].default if given.get(key) is None else given[key] for key in list(own)[1:]}
 
 
+def in_words(parameters):
+    """{"i2t": {name: value}, "t2i": ...} as text."""
+    sides = {side: " ".join(f"{name}={value:g}" for name, value in own.items()) for side, own in parameters.items()}
+    return sides["i2t"] if sides["i2t"] == sides["t2i"] else f"i2t {sides['i2t']}, t2i {sides['t2i']}"
+
+
 class Correction(NamedTuple):
     """shift: (n_targets,); activation: (n_targets,) bool, where set only queries whose nearest target is in it are
     corrected."""

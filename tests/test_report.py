@@ -1,0 +1,337 @@
+"""report.py: the page's figures against plain loops, what it shows of hubs and photos, and that it is safe to open."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import captions_of, tree, write_image
+
+import report
+from data import ImageDataset, PrecompDataset
+from errors import InputError
+from evaluation import Evaluation, Ranking, metrics_of, rank_both_ways
+from hubness import DEPTHS, hubness_both_ways
+from loss import SIMILARITIES
+from vocab import SPECIAL_WORDS, vocabulary_of
+
+N_IMAGES = 12  # enough that ten items a query leave some out
+
+
+def evaluation(images, captions, texts, measure="cosine", top=10, **paths):
+    """An Evaluation of given embeddings, as compute_results.py makes it."""
+    opt = SimpleNamespace(**{"data_path": "data", "data_name": "own_precomp", "measure": measure,
+                             "logger_name": "runs/own", **paths})
+    rankings = rank_both_ways(images, captions, measure, top)
+    dataset = SimpleNamespace(captions=texts, images=images, captions_per_row=5)
+    return Evaluation(SimpleNamespace(opt=opt), dataset, images, captions, [rankings], [metrics_of(rankings)],
+                      metrics_of(rankings))
+
+
+def drawn(measure="cosine", seed=0, **paths):
+    """An Evaluation of random unit vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    images, captions = (torch.nn.functional.normalize(torch.randn(n, 4, generator=generator))
+                        for n in (N_IMAGES, 5 * N_IMAGES))
+    return evaluation(images, captions, [text for image in range(N_IMAGES) for text in captions_of(image)], measure,
+                      **paths)
+
+
+def outcome_of(result):
+    """What a correction with the given Evaluation's figures would hand over."""
+    return {"parameters": {"i2t": {"k": 10}, "t2i": {"k": 5}}, "rankings": tuple(result.rankings),
+            "metrics": result.metrics, "hubness": hubness_both_ways(result.rankings[0])}
+
+
+def page_of(folder, result, words="", outcome=None, images=None, plots=False):
+    """The page's text; plots take the most time, and are left empty unless asked for."""
+    options = SimpleNamespace(report=str(folder), images=images and str(images), model_path="runs/own/model.pth.tar")
+    with pytest.MonkeyPatch.context() as patch:
+        if not plots:
+            patch.setattr(report, "plot", lambda *_, **__: "data:image/png;base64,")
+        report.write_report(options, "test", result, hubness_both_ways(result.rankings[0]), words, outcome or {})
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def rows_of(page, label):
+    """The cells' HTML of a table's rows, by its label."""
+    body = page.split(f'aria-label="{label}"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in body.split("</tr>")[:-1]]
+
+
+# Figures ----------------------------------------------------------------------------------------
+
+def test_resampled_recalls_are_those_of_a_plain_loop():
+    ranks = np.random.default_rng(3).integers(0, 15, (2, 40))
+    found = report.resampled_recalls(ranks, np.random.default_rng(5))
+    generator, expected = np.random.default_rng(5), []
+    for _ in range(report.RESAMPLES):
+        draw = generator.integers(40, size=40)  # one draw for both rows: their difference is paired
+        expected.append([[sum(100 * (row[query] < k) for query in draw) / 40 for k in (1, 5, 10)] for row in ranks])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_an_interval_leaves_out_a_fortieth_on_each_side():
+    np.testing.assert_allclose(report.interval(np.arange(1001.0)), [25, 975])
+
+
+@pytest.mark.parametrize("rank, recall", [(0, 100.0), (10, 0.0)])
+def test_recalls_that_cannot_vary_have_no_width(rank, recall):
+    samples = report.resampled_recalls(np.full((1, 7), rank), np.random.default_rng(0))
+    np.testing.assert_array_equal(report.interval(samples), np.full((2, 1, 3), recall))
+
+
+def test_recalls_and_gains_of_the_page(tmp_path):
+    plain, better = drawn(), drawn(seed=1)
+    lines = rows_of(page_of(tmp_path, plain, "bank: train", {"csls": outcome_of(better)}), "Recalls")
+    figures = [[cell.split("<small>")[0] for cell in line] for line in lines]
+    expected = [[*one.metrics.i2t[:3], *one.metrics.t2i[:3], one.metrics.rsum] for one in (plain, better)]
+    assert figures[0] == ["none", *(f"{value:.1f}" for value in expected[0]), ""]
+    gain = better.metrics.rsum - plain.metrics.rsum
+    assert figures[1] == ["csls", *(f"{value:.1f}" for value in expected[1]), f"{gain:+.1f}"]
+    assert lines[1][0] == "csls<small>i2t k=10, t2i k=5</small>"
+
+
+def test_the_same_ranking_gains_nothing(tmp_path):
+    lines = rows_of(page_of(tmp_path, drawn(), "bank: train", {"nnn": outcome_of(drawn())}), "Recalls")
+    assert lines[1][-1] == "+0.0<small>+0.0 to +0.0</small>"
+
+
+@pytest.mark.parametrize("measure", ["cosine", "order"])
+@pytest.mark.parametrize("limit", [100_000, 50])
+def test_similarities_of_right_and_wrong_pairs(measure, limit, monkeypatch):
+    monkeypatch.setattr(report, "NEGATIVES", limit)
+    monkeypatch.setattr(report, "PAIR_BLOCK", 7)
+    result = drawn(measure)
+    own, wrong = report.pair_similarities(result.images, result.captions, measure)
+    matrix = SIMILARITIES[measure](result.images, result.captions)
+    expected = {right: [float(matrix[i, c]) for c in range(5 * N_IMAGES) for i in range(N_IMAGES)
+                        if (i == c // 5) == right] for right in (True, False)}
+    np.testing.assert_allclose(own, expected[True], rtol=1e-4, atol=1e-6)
+    assert len(wrong) == min(limit, len(expected[False]))
+    if limit > len(wrong):
+        np.testing.assert_allclose(np.sort(wrong), np.sort(expected[False]), rtol=1e-4, atol=1e-6)
+    assert all(min(abs(value - other) for other in expected[False]) < 1e-5 for value in wrong.tolist())
+
+
+@pytest.mark.parametrize("n, chosen", [(0, []), (2, [0, 1]), (4, [0, 1, 2, 3]), (10, [0, 3, 6, 9])])
+def test_examples_are_evenly_spaced(n, chosen):
+    assert report.spread(np.arange(n), 4) == chosen
+
+
+# Hubs and examples ------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub():
+    """An Evaluation in which caption 7 (of image 1) wins every image, and image 2 every caption, at the top only."""
+    result = drawn()
+    i2t, t2i = result.rankings[0]
+    captions, images = i2t.items.clone(), t2i.items.clone()
+    for items, target in ((captions, 7), (images, 2)):
+        items[:] = torch.where(items == target, items[:, :1], items)
+        items[:, 0] = target
+    ranks = (torch.arange(N_IMAGES) != 1).long() * 3, (torch.arange(5 * N_IMAGES) // 5 != 2).long() * 4
+    rankings = Ranking(ranks[0], captions), Ranking(ranks[1], images)
+    texts = [f"words {number}" for number in range(5 * N_IMAGES)]
+    return result._replace(rankings=[rankings], metrics=metrics_of(rankings), folds=[metrics_of(rankings)],
+                           dataset=SimpleNamespace(captions=texts, images=result.images, captions_per_row=5))
+
+
+@pytest.mark.parametrize("side, query, target, number, n, own", [
+    ("i2t", "image", "caption", 7, N_IMAGES, {1}), ("t2i", "caption", "image", 2, 5 * N_IMAGES, set(range(10, 15)))])
+def test_the_worst_hub_and_the_queries_it_wrongly_wins(hub, tmp_path, side, query, target, number, n, own):
+    first = rows_of(page_of(tmp_path, hub, "bank", {"csls": outcome_of(drawn())}), f"Hubs, {side}")[0]
+    assert f"<small>{target} {number}</small>" in first[0] and (target == "image" or "words 7<" in first[0])
+    assert first[1:4] == [str(n)] * 3
+    other = drawn().rankings[0][("i2t", "t2i").index(side)].items
+    assert first[4] == str(int((other == number).sum()))  # N_10 after the correction
+    won = [int(found) for found in re.findall(rf"{query} (\d+)</small>", first[5])]
+    assert first[5].startswith(f"{n - len(own)}, 5 of them") and len(won) == 5 and not own & set(won)
+
+
+def test_the_five_largest_hubs_come_in_order(tmp_path):
+    result = drawn()
+    lines = rows_of(page_of(tmp_path, result), "Hubs, i2t")
+    counts = [[sum(target in items[:k] for items in result.rankings[0][0].items.tolist()) for k in DEPTHS]
+              for target in range(5 * N_IMAGES)]
+    assert [int(line[3]) for line in lines] == sorted((count[-1] for count in counts), reverse=True)[:5]
+    for line in lines:
+        assert [int(cell) for cell in line[1:4]] == counts[int(re.search(r"caption (\d+)<", line[0])[1])]
+
+
+def test_hubness_says_direction_and_depth(tmp_path):
+    result = drawn()
+    lines = rows_of(page_of(tmp_path, result, "bank", {"csls": outcome_of(drawn(seed=1))}), "Hubness")
+    assert [line[:2] for line in lines] == [*(["none, " + side, str(k)] for side in ("i2t", "t2i") for k in DEPTHS),
+                                            ["csls, i2t", "10"], ["csls, t2i", "10"]]
+    hubs = hubness_both_ways(result.rankings[0])["t2i"][5]
+    assert lines[4][2:] == [f"{hubs.skewness:.2f}", f"{hubs.anti_hubs:.1%}", f"{hubs.top_share:.1%}",
+                            f"{hubs.robin_hood:.1%}", str(hubs.largest)]
+
+
+@pytest.mark.parametrize("side, n_own", [("i2t", 1), ("t2i", 4)])
+def test_examples_show_right_and_wrong_queries(hub, tmp_path, side, n_own):
+    lines = rows_of(page_of(tmp_path, hub), f"Examples, {side}")
+    results = [re.sub("<[^>]*>", "", line[1]).replace("&nbsp;", " ") for line in lines]
+    assert results == ["right own at rank 1"] * n_own + [f"wrong own at rank {4 if side == 'i2t' else 5}"] * 4
+    assert [">right<" in line[3] for line in lines] == [True] * n_own + [False] * 4
+    assert all(">wrong<" in line[3] for line in lines[n_own:])
+
+
+def test_the_nearest_own_caption_is_shown(tmp_path):
+    result = drawn()
+    for line in rows_of(page_of(tmp_path, result), "Examples, i2t"):
+        image = int(re.search(r"image (\d+)<", line[0])[1])
+        similarities = (result.captions[5 * image:5 * image + 5] @ result.images[image]).tolist()
+        assert f"caption {5 * image + similarities.index(max(similarities))}<" in line[2]
+
+
+def test_the_best_method_is_shown_and_named(tmp_path):
+    methods = {f"method{seed}": outcome_of(drawn(seed=seed)) for seed in (1, 2, 3)}
+    best = max(methods, key=lambda name: methods[name]["metrics"].rsum)
+    page = page_of(tmp_path, drawn(), "bank", methods)
+    assert f"The correction shown is {best}, the best rsum on this page" in page
+
+
+@pytest.mark.parametrize("words, labelled", [("transductive: the bank is the evaluated queries themselves", True),
+                                             ("bank: train, 4 images, 20 captions", False)])
+def test_a_transductive_bank_is_labelled(tmp_path, words, labelled):
+    page = page_of(tmp_path, drawn(), words, {"csls": outcome_of(drawn())})
+    assert (">Transductive.<" in page) == labelled and f"<dd>{words}</dd>" in page
+
+
+# Safety -----------------------------------------------------------------------------------------
+
+def test_the_page_needs_nothing_else(tmp_path):
+    page = page_of(tmp_path, drawn(), "bank", {"csls": outcome_of(drawn(seed=1))}, plots=True)
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    sources = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]*)", page)
+    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert page.count("<img") == page.count(" alt=")
+
+
+@pytest.mark.parametrize("caption, shown", [
+    ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"), ('" onload="x', "&quot; onload=&quot;x"),
+    ("half \ud83d a pair", "half \\ud83d a pair"), ("x" * 20_000, "x" * 300 + "…<")])
+def test_captions_are_text(tmp_path, caption, shown):
+    result = drawn()
+    result.dataset.captions[:] = [caption] * (5 * N_IMAGES)
+    page = page_of(tmp_path, result)
+    assert shown in page and caption not in page
+
+
+def test_nothing_is_left_behind_by_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "examples_section", lambda *_: "\udc80")
+    with pytest.raises(UnicodeEncodeError):
+        page_of(tmp_path / "out", drawn())
+    assert tree(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_tiny_splits(tmp_path, images):
+    result = drawn()
+    result = evaluation(result.images[:images], result.captions[:5 * images], result.dataset.captions[:5 * images])
+    assert len(rows_of(page_of(tmp_path, result, plots=True), "Hubs, t2i")) == images
+
+
+def test_embeddings_that_are_not_finite_are_shown(tmp_path):
+    result = drawn()
+    result = evaluation(result.images * torch.nan, result.captions, result.dataset.captions)
+    assert "; 0 right pairs, 0 wrong pairs." in page_of(tmp_path, result, plots=True)
+
+
+# Photos -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def photos(tmp_path):
+    """A data folder with an ids file, and photos of all images but the last, which is broken."""
+    folder = tmp_path / "data" / "own_precomp"
+    folder.mkdir(parents=True)
+    (folder / "test_ids.txt").write_text("".join(f"{number}.png\n" for number in range(N_IMAGES)), encoding="utf-8")
+    for number in range(N_IMAGES - 1):
+        write_image(tmp_path / "photos" / f"{number}.png", number)
+    (tmp_path / "photos" / f"{N_IMAGES - 1}.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def found(root, split="test"):
+    """(names, files) for the photos of `root`."""
+    return report.find_photos(str(root / "photos"), split, drawn(data_path=str(root / "data")))
+
+
+def test_photos_are_inlined_with_a_text_and_broken_ones_named(photos):
+    result = drawn(data_path=str(photos / "data"))
+    items = report.Items(result.dataset.captions, *found(photos))
+    assert items.show("image", 3).startswith('<div class="item"><img src="data:image/jpeg;base64,/9j/')
+    assert f'alt="Photo of image 3: {captions_of(3)[0]}"' in items.show("image", 3)
+    assert items.show("image", 11) == '<div class="item">11.png<small>image 11</small></div>'
+    assert 'src="data:image/jpeg' in page_of(photos / "out", result, images=photos / "photos")
+
+
+@pytest.mark.parametrize("lines", [[f"{n}.png" for n in range(N_IMAGES) for _ in range(5)],
+                                   [str(n) for n in range(N_IMAGES)]], ids=["a line a caption", "no extension"])
+def test_other_ids_files(photos, lines):
+    (photos / "data" / "own_precomp" / "test_ids.txt").write_text("\n".join(lines), encoding="utf-8")
+    if "." not in lines[0]:
+        for path in (photos / "photos").iterdir():
+            path.rename(path.with_suffix(".jpg"))
+    names, files = found(photos)
+    assert names[3] == lines[3 * len(lines) // N_IMAGES] and all(files) and "3." in files[3]
+
+
+def test_val_is_dev(photos):
+    folder = photos / "data" / "own_precomp"
+    (folder / "test_ids.txt").rename(folder / "dev_ids.txt")
+    assert found(photos, "val")[0][2] == "2.png"
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "photos/../../secret.png", "..\\secret.png", "{root}/secret.png",
+                                  "a\0b.png", "", "x" * 5000])
+def test_a_photo_outside_the_folder_is_not_read(photos, name):
+    write_image(photos / "secret.png", 1)
+    name = name.format(root=photos)
+    names = [name, *(f"{number}.png" for number in range(1, N_IMAGES))]
+    (photos / "data" / "own_precomp" / "test_ids.txt").write_text("\n".join(names), encoding="utf-8")
+    names, files = found(photos)
+    assert names[0] == name and files[0] is None and files[1] is not None
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda root: (root / "data" / "own_precomp" / "test_ids.txt").unlink(),
+     r"test_ids\.txt cannot be read \(No such file .*leave --images out$"),
+    (lambda root: (root / "data" / "own_precomp" / "test_ids.txt").write_text("one\ntwo\n"),
+     r"test_ids\.txt has 2 lines for 12 images: .*leave --images out$"),
+    (lambda root: (root / "photos").rename(root / "elsewhere"),
+     r"^none of the 12 photos that .*test_ids\.txt names is in .*photos, such as '0\.png': check --images$")])
+def test_photos_that_do_not_fit_are_an_error(photos, change, sentence):
+    change(photos)
+    with pytest.raises(InputError, match=sentence):
+        page_of(photos / "out", drawn(data_path=str(photos / "data")), images=photos / "photos")
+    assert not (photos / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, "one\ntwo\n"])
+def test_without_photos_the_ids_file_may_be_anything(photos, content):
+    path = photos / "data" / "own_precomp" / "test_ids.txt"
+    path.unlink() if content is None else path.write_text(content)
+    page = page_of(photos / "out", drawn(data_path=str(photos / "data")))
+    assert '<div class="item"><small>image ' in page and "data:image/jpeg" not in page
+
+
+@pytest.mark.parametrize("rows", [3, 15])  # a row an image, or a caption
+def test_dev_may_be_evaluated_in_part(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr("data.DEV_CAPTIONS", 10)
+    np.save(tmp_path / "dev_ims.npy", np.ones((rows, 2), np.float32))
+    (tmp_path / "dev_caps.txt").write_text("a dog\n" * 15)
+    (tmp_path / "dev_ids.txt").write_text("0.png\n1.png\n2.png\n")
+    dataset = PrecompDataset(str(tmp_path), "dev", vocabulary_of([*SPECIAL_WORDS, "a"]))
+    result = drawn(data_path=str(tmp_path.parent), data_name=tmp_path.name)._replace(dataset=dataset,
+                                                                                     images=torch.ones(2, 2))
+    assert report.find_photos(None, "dev", result) == (["0.png", "1.png"], [None, None])
+
+
+def test_raw_data_knows_its_photos(tmp_path):
+    write_image(tmp_path / "0.png", 0)
+    dataset = ImageDataset([str(tmp_path / "0.png")], ["a dog"] * 5, [0] * 5, vocabulary_of([*SPECIAL_WORDS, "a"]))
+    assert report.find_photos(None, "test", drawn()._replace(dataset=dataset)) == (["0.png"], [str(tmp_path / "0.png")])
