@@ -21,6 +21,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import torch
+
 from errors import ArgumentParser, InputError, number, replacing, run_script
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
@@ -72,8 +74,9 @@ def parse_args(argv=None):
     parser.add_argument("--data_path", default="data", help="folder that holds the data sets")
     parser.add_argument("--vocab_path", default="./vocab/", help="folder of the vocabulary")
     parser.add_argument("--output", help="folder for runs and results (default: runs/reproduce_<preset>)")
-    parser.add_argument("--devices", nargs="+", default=["auto"],
-                        help="one run at a time on each; a name may be repeated (cpu cpu: two runs share the cores)")
+    parser.add_argument("--devices", nargs="+",
+                        help="one run at a time on each (default: all GPUs; else auto); a name may be repeated (cpu cpu: "
+                             "two runs share the cores)")
     parser.add_argument("--losses", nargs="+", choices=losses(PRESETS["smoke"]), help="only these (default: all)")
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), help="the first one chooses the learning rates")
     parser.add_argument("--learning_rates", nargs="+", type=number(float, 0, low_allowed=False), help="to choose from")
@@ -85,6 +88,7 @@ def parse_args(argv=None):
     for name in ("seeds", "learning_rates", "pilot_epochs", "num_epochs"):
         if getattr(opt, name) is None:
             setattr(opt, name, getattr(preset, name))
+    opt.devices = opt.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["auto"]
     opt.losses = opt.losses or list(losses(preset))
     opt.output = os.path.abspath(opt.output or os.path.join("runs", f"reproduce_{opt.preset}"))
     if opt.pilot_epochs > opt.num_epochs:

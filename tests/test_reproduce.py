@@ -123,6 +123,13 @@ def test_several_devices_work_at_once_each_on_one_run(scripts):
     assert {call.split()[-1] for call in scripts() if call.startswith("train")} == {"cpu", "auto"}
 
 
+@pytest.mark.parametrize("gpus, expected", [(0, ["auto"]), (1, ["cuda:0"]), (3, ["cuda:0", "cuda:1", "cuda:2"])])
+def test_all_gpus_are_used_unless_devices_are_named(monkeypatch, gpus, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert reproduce.parse_args(["--preset", "coco"]).devices == expected
+    assert reproduce.parse_args(["--preset", "coco", "--devices", "cpu", "cpu"]).devices == ["cpu", "cpu"]
+
+
 def test_a_loss_that_no_learning_rate_trains_is_one_sentence(scripts):
     with pytest.raises(InputError, match="HAL could not be trained with any of --learning_rates 0.002 0.003"):
         reproduce.main([*FAST, "--learning_rates", "0.002", "0.003"])
