@@ -75,8 +75,8 @@ def parse_args(argv=None):
     parser.add_argument("--vocab_path", default="./vocab/", help="folder of the vocabulary")
     parser.add_argument("--output", help="folder for runs and results (default: runs/reproduce_<preset>)")
     parser.add_argument("--devices", nargs="+",
-                        help="one run at a time on each (default: all GPUs; else auto); a name may be repeated (cpu cpu: "
-                             "two runs share the cores)")
+                        help="one run at a time on each (default: all GPUs, else auto); a name may be repeated: with "
+                             "cpu cpu two runs share the cores")
     parser.add_argument("--losses", nargs="+", choices=losses(PRESETS["smoke"]), help="only these (default: all)")
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), help="the first one chooses the learning rates")
     parser.add_argument("--learning_rates", nargs="+", type=number(float, 0, low_allowed=False), help="to choose from")
