@@ -131,9 +131,10 @@ def last_states(rnn, embed, captions, lengths, dtype=None):
     tree = prefix_tree(captions, lengths)
     inputs, input_of, dtype = embed(tree.words), tree.word_of, dtype or rnn.weight_hh_l0.dtype
     for layer in range(rnn.num_layers):
+        if layer:
+            inputs, input_of = _rounded(states), torch.arange(len(states))
         weight_ih, weight_hh, bias_ih, bias_hh = (
             getattr(rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         products = (inputs.to(dtype) @ weight_ih.to(dtype).t()).to(weight_ih.dtype) + bias_ih
         states = _TreeGRU.apply(products, weight_hh, bias_hh, input_of, tree, dtype)
-        inputs, input_of = _rounded(states), torch.arange(len(states))
     return states.index_select(0, tree.ends)
