@@ -184,6 +184,14 @@ def vocabulary(content, path):
     return vocabulary_of(words, f"the vocabulary in {path}")
 
 
+def written(path):
+    """When a file was last written, in nanoseconds; None where there is none."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
+
+
 def newest(folder, log):
     """(content, path) of the furthest checkpoint of ours in a run folder, or (None, "") where there is none."""
     found = []

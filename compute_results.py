@@ -8,6 +8,8 @@ COCO's two settings are `--split testall` (5K) and `--split testall --fold5` (me
 Reads checkpoints of the released scripts, too.
 """
 
+import os
+
 import corrections
 import report
 from data import CAPTIONS_PER_IMAGE
@@ -16,6 +18,7 @@ from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from vocab import READINGS
 
+BANK_IMAGES = 10_000
 
 def parse_args(argv=None):
     """The script's flags."""
@@ -37,13 +40,14 @@ def parse_args(argv=None):
     hubs.add_argument("--hubness", action="store_true", help="print how hubs distort the ranking: N_1, N_5, N_10")
     hubs.add_argument("--correction", choices=[*corrections.METHODS, "all"],
                       help="print recalls and hubness before and after a correction of hubs at inference")
-    hubs.add_argument("--correction_bank", default="train", choices=["train", "dev"],
-                      help="split whose images and captions tell which targets are hubs")
-    hubs.add_argument("--correction_bank_images", default=10000, type=number(int, 0),
-                      help="at most so many images of it, evenly spread, with their captions (0: all)")
+    hubs.add_argument("--correction_bank", choices=["train", "dev"],
+                      help="split whose images and captions tell which targets are hubs (default: train)")
+    hubs.add_argument("--correction_bank_images", type=number(int, 0),
+                      help="at most so many images of it, evenly spread, with their captions (0: all; default: "
+                           f"{BANK_IMAGES})")
     hubs.add_argument("--transductive", action="store_true", help="take the evaluated queries themselves as the bank")
     hubs.add_argument("--correction_k", type=count, help="csls, nnn, qbnorm: nearest of the bank (default: 10, 128, 1)")
-    hubs.add_argument("--correction_temperature", type=positive,
+    hubs.add_argument("--correction_temperature", type=number(float, 1e-4, 100),
                       help="inverted_softmax, qbnorm, sinkhorn: temperature of the softmax (default: 0.05)")
     hubs.add_argument("--correction_alpha", type=positive, help="nnn: weight of what is taken off (default: 0.75)")
     hubs.add_argument("--tune_correction", action="store_true",
@@ -65,24 +69,44 @@ def parse_args(argv=None):
 
 
 def _check(options):
-    """Raise InputError for flags that do not go together."""
-    needs = {"--correction": ("transductive", "correction_k", "correction_temperature", "correction_alpha",
-                              "tune_correction"), "--report": ("images",)}
-    for needed, names in needs.items():
-        for name in names:
-            if getattr(options, name) and not getattr(options, needed[2:]):
-                raise InputError(f"--{name} does nothing without {needed}: add it, or leave --{name} out")
-    if options.report and options.fold5:
-        raise InputError("--report shows a whole split: leave --fold5 out")
-    if not options.correction or options.transductive:
-        return
-    split = {"val": "dev"}.get(options.split, options.split)
-    if options.correction_bank == split:
+    """Raise InputError for flags that do not go together, and for folders that will not do."""
+    bank_flags, report = ["correction_bank", "correction_bank_images"], options.report is not None
+    parameters = [f"correction_{name}" for name in corrections.ADJUSTABLE]
+    names = wanted_methods(options)
+    theirs = {f"correction_{key}" for name in names for key in corrections.parameters_of(name)}
+    for useless, flags, others in (
+            (not names, ["transductive", "tune_correction", *bank_flags, *parameters], "without --correction"),
+            (not report, ["images"], "without --report"), (options.transductive, bank_flags, "with --transductive"),
+            (names, [flag for flag in parameters if flag not in theirs], f"with --correction {options.correction}")):
+        given = [flag for flag in flags if useless and not any(getattr(options, flag) is x for x in (None, False))]
+        if given:
+            raise InputError(f"--{given[0]} does nothing {others}: leave it out, or change the other")
+    split, bank = {"val": "dev"}.get(options.split, options.split), options.correction_bank or "train"
+    if names and bank == split and not options.transductive:
         raise InputError(f"--correction_bank is {split}, the split that is evaluated: take another one, or say "
                          "--transductive if the queries themselves are meant to be the bank")
-    if options.tune_correction and options.correction_bank == "dev":
-        raise InputError("--tune_correction chooses on the dev split, which cannot be the bank, too: leave out "
-                         "--correction_bank dev")
+    if options.tune_correction and "dev" in (split, options.correction_bank):
+        raise InputError("--tune_correction chooses on the dev split, which can be neither evaluated nor the bank: "
+                         "leave it out, or take another --split or --correction_bank")
+    if options.tune_correction and all(options_given(options, name) >= set(corrections.GRIDS[name]) for name in names):
+        raise InputError(f"--tune_correction has nothing to choose, since all parameters of {options.correction} are "
+                         "given: leave it out, or them")
+    if report and options.fold5:
+        raise InputError("--report shows a whole split: leave --fold5 out")
+    if report and (not options.report or os.path.exists(options.report) and not os.path.isdir(options.report)):
+        raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
+    if options.images is not None and not os.path.isdir(options.images):
+        raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
+
+
+def wanted_methods(options):
+    """The corrections that --correction names."""
+    return list(corrections.METHODS) if options.correction == "all" else [options.correction] * bool(options.correction)
+
+
+def options_given(options, name):
+    """The parameters of a correction that flags give."""
+    return {key for key in corrections.parameters_of(name) if getattr(options, f"correction_{key}") is not None}
 
 
 # Hubs -------------------------------------------------------------------------------------------
@@ -96,17 +120,18 @@ def load_bank(options, result):
     """(images, captions) of the bank's split and what it is in words; with --transductive, None and the words."""
     if options.transductive:
         return None, "transductive: the bank is the evaluated queries themselves"
-    loader = result.checkpoint.loader(options.correction_bank)
+    split = options.correction_bank or "train"
+    loader = result.checkpoint.loader(split)
     n_images = len(loader.dataset) // CAPTIONS_PER_IMAGE
-    limit = options.correction_bank_images or n_images
+    limit = BANK_IMAGES if options.correction_bank_images is None else options.correction_bank_images or n_images
     images, captions = embed(result.checkpoint.model, loader, stride=-(-n_images // limit))
-    return (images, captions), f"bank: {options.correction_bank}, {len(images)} images, {len(captions)} captions"
+    return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
 
 
 def correct(options, result):
     """What --correction asks for: (the bank in words, {method: its parameters, folds' rankings, metrics, hubness})."""
-    names = list(corrections.METHODS) if options.correction == "all" else [options.correction]
-    given = {name: getattr(options, f"correction_{name}") for name in ("k", "temperature", "alpha")}
+    names = wanted_methods(options)
+    given = {name: getattr(options, f"correction_{name}") for name in corrections.ADJUSTABLE}
     measure = result.checkpoint.opt.measure
     bank, words = load_bank(options, result)
     if options.tune_correction:
@@ -144,16 +169,17 @@ def print_hubness(hubs):
 def print_corrections(words, plain, outcome):
     """The table of --correction: a row without, then a row for each method."""
     print(f"Corrections ({words})")
-    print(f"{'':18}{'image to text':^20}{'text to image':^22}{'':8}{'N_10 of captions':^21}{'N_10 of images':^21}")
+    print(f"{'':18}{'image to text':^20}{'text to image':^22}{'':8}{'N_10 of captions':^21}{'N_10 of images':>18}")
     print(f"{'':18}{'R@1':>6}{'R@5':>7}{'R@10':>7}{'R@1':>8}{'R@5':>7}{'R@10':>7}{'rsum':>8}"
           + f"{'skewness':>10}{'anti-hubs':>11}" * 2)
-    rows = {"none": (*plain, ""), **{name: (one["metrics"], one["hubness"], corrections.in_words(one["parameters"]))
-                                     for name, one in outcome.items()}}
-    for name, (metrics, hubs, parameters) in rows.items():
+    rows = {"none": plain, **{name: (one["metrics"], one["hubness"]) for name, one in outcome.items()}}
+    for name, (metrics, hubs) in rows.items():
         recalls = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], (6, 7, 7, 8, 7, 7, 8))
         cells = "".join(f"{value:{width}.1f}" for value, width in recalls)
         cells += "".join(f"{hubs[side][10].skewness:10.2f}{hubs[side][10].anti_hubs:11.1%}" for side in ("i2t", "t2i"))
-        print(f"{name:18}{cells}  {parameters}".rstrip())
+        print(f"{name:18}{cells}")
+    for name, one in outcome.items():
+        print(f"{name}: {corrections.in_words(one['parameters'])}")
 
 
 def hubness_as_dict(hubs):
@@ -178,9 +204,9 @@ def main(argv=None):
         more["correction_bank"] = words
         more["corrections"] = {name: {"parameters": one["parameters"], **as_dict(one["metrics"]),
                                       "hubness": hubness_as_dict(one["hubness"])} for name, one in outcome.items()}
+    write_results(options, options.split, result, more)
     if options.report:
         report.write_report(options, options.split, result, hubs, words, outcome)
-    write_results(options, options.split, result, more)
 
 
 if __name__ == "__main__":

@@ -77,12 +77,13 @@ def _soft_mean(similarities, temperature, dim, shift=0.0):
 
 
 METHODS = {"csls": csls, "inverted_softmax": inverted_softmax, "qbnorm": qbnorm, "nnn": nnn, "sinkhorn": sinkhorn}
-_TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+_TEMPERATURES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+ADJUSTABLE = ("k", "temperature", "alpha")
 GRIDS = {  # what `tune` chooses from; other parameters keep their defaults
-    "csls": {"k": (1, 5, 10, 20, 50, 100)},
+    "csls": {"k": (1, 5, 10, 20, 50, 100, 200, 500)},
     "inverted_softmax": {"temperature": _TEMPERATURES},
     "qbnorm": {"temperature": _TEMPERATURES},
-    "nnn": {"k": (8, 16, 32, 64, 128), "alpha": (0.25, 0.5, 0.75, 1.0)},
+    "nnn": {"k": (8, 16, 32, 64, 128, 256, 512), "alpha": (0.25, 0.5, 0.75, 1.0, 1.25)},
     "sinkhorn": {"temperature": _TEMPERATURES},
 }
 
@@ -90,12 +91,12 @@ GRIDS = {  # what `tune` chooses from; other parameters keep their defaults
 def parameters_of(name, **given):
     """A method's parameters: its defaults, but for what is `given` and not None; what it does not have is left out."""
     own = inspect.signature(METHODS[name]).parameters
-    return {key: own[key].default if given.get(key) is None else given[key] for key in list(own)[1:]}
+    return {key: own[key].default if given.get(key) is None else given[key] for key in own if key in ADJUSTABLE}
 
 
 def in_words(parameters):
     """{"i2t": {name: value}, "t2i": ...} as text."""
-    sides = {side: " ".join(f"{name}={value:g}" for name, value in own.items()) for side, own in parameters.items()}
+    sides = {side: " ".join(f"{name}={value}" for name, value in own.items()) for side, own in parameters.items()}
     return sides["i2t"] if sides["i2t"] == sides["t2i"] else f"i2t {sides['i2t']}, t2i {sides['t2i']}"
 
 
@@ -163,8 +164,8 @@ def _where_active(correction, plain, corrected):
 def tune(names, images, captions, bank, given, measure="cosine"):
     """For each method the parameters with the best sum of recalls, one dictionary for each direction: [(i2t's, t2i's)].
 
-    images (N, D) and captions (5N, D) of the dev split; bank: (image queries, caption queries). What is `given` and not
-    None is not varied.
+    images (N, D) and captions (5N, D) of the dev split; bank: (image queries (n, D), caption queries (m, D)); given:
+    {parameter: value}, not varied, or None.
     """
     wanted = []
     for name in names:

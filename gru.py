@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-ROUND_LEVEL, ROUND_ALL = 16, 256  # rows of one level's products, and of those over all levels
+ROUND_LEVEL, ROUND_ALL = 16, 64  # rows of one level's products, and of those over all levels
 
 
 class PrefixTree(NamedTuple):
@@ -100,6 +100,7 @@ class _TreeGRU(torch.autograd.Function):
         # Of W_hh h + b_hh: reset, update, candidate. Rows past the nodes are zero.
         grad_recurrent = gates.new_empty(len(previous), 3 * hidden)
         grad_recurrent[end:] = 0
+        cast = grad_recurrent if dtype == gates.dtype else torch.zeros_like(grad_recurrent, dtype=dtype)
         grad_new = torch.empty_like(candidates)
         for level, size in reversed(list(enumerate(tree.sizes))):
             rows = slice(end - size, end)
@@ -112,9 +113,11 @@ class _TreeGRU(torch.autograd.Function):
             torch.mul(grad, previous[rows].sub(new), out=to_update).mul_(update).mul_(1 - update)
             if level:
                 parents = tree.parents[level - 1]
-                product = (grad_recurrent[end:end + len(parents)].to(dtype) @ weight_hh)[:size]
+                if cast is not grad_recurrent:
+                    cast[rows] = grad_recurrent[rows]
+                product = (cast[end:end + len(parents)] @ weight_hh)[:size]
                 grad_states.index_add_(0, parents[:size], torch.addcmul(product, grad, update))
-        grad_weight_hh = (grad_recurrent.to(dtype).t() @ previous.to(dtype)).to(gates.dtype)
+        grad_weight_hh = (cast.t() @ previous.to(dtype)).to(gates.dtype)
         grad_bias_hh = grad_recurrent.sum(0)
         grad_inputs = grad_recurrent[:len(gates)]
         grad_inputs[:, 2 * hidden:] = grad_new  # from here on of W_ih x + b_ih
@@ -131,10 +134,10 @@ def last_states(rnn, embed, captions, lengths, dtype=None):
     tree = prefix_tree(captions, lengths)
     inputs, input_of, dtype = embed(tree.words), tree.word_of, dtype or rnn.weight_hh_l0.dtype
     for layer in range(rnn.num_layers):
-        if layer:
-            inputs, input_of = _rounded(states), torch.arange(len(states))
         weight_ih, weight_hh, bias_ih, bias_hh = (
             getattr(rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         products = (inputs.to(dtype) @ weight_ih.to(dtype).t()).to(weight_ih.dtype) + bias_ih
         states = _TreeGRU.apply(products, weight_hh, bias_hh, input_of, tree, dtype)
+        if layer + 1 < rnn.num_layers:
+            inputs, input_of = _rounded(states), torch.arange(len(states))
     return states.index_select(0, tree.ends)

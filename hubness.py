@@ -1,9 +1,9 @@
 """Hubs: targets that are among the nearest of far more queries than their share.
 
-N_k of a target is the number of queries that have it among their k nearest; targets that no query
-retrieves count as 0 (anti-hubs). Radovanovic et al., "Hubs in Space", JMLR 2010; the Robin Hood index as in
-Feldbauer et al., "Fast approximate hubness reduction", 2018. In image to text ("i2t") images are the queries
-and captions the targets, in text to image ("t2i") the other way round.
+N_k of a target is the number of queries that have it among their k nearest; targets that no query retrieves count
+as 0 (anti-hubs), and of equal similarities any may be the nearer. Radovanovic et al., "Hubs in Space", JMLR 2010;
+the Robin Hood index as in Feldbauer et al., "Fast approximate hubness reduction", 2018. In image to text ("i2t")
+images are the queries and captions the targets, in text to image ("t2i") the other way round.
 """
 
 from typing import NamedTuple
@@ -48,7 +48,7 @@ def hubness_of(counts):
 
 
 def hubness_both_ways(rankings):
-    """(i2t Ranking, t2i Ranking) with at least 10 items each -> {"i2t": {k: Hubness}, "t2i": {k: Hubness}}."""
+    """(i2t Ranking, t2i Ranking) with 10 items each (all, if fewer) -> {"i2t": {k: Hubness}, "t2i": {k: Hubness}}."""
     return {side: {k: hubness_of(k_occurrence(ranking.items[:, :k], len(other.ranks))) for k in DEPTHS}
             for side, ranking, other in zip(("i2t", "t2i"), rankings, rankings[::-1])}
 

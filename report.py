@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import os
+import sys
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -170,6 +171,9 @@ def find_photos(folder, split, result):
     if folder is not None and not any(files):
         raise InputError(f"none of the {n_images} photos that {ids_file} names is in {folder}, such as {names[0]!r}: "
                          "check --images")
+    if folder is not None and not all(files):
+        print(f"note: {n_images - files.count(None)} of {n_images} photos are in {folder}; the others' names are shown",
+              file=sys.stderr)
     return names, files
 
 

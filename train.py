@@ -33,7 +33,7 @@ from loss import ContrastiveLoss, loss_kind
 from memory_bank import MemoryBank, build_bank, draw_batches
 from model import VSE, cnn_types
 from vocab import READINGS, build_vocab, find_vocabulary, vocabulary_path, write_vocabulary
-from watch import StepFigures, Watch, figures_of
+from watch import GaveUp, StepFigures, Watch, figures_of
 
 BANK_DRAW = 1  # the bank's order of an epoch, beside training's 0
 KEEP_DRAW = 2
@@ -438,6 +438,8 @@ def main(argv=None):
     precision = choose_matmul_precision(device)
     if opt.data_name in sample_data.WRITERS:
         sample_data.draw(opt.data_path)
+    last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"
+    written = checkpoint.written(last)
     start = load_start(opt)
     vocabulary, is_new = get_vocabulary(opt, start)
     loaders = get_loaders(opt.data_name, vocabulary, opt.crop_size, opt.batch_size,
@@ -452,6 +454,8 @@ def main(argv=None):
         write_vocabulary(vocabulary, path)
         log(f"There was no vocabulary: built {path} with {len(vocabulary)} words")
     held = run_record.lock(opt.logger_name)
+    if resuming and checkpoint.written(last) != written:
+        raise InputError(f"--resume auto: another run has written {last} in the meantime: start again")
     log(f"Device: {device}, float32 products: {precision}, amp: {opt.amp}")
     run.scalars, run.log = tensorboard(opt.logger_name), run_record.Log(opt.logger_name, run.steps)
     note = run_record.Record(opt.logger_name, opt, device, loaders[0].dataset, run.steps)
@@ -460,6 +464,9 @@ def main(argv=None):
         with stoppable() as stop:
             train(run, stop)
         outcome = signal.Signals(stop.signal).name if stop.signal else "finished"
+    except GaveUp:
+        outcome = "gave up"
+        raise
     finally:
         note.end(outcome=outcome, epochs=run.epoch, steps=run.steps, best_rsum=run.best_rsum)
         held.close()

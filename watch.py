@@ -16,6 +16,10 @@ COLLAPSED_SHARE = 0.95  # of a batch's pairs at a similarity of 0 or less
 STUCK_WITHIN = 0.05  # relative: the loss of its trivial value, the mean pair's lead over the others of the margin
 
 
+class GaveUp(InputError):
+    """Training was stopped, since it would have come to nothing."""
+
+
 class StepFigures(NamedTuple):
     """What is kept of a step."""
 
@@ -55,7 +59,7 @@ class Watch:
             setattr(self, name, state[name])
 
     def see(self, step, lr, figures, batch, kind, checkpoint):
-        """Take in one step's StepFigures; raises InputError where training should stop.
+        """Take in one step's StepFigures; raises GaveUp where training should stop.
 
         batch: pairs in it; kind: the step's loss, as `loss.loss_kind` names it; checkpoint: the file to go back to.
         """
@@ -64,7 +68,7 @@ class Watch:
         else:
             self.bad += 1
             if self.bad > self.opt.skip_bad_steps:
-                raise InputError(
+                raise GaveUp(
                     f"step {step}: the loss or its gradient is not finite (learning rate {lr:g}, last good loss "
                     f"{self.last_good}); no weight was changed by it. Go back to {checkpoint} with a lower "
                     "--learning_rate, or let such steps pass with --skip_bad_steps")
@@ -93,6 +97,6 @@ class Watch:
                        f"positive similarity with its own caption (mean {figures.positive_mean:.2f}), where HAL has no "
                        f"positive gradient and nothing is learned; {cures}")
         if self.opt.on_collapse == "stop" or (self.opt.on_collapse is None and kind == "hal"):
-            raise InputError(message)
+            raise GaveUp(message)
         self.warned = True
         self.log(f"Warning: {message}")

@@ -327,11 +327,13 @@ def test_corrections_are_printed_side_by_side_before_and_after(evaluated, capsys
     compute_results.main(["--correction", "all", "--correction_k", "3", "--save_json", "out.json"])
     printed = capsys.readouterr().out.splitlines()
     content = json.loads((evaluated / "out.json").read_text())
-    assert [line.split()[0] for line in printed[-6:]] == ["none", *METHODS]
+    rows, parameters = printed[-11:-5], printed[-5:]
+    assert [line.split()[0] for line in rows] == ["none", *METHODS] and max(map(len, printed)) <= 120
+    assert parameters[0] == "csls: k=3" and parameters[1] == "inverted_softmax: temperature=0.05"
     assert content["correction_bank"] == "bank: train, 12 images, 60 captions"
     assert f"({content['correction_bank']})" in printed[5]
-    assert float(printed[-6].split()[7]) == pytest.approx(content["rsum"], abs=0.051)
-    for line in printed[-5:]:
+    assert float(rows[0].split()[7]) == pytest.approx(content["rsum"], abs=0.051)
+    for line in rows[1:]:
         name, *cells = line.split()
         found = content["corrections"][name]
         recalls = [found[side][r] for side in ("i2t", "t2i") for r in ("r1", "r5", "r10")]
@@ -441,6 +443,23 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
     "a device that is not there": (lambda f: None, ["--device", "cuda:99"], ["--device cuda:99"]),
     "a device of no kind": (lambda f: None, ["--device", "potato"], ["--device potato"]),
     "an unknown correction": (lambda f: None, ["--correction", "magic"], ["--correction", "csls"]),
+    "a temperature too low": (lambda f: None, ["--correction", "sinkhorn", "--correction_temperature", "1e-9"],
+                              ["--correction_temperature"]),
+    "a parameter of another correction": (lambda f: None, ["--correction", "csls", "--correction_alpha", "1"],
+                                          ["--correction_alpha", "--correction csls"]),
+    "a bank without a correction": (lambda f: None, ["--correction_bank", "dev"], ["--correction_bank", "without"]),
+    "all of the bank without a correction": (lambda f: None, ["--correction_bank_images", "0"],
+                                             ["--correction_bank_images", "without"]),
+    "a bank beside the queries": (
+        lambda f: None, ["--correction", "csls", "--transductive", "--correction_bank", "dev"],
+        ["--correction_bank", "--transductive"]),
+    "nothing to tune": (lambda f: None, ["--correction", "csls", "--correction_k", "3", "--tune_correction"],
+                        ["--tune_correction", "csls"]),
+    "tuning on what is evaluated": (lambda f: None, ["--correction", "csls", "--split", "dev", "--tune_correction"],
+                                    ["--tune_correction", "dev"]),
+    "a report that is a file": (lambda f: None, ["--report", MODEL], ["--report", MODEL]),
+    "a report of no name": (lambda f: None, ["--report", ""], ["--report ''"]),
+    "photos that are nowhere": (lambda f: None, ["--report", "page", "--images", "photos"], ["--images 'photos'"]),
     "a k without a correction": (lambda f: None, ["--correction_k", "3"], ["--correction_k", "--correction:"]),
     "a correction with k 0": (lambda f: None, ["--correction", "csls", "--correction_k", "0"], ["--correction_k"]),
     "a temperature of 0": (lambda f: None, ["--correction", "sinkhorn", "--correction_temperature", "0"],

@@ -5,6 +5,7 @@ But for one run of the real scripts, stand-ins for train.py and compute_results.
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from conftest import ROOT
 
 import reproduce
 from errors import InputError
+from run_record import lock
 
 TRAIN = '''
 import json, os, sys, time
@@ -26,13 +28,14 @@ kind = "sum" if "--sum_violation" in flags else "max" if "--max_violation" in fl
     "bank" if "--memory_bank" in flags else "HAL"
 with open(os.environ["CALLS"], "a") as file:
     file.write(f"train {kind} {lr:g} {seed} {epochs} {flags['--device']}\\n")
-if os.environ.get("NO_DATA"):
+if os.environ.get("NO_DATA") == str(epochs):
     print("error: no data here: look elsewhere", file=sys.stderr)
     sys.exit(2)
 if kind == os.environ.get("SLOW"):
     time.sleep(60)
 if kind == "HAL" and lr > 0.001:
-    json.dump({"result": {"outcome": "failed", "epochs": 0, "steps": 5}}, open(os.path.join(folder, "run.json"), "w"))
+    result = {"outcome": "gave up", "epochs": 0, "steps": 5}
+    json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
     print("error: step 5: training has collapsed", file=sys.stderr)
     sys.exit(2)
 with open(os.path.join(folder, "log.jsonl"), "w") as file:
@@ -41,7 +44,7 @@ with open(os.path.join(folder, "log.jsonl"), "w") as file:
         file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum}) + "\\n")
         file.write(json.dumps({"kind": "step", "epoch": epoch}) + "\\n")
 result = {"outcome": "finished", "epochs": epochs, "steps": 9}
-json.dump({"result": result}, open(os.path.join(folder, "run.json"), "w"))
+json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
 '''
 TEST = '''
 import json, os, sys
@@ -147,11 +150,72 @@ def test_a_seed_that_collapses_is_reported_and_left_out_of_the_mean(scripts, mon
     assert "| HAL (1 of 3 seeds failed) | 0.001 |" in open("runs/reproduce_smoke/results.md").read()
 
 
-def test_what_is_wrong_with_the_data_stops_everything_with_its_sentence(scripts, monkeypatch):
-    monkeypatch.setenv("NO_DATA", "1")
+@pytest.mark.parametrize("epochs", ["1", "2"])  # in the trials, and when they have gone well
+def test_what_is_wrong_with_the_data_stops_everything_with_its_sentence(scripts, monkeypatch, epochs):
+    monkeypatch.setenv("NO_DATA", epochs)
     with pytest.raises(InputError, match="no data here: look elsewhere"):
         reproduce.main(FAST)
-    assert len(scripts()) == 1
+    assert len(scripts()) == (1 if epochs == "1" else 9)
+    assert not os.path.exists("runs/reproduce_smoke/results.json")
+
+
+def test_a_loss_that_gave_up_before_is_not_to_blame_for_what_is_wrong_now(scripts, monkeypatch):
+    with pytest.raises(InputError, match="could not be trained"):
+        reproduce.main([*FAST, "--losses", "HAL", "--learning_rates", "0.002"])
+    monkeypatch.setenv("NO_DATA", "1")
+    with pytest.raises(InputError, match="no data here: look elsewhere"):
+        reproduce.main([*FAST, "--losses", "HAL", "--learning_rates", "0.002"])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("settings.json", "{"), ("settings.json", "[]"), ("HAL/lr0.001_seed0/run.json", "{"),
+    ("HAL/lr0.001_seed0/run.json", "[1]"), ("HAL/lr0.001_seed0/log.jsonl", "{"), ("HAL/lr0.001_seed0/log.jsonl", ""),
+    ("HAL/lr0.001_seed0/test.json", "{"), ("HAL/lr0.001_seed0/test.json", "{}")])
+def test_a_damaged_file_is_named_and_deleting_it_helps(scripts, name, content):
+    flags = [*FAST, "--losses", "HAL", "--learning_rates", "0.001"]
+    reproduce.main(flags)
+    before, path = results(), os.path.join("runs/reproduce_smoke", name)
+    with open(path, "w") as file:
+        file.write(content)
+    with pytest.raises(InputError, match=f"{os.path.basename(name)} cannot be read"):
+        reproduce.main(flags)
+    if name.endswith("log.jsonl"):
+        shutil.rmtree(os.path.dirname(path))
+    else:
+        os.unlink(path)
+    reproduce.main(flags)
+    assert results() == before
+
+
+@pytest.mark.parametrize("output", ["plain", "plain/x", "/proc/x"])
+def test_an_output_folder_that_cannot_be_written_is_one_sentence(scripts, output):
+    open("plain", "w").close()
+    with pytest.raises(InputError, match=f"--output .*{output} cannot be written"):
+        reproduce.main([*FAST, "--output", output])
+
+
+def test_two_at_once_in_one_folder_are_refused(scripts):
+    held = lock("out", "--output")
+    with pytest.raises(InputError, match="--output .*out: another run is writing there"):
+        reproduce.main([*FAST, "--output", "out"])
+    held.close()
+
+
+def test_other_data_is_not_mixed_in(scripts):
+    reproduce.main([*FAST, "--losses", "HAL"])
+    with pytest.raises(InputError, match="other data_path"):
+        reproduce.main([*FAST, "--losses", "HAL", "--data_path", "elsewhere"])
+
+
+@pytest.mark.parametrize("flag", ["--seed=3", "--logger_name", "--help", "--memory_bank", "--local_alpha"])
+def test_what_this_script_decides_is_refused_after_the_dashes(scripts, flag):
+    with pytest.raises(InputError, match=f"{flag.split('=')[0]} after --"):
+        reproduce.main([*FAST, "--", flag])
+
+
+def test_the_same_seed_or_rate_twice_counts_once():
+    opt = reproduce.parse_args([*FAST, "--seeds", "2", "2", "--learning_rates", "0.1", "0.10"])
+    assert (opt.seeds, opt.learning_rates) == ([2], [0.1])
 
 
 @pytest.mark.parametrize("flags, named", [(["--num_epochs", "3"], "num_epochs"),

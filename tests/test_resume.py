@@ -126,6 +126,19 @@ def test_a_folder_of_a_living_run_is_refused(workdir):
     held.close()
 
 
+def test_what_another_run_wrote_since_the_checkpoint_was_looked_for_is_not_overwritten(workdir, monkeypatch):
+    lock = run_record.lock
+
+    def lock_after_the_other(folder):
+        monkeypatch.setattr(run_record, "lock", lock)
+        train.main(FLAGS)  # it held the folder while this one loaded, and is done now
+        return lock(folder)
+    monkeypatch.setattr(run_record, "lock", lock_after_the_other)
+    with pytest.raises(InputError, match="--resume auto: another run has written .*checkpoint.pth.tar"):
+        train.main([*FLAGS, "--resume", "auto"])
+    assert '"step": 12' in Path("runs/runX/log.jsonl").read_text().splitlines()[-1] and load(RUN)["epoch"] == 3
+
+
 def test_keep_bounds_the_epoch_files(workdir):
     train.main([*FLAGS, "--save_all", "--keep", "2"])
     assert sorted(path.name for path in Path("runs/runX").glob("Epoch-*")) == [
