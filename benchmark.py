@@ -36,7 +36,7 @@ from loss import ContrastiveLoss, cosine_sim
 from memory_bank import build_bank, draw_batches, in_batch
 from model import VSE, l2norm
 from run_record import Log
-from vocab import SPECIAL_WORDS, read_captions, tokenize, vocabulary_of
+from vocab import SPECIAL_WORDS, nltk_words, read_captions, tokenize, vocabulary_of
 from watch import StepFigures, figures_of
 
 PARTS = ["loader", "step", "bank", "evaluation", "hubs"]
@@ -152,7 +152,8 @@ def reference_batches(dataset, vocab, batch_size):
     for start in range(0, len(order), batch_size):
         samples = []
         for index in order[start:start + batch_size]:
-            words = [vocab("<start>"), *(vocab(word) for word in tokenize(dataset.captions[index])), vocab("<end>")]
+            caption = nltk_words(dataset.captions[index].lower())
+            words = [vocab("<start>"), *(vocab(word) for word in caption), vocab("<end>")]
             samples.append((torch.Tensor(features[index // dataset.captions_per_row]), torch.Tensor(words), index))
         samples.sort(key=lambda sample: len(sample[1]), reverse=True)
         images, captions, indices = zip(*samples)
@@ -212,7 +213,7 @@ def bench_loader(options, timer, dataset, vocab, speeds):
 
     def tokenize_all():
         for caption in dataset.captions:
-            [vocab(word) for word in tokenize(caption)]
+            [vocab(word) for word in nltk_words(caption.lower())]
     build_times, epoch_times = timer.turns(lambda: number_words(dataset.captions, vocab), tokenize_all)
     return {
         f"loader, batch of {options.batch_size} (ms)": row(per_batch, reference_times, 1e-3, floor),

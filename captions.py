@@ -16,7 +16,7 @@ from tqdm import tqdm
 from errors import InputError, replacing
 from vocab import TOKENIZER_VERSION, tokenize
 
-CHUNK = 500  # captions a process tokenizes at a time
+CHUNK = 2000  # captions a process tokenizes at a time
 
 
 class WordIds(NamedTuple):

@@ -11,6 +11,7 @@ word tokenizer), without its download: the English Punkt model comes from a pack
 import json
 import os
 import pickle
+import re
 from collections import Counter
 from functools import lru_cache
 
@@ -40,6 +41,18 @@ def _tokenizers():
     return PunktSentenceTokenizer(parameters), NLTKWordTokenizer()
 
 
+def nltk_words(text):
+    """What NLTK's `word_tokenize` gives."""
+    sentences, words = _tokenizers()
+    return [word for sentence in sentences.tokenize(text) for word in words.tokenize(sentence)]
+
+
+# Most captions: plain words, commas and a full stop at the end. NLTK's dozens of passes then come to splitting at
+# spaces, but for the contractions that it knows without a mark. Ten times faster; the tests hold it against NLTK.
+_PLAIN = re.compile(r"[a-z0-9]+(?:(?: ?,)? [a-z0-9]+)*(?: ?\.)?")
+_CONTRACTED = re.compile(r"\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b")
+
+
 def tokenize(caption, reading="text"):
     """A caption's words, lower-cased, without <start> and <end>.
 
@@ -53,8 +66,10 @@ def tokenize(caption, reading="text"):
                          f"{MAX_CAPTION}; check the caption file")
     if reading == "released":
         caption = str(caption.encode("utf-8", "surrogatepass"))
-    sentences, words = _tokenizers()
-    return [word for sentence in sentences.tokenize(caption.lower()) for word in words.tokenize(sentence)]
+    text = caption.lower()
+    if _PLAIN.fullmatch(text) and not _CONTRACTED.search(text):
+        return text.replace(",", " ,").replace(".", " .").split()
+    return nltk_words(text)
 
 
 def read_captions(path):

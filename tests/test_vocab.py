@@ -8,6 +8,8 @@ from collections import OrderedDict
 
 import pytest
 from conftest import REFERENCE, RELEASED, run_script, tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import vocab
 from errors import InputError
@@ -15,6 +17,7 @@ from vocab import (
     Vocabulary,
     build_vocab,
     find_vocabulary,
+    nltk_words,
     read_captions,
     read_flickr_json,
     read_json,
@@ -45,6 +48,28 @@ def test_no_caption_can_hold_a_special_word(caption, reading):
 @pytest.mark.parametrize("caption", ["", " \t\r\n"])
 def test_an_empty_caption_has_no_words_of_its_own(caption, reading, words):
     assert tokenize(caption, reading) == words
+
+
+PARTS = ["a", "dog", "1", "23", ",", ".", " ", " ", " , ", ", ", " .", "cannot", "gonna", "wanna", "can", "not", "gim",
+         "me", "d'ye", "'tis", "dr", "mr.", "u.s.", "-", "--", "\u00e9", "?"]
+
+
+@given(st.lists(st.sampled_from(PARTS)))
+@settings(max_examples=500, deadline=None)
+def test_words_are_nltk_s(parts):
+    caption = "".join(parts)
+    assert tokenize(caption) == nltk_words(caption.strip())
+
+
+@pytest.mark.parametrize("word", ["cannot", "gimme", "gonna", "gotta", "lemme", "wanna"])
+def test_contractions_without_a_mark_are_split_as_nltk_does(word):
+    words = tokenize(f"dogs {word} run.")
+    assert words == nltk_words(f"dogs {word} run.") and len(words) == 5
+
+
+def test_plain_captions_do_not_need_nltk(monkeypatch):
+    monkeypatch.setattr(vocab, "nltk_words", None)
+    assert tokenize("A dog, 2 cats , and a bird .") == ["a", "dog", ",", "2", "cats", ",", "and", "a", "bird", "."]
 
 
 def test_text_is_the_default_reading():
