@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from captions import number_words
 from corrections import METHODS, corrections_of, parameters_of, rank_corrected
 from data import CAPTIONS_PER_IMAGE, Loader, PrecompDataset
-from device import choose_device, choose_matmul_precision, keep_freed_memory
+from device import choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, replacing, run_script
 from evaluation import FOLDS, metrics_of, rank_both_ways
 from hubness import DEPTHS, hubness_both_ways
@@ -521,7 +521,6 @@ def main(argv=None):
     options = parse_args(argv)
     device = choose_device(options.device)
     precision = choose_matmul_precision(device)
-    keep_freed_memory()  # in the reference's favour, too
     result = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                           "device": str(device), "torch": torch.__version__, "python": platform.python_version(),
                           "float32 products": precision},

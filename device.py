@@ -1,7 +1,5 @@
 """Where a script computes, and how exactly: chosen once, at its start."""
 
-import ctypes
-
 import torch
 
 from errors import InputError
@@ -21,20 +19,6 @@ def choose_device(name):
         raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): choose auto or cpu"
                          ) from error
     return device
-
-
-def keep_freed_memory():
-    """On Linux, let what a step frees wait for the next one instead of going back to the system.
-
-    A step on a CPU takes blocks of tens of MB, which would be new pages each time: 10 % of a bf16 step on two cores.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # glibc's numbers for mallopt
-    try:
-        library = ctypes.CDLL(None)
-        library.mallopt(mmap_threshold, 2**30)
-        library.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError, TypeError):
-        pass  # another C library
 
 
 def choose_matmul_precision(device):

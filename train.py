@@ -25,7 +25,7 @@ import checkpoint
 import run_record
 import sample_data
 from data import get_loaders, seed_for
-from device import choose_device, choose_matmul_precision, keep_freed_memory
+from device import choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import LogCollector, append, embed, metrics_of, rank_both_ways, split_loss
 from hubness import DEPTHS, hubness_both_ways
@@ -436,7 +436,6 @@ def main(argv=None):
     opt = parse_args(argv)
     device = choose_device(opt.device)
     precision = choose_matmul_precision(device)
-    keep_freed_memory()
     if opt.data_name in sample_data.WRITERS:
         sample_data.draw(opt.data_path)
     last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"

@@ -1,12 +1,7 @@
 """The device that is chosen, and the precision there."""
 
-import platform
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 
 from device import choose_device, choose_matmul_precision
 from errors import InputError
@@ -45,19 +40,3 @@ def test_products_on_the_cpu_are_as_exact_as_float32_whatever_is_chosen(precisio
     one, other = (torch.randn(300, 700, generator=generator) for _ in range(2))
     exact = one.double() @ other.double().t()
     assert (one @ other.t() - exact).abs().max() < 1e-5 * exact.abs().max()
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_there_for_the_next_step():
-    """Without page faults, of which 80 MB would take 20,000."""
-    code = ("import resource, sys, torch; from device import keep_freed_memory\n"
-            "if sys.argv[1] == 'kept': keep_freed_memory()\n"
-            "faults = []\n"
-            "for _ in range(4):\n"
-            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "    torch.ones(20_000_000)\n"
-            "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-            "print(faults[-1])")
-    faults = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True,
-                                      check=True).stdout) for how in ("kept", "not")}
-    assert faults["kept"] < 10 < faults["not"]
