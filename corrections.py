@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from evaluation import Best, Ranking, metrics_of, rank_both_ways, rank_shifted
-from loss import SIMILARITIES
+from loss import SIMILARITIES, order_sim
 
 BLOCK = 2**22  # similarities (or differences, for order embeddings) held at a time
 
@@ -120,9 +120,11 @@ def corrections_of(side, targets, bank, wanted, measure="cosine"):
     matrix = targets.new_empty(len(targets), len(bank)) if any(name == "sinkhorn" for name, _ in wanted) else None
     shifts = {place: [] for place, (name, _) in enumerate(wanted) if name != "sinkhorn"}
     for start in range(0, len(targets), height):
-        rows = targets[start:start + height]  # images come first in a similarity: order's is not symmetric
-        similarities = (SIMILARITIES[measure](bank, rows).t().contiguous() if side == "i2t" else
-                        SIMILARITIES[measure](rows, bank))
+        rows = targets[start:start + height]
+        if side == "i2t" and measure == "order":  # not symmetric: images come first
+            similarities = order_sim(bank, rows).t()
+        else:
+            similarities = SIMILARITIES[measure](rows, bank)
         for place, parts in shifts.items():
             name, parameters = wanted[place]
             parts.append(METHODS[name](similarities, **parameters))
