@@ -23,7 +23,7 @@ from model import VSE
 from vocab import find_vocabulary, vocabulary_path
 
 FOLDS = 5
-TILE_IMAGES = {"cosine": 256, "order": 16}  # at most, of a tile of the similarity matrix; with five times the captions
+TILE_IMAGES = {"cosine": 512, "order": 16}  # at most, of a tile of the similarity matrix; with five times the captions
 
 
 class AverageMeter:
