@@ -23,7 +23,7 @@ from model import VSE
 from vocab import find_vocabulary, vocabulary_path
 
 FOLDS = 5
-TILE_IMAGES = {"cosine": 512, "order": 16}  # at most, of a tile of the similarity matrix; with five times the captions
+TILE_IMAGES = {"cosine": 256, "order": 16}  # at most, of a tile of the similarity matrix; with five times the captions
 
 
 class AverageMeter:
@@ -133,7 +133,7 @@ def rank_shifted(images, captions, shifts, measure="cosine", top=1):
 
     The similarity matrix is made in tiles that stay in cache and serve all: nothing of its size is kept.
     """
-    tiles = Tiles(images, captions, measure)
+    tiles = Tiles(images, captions, measure, TILE_IMAGES[measure] * (2 if top > 1 else 1))  # fewer topk calls
     own = torch.cat([_own_scores(tiles.scores(block, block)).clone() for block in range(tiles.count)])
     sides = [_Side(dim, own, None if shift is None else shift[1 - dim], top)
              for shift in shifts for dim in (1, 0)]  # targets along dim: captions of images, images of captions
@@ -191,9 +191,10 @@ class Tiles:
     not get equal scores. So both sides are filled up with zeros, and tiles cut to what is real.
     """
 
-    def __init__(self, images, captions, measure):
+    def __init__(self, images, captions, measure, largest):
+        """largest: images of a tile, at most."""
         self.measure, self.images, self.captions = measure, images, captions
-        self.count = -(-len(images) // TILE_IMAGES[measure])
+        self.count = -(-len(images) // largest)
         self.size = -(-len(images) // self.count)
         self.buffer = images.new_empty(self.size, self.size * CAPTIONS_PER_IMAGE)
 
