@@ -134,12 +134,13 @@ def rank_shifted(images, captions, shifts, measure="cosine", top=1):
     The similarity matrix is made in tiles that stay in cache and serve all: nothing of its size is kept.
     """
     tiles = Tiles(images, captions, measure, TILE_IMAGES[measure] * (2 if top > 1 else 1))  # fewer topk calls
-    own = torch.cat([_own_scores(tiles.scores(block, block)).clone() for block in range(tiles.count)])
+    own_tiles = [tiles.scores(block, block).clone() for block in range(tiles.count)]
+    own = torch.cat([_own_scores(scores) for scores in own_tiles])
     sides = [_Side(dim, own, None if shift is None else shift[1 - dim], top)
              for shift in shifts for dim in (1, 0)]  # targets along dim: captions of images, images of captions
     for i in range(tiles.count):
         for c in range(tiles.count):
-            scores = tiles.scores(i, c)
+            scores = own_tiles[i] if i == c else tiles.scores(i, c)
             for side in sides:
                 side.see(scores, tiles.image_rows(i), tiles.caption_rows(c))
     rankings = [side.ranking() for side in sides]
