@@ -23,7 +23,7 @@ from model import VSE
 from vocab import find_vocabulary, vocabulary_path
 
 FOLDS = 5
-TILE_IMAGES = {"cosine": 256, "order": 16}  # at most, of a tile of the similarity matrix; with five times the captions
+TILE_IMAGES = {"cosine": 512, "order": 16}  # at most, of a tile of the similarity matrix; with five times the captions
 
 
 class AverageMeter:
@@ -133,7 +133,7 @@ def rank_shifted(images, captions, shifts, measure="cosine", top=1):
 
     The similarity matrix is made in tiles that stay in cache and serve all: nothing of its size is kept.
     """
-    tiles = Tiles(images, captions, measure, TILE_IMAGES[measure] * (2 if top > 1 else 1))  # fewer topk calls
+    tiles = Tiles(images, captions, measure, TILE_IMAGES[measure])
     own_tiles = [tiles.scores(block, block).clone() for block in range(tiles.count)]
     own = torch.cat([_own_scores(scores) for scores in own_tiles])
     sides = [_Side(dim, own, None if shift is None else shift[1 - dim], top)
@@ -157,7 +157,7 @@ class _Side:
             self.shift = shift.unsqueeze(1 - dim)
             own = own - (shift.view_as(own) if dim == 1 else self.shift)
         self.bars = _just_below(own.amax(1, keepdim=True) if dim == 1 else own.reshape(1, -1))
-        self.n_targets, self.n_own = (own.numel(), CAPTIONS_PER_IMAGE) if dim == 1 else (len(own), 1)
+        self.n_targets = own.numel() if dim == 1 else len(own)
         self.lower = own.new_zeros(self.bars.numel())
         self.best = Best(len(self.lower), min(top, self.n_targets), own) if top else None
         self.buffer = own.new_empty(0)
@@ -172,16 +172,15 @@ class _Side:
             scores = torch.sub(scores, shift, out=buffer)
         if self.best:
             self.best.update(queries, scores, self.dim, targets.start)
-        if images.start * CAPTIONS_PER_IMAGE == captions.start:
-            scores = scores.clone()
-            _own_scores(scores).fill_(-torch.inf)
         # Comparing into floats is several times faster than into bools that are then counted.
-        self.lower[queries] += torch.lt(scores, bars, out=buffer).sum(self.dim)
+        torch.lt(scores, bars, out=buffer)
+        if images.start * CAPTIONS_PER_IMAGE == captions.start:
+            _own_scores(buffer).fill_(1)  # a query's own stand before nothing
+        self.lower[queries] += buffer.sum(self.dim)
 
     def ranking(self):
         """The Ranking, once all tiles were seen."""
-        # Own pairs were counted as lower; where even they were not (NaN), nothing is.
-        ranks = (self.n_targets - self.lower).clamp(max=self.n_targets - self.n_own).long()
+        ranks = (self.n_targets - self.lower).long()
         return Ranking(ranks, self.best.items if self.best else ranks.new_empty(len(ranks), 0))
 
 

@@ -8,7 +8,7 @@ import torch
 
 import corrections
 from corrections import METHODS, Correction, corrections_of, parameters_of, rank_corrected, tune
-from evaluation import metrics_of, rank_both_ways
+from evaluation import TILE_IMAGES, metrics_of, rank_both_ways
 
 TOLERANCE = 1e-6
 
@@ -191,7 +191,7 @@ def evaluation(n, seed=5, width=20, nearness=1.5):
 @pytest.mark.parametrize("measure", ["cosine", "order"])
 @pytest.mark.parametrize("name", METHODS)
 def test_corrected_ranks_and_items_are_those_of_the_corrected_matrix(name, measure):
-    images, captions = evaluation(300 if measure == "cosine" else 20)
+    images, captions = evaluation(TILE_IMAGES[measure] + 4)
     bank_images, bank_captions = evaluation(24, seed=9)
     matrix = images @ captions.T if measure == "cosine" else -(captions - images.unsqueeze(1)).clamp(min=0).norm(dim=2)
     wanted = [(name, parameters_of(name, temperature=0.1, k=3))]
