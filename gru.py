@@ -136,7 +136,7 @@ def last_states(rnn, embed, captions, lengths, dtype=None):
     for layer in range(rnn.num_layers):
         weight_ih, weight_hh, bias_ih, bias_hh = (
             getattr(rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        products = (inputs.to(dtype) @ weight_ih.to(dtype).t()).to(weight_ih.dtype) + bias_ih
+        products = inputs.to(dtype) @ weight_ih.to(dtype).t() + bias_ih  # in float32, as the bias is
         states = _TreeGRU.apply(products, weight_hh, bias_hh, input_of, tree, dtype)
         if layer + 1 < rnn.num_layers:
             inputs, input_of = _rounded(states), torch.arange(len(states))
