@@ -4,6 +4,8 @@
 - Each word's input product is made once a batch.
 - The backward pass is written out: each weight's gradient is one product over all states, where
   autograd would add it up step by step. Equations as in `torch.nn.GRU`'s documentation.
+- It writes gradients over the gates that they are made of, since fresh large blocks of memory are slow; so a
+  second backward through the same states is refused.
 
 Products are made with rounded-up numbers of rows: CPU libraries keep code for every shape that they
 have met, and captions' lengths would make a new one nearly every time.
@@ -66,11 +68,12 @@ class _TreeGRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, products, weight_hh, bias_hh, input_of, tree, dtype):
         """products: W_ih x + b_ih; dtype: of the matrix products."""
-        hidden, weight_hh = weight_hh.shape[1], weight_hh.to(dtype)
-        gates = products.index_select(0, input_of)  # becomes reset, update, new: each (nodes, H)
-        states, candidates = gates.new_empty(len(gates), hidden), gates.new_empty(len(gates), hidden)
-        previous = gates.new_empty(_rounded_up(len(gates)), hidden)
-        previous[:tree.sizes[0]] = previous[len(gates):] = 0  # the first level's states before it, and no node's
+        hidden, weight_hh, nodes = weight_hh.shape[1], weight_hh.to(dtype), len(input_of)
+        gates = products.new_empty(_rounded_up(nodes), 3 * hidden)  # reset, update, new
+        torch.index_select(products, 0, input_of, out=gates[:nodes])
+        states, candidates = gates.new_empty(nodes, hidden), gates.new_empty(nodes, hidden)
+        previous = gates.new_empty(len(gates), hidden)
+        previous[:tree.sizes[0]] = previous[nodes:] = 0  # the first level's states before it, and no node's
         start = 0
         for level, size in enumerate(tree.sizes):
             rows = slice(start, start + size)
@@ -87,40 +90,41 @@ class _TreeGRU(torch.autograd.Function):
             torch.lerp(new, previous[rows], update, out=states[rows])
             start += size
         ctx.save_for_backward(weight_hh, gates, candidates, previous, input_of)
-        ctx.tree, ctx.inputs = tree, len(products)
+        ctx.tree, ctx.inputs, ctx.spent = tree, len(products), False
         return states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_states):
-        """Gradients of the input products, and of the recurrent weight and bias."""
+        """Gradients of the input products, and of the recurrent weight and bias; they overwrite what was saved."""
+        if ctx.spent:
+            raise RuntimeError("a second backward through the same captions' states, which the first has used up: add "
+                               "the losses up before backward, or encode the captions again")
+        ctx.spent = True
         weight_hh, gates, candidates, previous, input_of = ctx.saved_tensors
-        dtype, tree, hidden, end = weight_hh.dtype, ctx.tree, weight_hh.shape[1], len(gates)
+        dtype, tree, hidden, end = weight_hh.dtype, ctx.tree, weight_hh.shape[1], len(candidates)
         grad_states = grad_states.clone()
-        # Of W_hh h + b_hh: reset, update, candidate. Rows past the nodes are zero.
-        grad_recurrent = gates.new_empty(len(previous), 3 * hidden)
-        grad_recurrent[end:] = 0
-        cast = grad_recurrent if dtype == gates.dtype else torch.zeros_like(grad_recurrent, dtype=dtype)
-        grad_new = torch.empty_like(candidates)
+        gates[end:] = 0
+        cast = gates if dtype == gates.dtype else torch.zeros_like(gates, dtype=dtype)
         for level, size in reversed(list(enumerate(tree.sizes))):
             rows = slice(end - size, end)
             end -= size
-            grad, (reset, update, new) = grad_states[rows], gates[rows].chunk(3, 1)
-            to_reset, to_update, to_candidate = grad_recurrent[rows].chunk(3, 1)
-            torch.mul(grad, 1 - update, out=grad_new[rows]).mul_(1 - new * new)
-            torch.mul(grad_new[rows], reset, out=to_candidate)
-            torch.mul(to_candidate, candidates[rows], out=to_reset).mul_(1 - reset)
-            torch.mul(grad, previous[rows].sub(new), out=to_update).mul_(update).mul_(1 - update)
+            grad, candidate, (reset, update, new) = grad_states[rows], candidates[rows], gates[rows].chunk(3, 1)
+            kept = grad * update
+            grad_new = (grad - kept).mul_(1 - new * new)
+            torch.mul(kept, 1 - update, out=update).mul_(previous[rows] - new)
+            torch.mul(grad_new, reset, out=new)  # of W_hn h + b_hn
+            torch.mul(candidate.mul_(new), 1 - reset, out=reset)
+            candidate.copy_(grad_new)
             if level:
                 parents = tree.parents[level - 1]
-                if cast is not grad_recurrent:
-                    cast[rows] = grad_recurrent[rows]
-                product = (cast[end:end + len(parents)] @ weight_hh)[:size]
-                grad_states.index_add_(0, parents[:size], torch.addcmul(product, grad, update))
+                if cast is not gates:
+                    cast[rows] = gates[rows]
+                grad_states.index_add_(0, parents[:size], (cast[end:end + len(parents)] @ weight_hh)[:size] + kept)
         grad_weight_hh = (cast.t() @ previous.to(dtype)).to(gates.dtype)
-        grad_bias_hh = grad_recurrent.sum(0)
-        grad_inputs = grad_recurrent[:len(gates)]
-        grad_inputs[:, 2 * hidden:] = grad_new  # from here on of W_ih x + b_ih
+        grad_bias_hh = gates.sum(0)
+        grad_inputs = gates[:len(candidates)]
+        grad_inputs[:, 2 * hidden:] = candidates  # from here on of W_ih x + b_ih
         grad_products = gates.new_zeros(ctx.inputs, 3 * hidden).index_add_(0, input_of, grad_inputs)
         return grad_products, grad_weight_hh, grad_bias_hh, None, None, None
 

@@ -40,9 +40,22 @@ def test_bf16_products_are_near():
     torch.manual_seed(0)
     rnn, embed = torch.nn.GRU(8, 16, batch_first=True), torch.nn.Embedding(WORDS, 8)
     captions, lengths = batch([5, 5, 3, 2])
-    states = last_states(rnn, embed, captions, lengths, torch.bfloat16)
+    states, exact = last_states(rnn, embed, captions, lengths, torch.bfloat16), theirs(rnn, embed, captions, lengths)
     assert states.dtype == torch.float32
-    assert 0 < (states - theirs(rnn, embed, captions, lengths)).abs().max() < 0.02
+    assert 0 < (states - exact).abs().max() < 0.02
+    for near, gradient in zip(*(torch.autograd.grad(last.sum(), rnn.parameters()) for last in (states, exact))):
+        assert near.dtype == torch.float32
+        assert 0 < (near - gradient).abs().max() < 0.02 * gradient.abs().max()
+
+
+def test_a_second_backward_is_refused_since_the_first_used_the_states_up():
+    rnn, embed = torch.nn.GRU(3, 4, batch_first=True), torch.nn.Embedding(WORDS, 3)
+    states = last_states(rnn, embed, *batch([3, 2]))
+    states[0].sum().backward(retain_graph=True)
+    gradient = rnn.weight_hh_l0.grad.clone()
+    with pytest.raises(RuntimeError, match="add the losses up before backward"):
+        states[1].sum().backward()
+    assert torch.equal(rnn.weight_hh_l0.grad, gradient)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
