@@ -20,6 +20,7 @@ from vocab import READINGS
 
 BANK_IMAGES = 10_000
 
+
 def parse_args(argv=None):
     """The script's flags."""
     parser = ArgumentParser("Evaluate a checkpoint of train.py or of the released code.")

@@ -133,7 +133,7 @@ def rank_shifted(images, captions, shifts, measure="cosine", top=1):
 
     The similarity matrix is made in tiles that stay in cache and serve all: nothing of its size is kept.
     """
-    tiles = Tiles(images, captions, measure, TILE_IMAGES[measure])
+    tiles = Tiles(images, captions, measure)
     own_tiles = [tiles.scores(block, block).clone() for block in range(tiles.count)]
     own = torch.cat([_own_scores(scores) for scores in own_tiles])
     sides = [_Side(dim, own, None if shift is None else shift[1 - dim], top)
@@ -191,10 +191,9 @@ class Tiles:
     not get equal scores. So both sides are filled up with zeros, and tiles cut to what is real.
     """
 
-    def __init__(self, images, captions, measure, largest):
-        """largest: images of a tile, at most."""
+    def __init__(self, images, captions, measure):
         self.measure, self.images, self.captions = measure, images, captions
-        self.count = -(-len(images) // largest)
+        self.count = -(-len(images) // TILE_IMAGES[measure])
         self.size = -(-len(images) // self.count)
         self.buffer = images.new_empty(self.size, self.size * CAPTIONS_PER_IMAGE)
 

@@ -104,6 +104,7 @@ class _TreeGRU(torch.autograd.Function):
         weight_hh, gates, candidates, previous, input_of = ctx.saved_tensors
         dtype, tree, hidden, end = weight_hh.dtype, ctx.tree, weight_hh.shape[1], len(candidates)
         grad_states = grad_states.clone()
+        # In place, gates become the gradients of W_hh h + b_hh, and candidates those of W_in x + b_in.
         gates[end:] = 0
         cast = gates if dtype == gates.dtype else torch.zeros_like(gates, dtype=dtype)
         for level, size in reversed(list(enumerate(tree.sizes))):
@@ -113,7 +114,7 @@ class _TreeGRU(torch.autograd.Function):
             kept = grad * update
             grad_new = (grad - kept).mul_(1 - new * new)
             torch.mul(kept, 1 - update, out=update).mul_(previous[rows] - new)
-            torch.mul(grad_new, reset, out=new)  # of W_hn h + b_hn
+            torch.mul(grad_new, reset, out=new)
             torch.mul(candidate.mul_(new), 1 - reset, out=reset)
             candidate.copy_(grad_new)
             if level:
