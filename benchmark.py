@@ -25,19 +25,21 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from captions import number_words
+from caption_files import read_captions
 from corrections import METHODS, corrections_of, parameters_of, rank_corrected
-from data import CAPTIONS_PER_IMAGE, Loader, PrecompDataset
+from data import Loader, PrecompDataset
 from device import choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, replacing, run_script
-from evaluation import FOLDS, metrics_of, rank_both_ways
+from evaluation import FOLDS, metrics_of
 from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, cosine_sim
 from memory_bank import build_bank, draw_batches, in_batch
 from model import VSE, l2norm
+from ranking import rank_both_ways
 from run_record import Log
-from vocab import SPECIAL_WORDS, nltk_words, read_captions, tokenize, vocabulary_of
+from vocab import SPECIAL_WORDS, nltk_words, tokenize, vocabulary_of
 from watch import StepFigures, figures_of
+from word_ids import CAPTIONS_PER_IMAGE, number_words
 
 PARTS = ["loader", "step", "bank", "evaluation", "hubs"]
 WORDS = 3000  # of the made-up captions

@@ -12,11 +12,11 @@ import os
 
 import corrections
 import report
-from data import CAPTIONS_PER_IMAGE
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from vocab import READINGS
+from word_ids import CAPTIONS_PER_IMAGE
 
 BANK_IMAGES = 10_000
 

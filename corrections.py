@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation import Best, Ranking, metrics_of, rank_both_ways, rank_shifted
+from evaluation import metrics_of
 from loss import SIMILARITIES, order_sim
+from ranking import Best, Ranking, rank_both_ways, rank_shifted
 
 BLOCK = 2**22  # similarities (or differences, for order embeddings) held at a time
 

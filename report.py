@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from corrections import in_words
-from data import CAPTIONS_PER_IMAGE, decode_image
 from errors import InputError, replacing
 from hubness import DEPTHS, k_occurrence
+from images import decode_image
 from loss import SIMILARITIES
+from word_ids import CAPTIONS_PER_IMAGE
 
 RESAMPLES, SEED = 1000, 0
 NEGATIVES = 100_000  # wrong pairs whose similarities are drawn, at most

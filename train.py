@@ -24,16 +24,19 @@ from tqdm import tqdm
 import checkpoint
 import run_record
 import sample_data
-from data import get_loaders, seed_for
+from data import get_loaders
 from device import choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, run_script
-from evaluation import LogCollector, append, embed, metrics_of, rank_both_ways, split_loss
+from evaluation import append, embed, metrics_of, split_loss
 from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, loss_kind
 from memory_bank import MemoryBank, build_bank, draw_batches
+from meters import LogCollector
 from model import VSE, cnn_types
+from ranking import rank_both_ways
 from vocab import READINGS, build_vocab, find_vocabulary, vocabulary_path, write_vocabulary
 from watch import GaveUp, StepFigures, Watch, figures_of
+from word_ids import seed_for
 
 BANK_DRAW = 1  # the bank's order of an epoch, beside training's 0
 KEEP_DRAW = 2

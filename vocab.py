@@ -1,4 +1,4 @@
-"""Words: reading captions, tokenizing them, and the vocabulary that numbers the words.
+"""Words: tokenizing captions, and the vocabulary that numbers the words.
 
 As a script it builds a vocabulary file from a data set's training and dev captions:
 
@@ -15,17 +15,24 @@ import re
 from collections import Counter
 from functools import lru_cache
 
+from caption_files import (
+    ASCII_SPACE,
+    COCO_ANNOTATIONS,
+    flickr_json_name,
+    read_captions,
+    read_coco_captions,
+    read_flickr_json,
+    read_json,
+)
 from errors import ArgumentParser, InputError, number, replacing, run_script
 
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 READINGS = ("text", "released")
 TOKENIZER_VERSION = 1  # goes up with any change of `tokenize`'s words: cached ones are then made again
 MAX_CAPTION = 20_000  # characters; more is a broken file, and would take the memory of the GRU
-ASCII_SPACE = " \t\n\r\x0b\x0c"
-COCO_ANNOTATIONS = {"train": "annotations/captions_train2014.json", "val": "annotations/captions_val2014.json"}
 
 
-# Captions ---------------------------------------------------------------------------------------
+# Words ---------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=1)
 def _tokenizers():
@@ -70,72 +77,6 @@ def tokenize(caption, reading="text"):
     if _PLAIN.fullmatch(text) and not _CONTRACTED.search(text):
         return text.replace(",", " ,").replace(".", " .").split()
     return nltk_words(text)
-
-
-def read_captions(path):
-    """The captions of a text file, one a line, split at newlines only and stripped of ASCII white space.
-
-    Raises InputError if the file is missing, empty, or not UTF-8 (naming the line).
-    """
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except OSError as error:
-        raise InputError(f"caption file {path} cannot be read ({error.strerror}): check --data_path and "
-                         "--data_name") from error
-    if not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise InputError(f"caption file {path} is empty: it needs one caption a line, five for each image")
-    captions = []
-    for place, line in enumerate(lines, start=1):
-        try:
-            captions.append(line.strip(ASCII_SPACE.encode()).decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"caption file {path}, line {place}: not UTF-8 ({error.reason} at byte "
-                             f"{error.start}); convert the file to UTF-8") from error
-    return captions
-
-
-def read_json(path):
-    """A JSON file's content; raises InputError if it is missing or broken."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}): it may be cut short; fetch it again") from error
-
-
-def flickr_json_name(data_name):
-    """The Karpathy-layout file of a raw-image data set: dataset_flickr8k.json for f8k, dataset_<name>.json else."""
-    name = {"f8k": "flickr8k", "f30k": "flickr30k"}.get(data_name, data_name)
-    return f"dataset_{name}.json"
-
-
-def read_flickr_json(path):
-    """The `images` of a Karpathy-layout JSON file, each checked to have filename, split and raw sentences."""
-    content = read_json(path)
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not images:
-        raise InputError(f"{path} has no list 'images': it should be a Karpathy split file")
-    for place, image in enumerate(images):
-        sentences = image.get("sentences") if isinstance(image, dict) else None
-        if not (isinstance(sentences, list) and isinstance(image.get("filename"), str)
-                and isinstance(image.get("split"), str)
-                and all(isinstance(s, dict) and isinstance(s.get("raw"), str) for s in sentences)):
-            raise InputError(f"{path}, images[{place}]: it needs 'filename', 'split' and 'sentences' with 'raw' texts")
-    return images
-
-
-def _coco_captions(path):
-    content = read_json(path)
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list) or not all(isinstance(annotation, dict) and isinstance(
-            annotation.get("caption"), str) for annotation in annotations):
-        raise InputError(f"{path} has no list 'annotations' with a 'caption' each: it should be a COCO caption file")
-    return [annotation["caption"] for annotation in annotations]
 
 
 # Vocabulary -------------------------------------------------------------------------------------
@@ -199,7 +140,7 @@ def build_vocab(data_path, data_name, jsons=None, threshold=4):
         if path.endswith(".txt"):
             captions = read_captions(path)
         elif data_name == "coco":
-            captions = _coco_captions(path)
+            captions = read_coco_captions(path)
         else:
             captions = [sentence["raw"] for image in read_flickr_json(path) for sentence in image["sentences"]]
         for caption in captions:

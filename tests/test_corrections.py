@@ -8,7 +8,8 @@ import torch
 
 import corrections
 from corrections import METHODS, Correction, corrections_of, parameters_of, rank_corrected, tune
-from evaluation import TILE_IMAGES, metrics_of, rank_both_ways
+from evaluation import metrics_of
+from ranking import TILE_IMAGES, rank_both_ways
 
 TOLERANCE = 1e-6
 

@@ -10,20 +10,11 @@ import torch
 from conftest import IMG_DIM, captions_of, write_flickr, write_precomp
 from PIL import Image
 
-from data import (
-    CocoDataset,
-    FlickrDataset,
-    Loader,
-    PrecompDataset,
-    collate_fn,
-    get_loaders,
-    get_test_loader,
-    image_transform,
-    open_features,
-    seed_for,
-)
+from data import Loader, PrecompDataset, get_loaders, get_test_loader, open_features
 from errors import InputError
+from images import CocoDataset, FlickrDataset, collate_fn, image_transform
 from vocab import tokenize, vocabulary_of
+from word_ids import seed_for
 
 SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
 WORDS = [*SPECIAL, "a", "dog", "cat", "red", "blue", "the", "is", ".", "on", "grass"]

@@ -11,22 +11,11 @@ from conftest import REFERENCE
 
 from data import get_test_loader
 from errors import InputError
-from evaluation import (
-    TILE_IMAGES,
-    AverageMeter,
-    LogCollector,
-    embed,
-    encode_data,
-    i2t,
-    mean_metrics,
-    metrics_of,
-    rank_both_ways,
-    recall_of,
-    split_loss,
-    t2i,
-)
+from evaluation import embed, encode_data, i2t, mean_metrics, metrics_of, recall_of, split_loss, t2i
 from loss import ContrastiveLoss
+from meters import AverageMeter, LogCollector
 from model import VSE
+from ranking import TILE_IMAGES, rank_both_ways
 from vocab import build_vocab
 
 CASES = json.loads((REFERENCE / "metrics.json").read_text())

@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import captions
 import checkpoint
-from data import CocoDataset, FlickrDataset, decode_image, open_features
+import word_ids
+from caption_files import read_captions
+from data import open_features
 from errors import InputError
+from images import CocoDataset, FlickrDataset, decode_image
 from model import VSE
-from vocab import SPECIAL_WORDS, find_vocabulary, read_captions, read_vocabulary, vocabulary_of, write_vocabulary
+from vocab import SPECIAL_WORDS, find_vocabulary, read_vocabulary, vocabulary_of, write_vocabulary
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))  # a reader
 fuzz = settings(max_examples=EXAMPLES, deadline=None, database=None,
@@ -161,7 +163,7 @@ def test_checkpoints_with_anything_in_them_end_in_a_result_or_an_input_error(whe
 
 def test_a_damaged_caption_cache_is_made_again(tmp_path):
     lines = ["a dog", "a cat", "dog dog"]
-    right = captions.number_words(lines, VOCABULARY, cache_dir=str(tmp_path))
+    right = word_ids.number_words(lines, VOCABULARY, cache_dir=str(tmp_path))
     cached = next(tmp_path.iterdir())
     whole = cached.read_bytes()
 
@@ -169,7 +171,7 @@ def test_a_damaged_caption_cache_is_made_again(tmp_path):
     @given(damage(whole))
     def run(data):
         cached.write_bytes(data)
-        found = captions.number_words(lines, VOCABULARY, cache_dir=str(tmp_path))
+        found = word_ids.number_words(lines, VOCABULARY, cache_dir=str(tmp_path))
         assert len(found) == 3 and found.words.max() < len(VOCABULARY)
         if data[128:] != whole[128:len(data)] or len(data) != len(whole):
             return
@@ -277,7 +279,7 @@ def test_file_names_that_reach_outside_the_folder_are_refused(name, tmp_path):
 
 def test_a_caption_without_end_is_refused(tmp_path):
     with pytest.raises(InputError, match="characters"):
-        captions.number_words(["a " * 1_000_000], VOCABULARY)
+        word_ids.number_words(["a " * 1_000_000], VOCABULARY)
 
 
 def test_broken_images_are_counted_and_left_out(tmp_path, capsys):

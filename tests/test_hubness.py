@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 import torch
 
-from evaluation import TILE_IMAGES, Ranking, rank_both_ways
 from hubness import DEPTHS, Hubness, hubness_both_ways, hubness_of, k_occurrence, mean_hubness
+from ranking import TILE_IMAGES, Ranking, rank_both_ways
 
 # Six queries, eight targets. Target 1 is a hub; targets 6 and 7 are nobody's neighbour.
 SIMILARITIES = [[.9, .8, .1, .2, .3, .4, .0, .1],

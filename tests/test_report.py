@@ -9,11 +9,13 @@ import torch
 from conftest import captions_of, tree, write_image
 
 import report
-from data import ImageDataset, PrecompDataset
+from data import PrecompDataset
 from errors import InputError
-from evaluation import Evaluation, Ranking, metrics_of, rank_both_ways
+from evaluation import Evaluation, metrics_of
 from hubness import DEPTHS, hubness_both_ways
+from images import ImageDataset
 from loss import SIMILARITIES
+from ranking import Ranking, rank_both_ways
 from vocab import SPECIAL_WORDS, vocabulary_of
 
 N_IMAGES = 12  # enough that ten items a query leave some out

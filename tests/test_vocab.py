@@ -12,15 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vocab
+from caption_files import read_captions, read_flickr_json, read_json
 from errors import InputError
 from vocab import (
     Vocabulary,
     build_vocab,
     find_vocabulary,
     nltk_words,
-    read_captions,
-    read_flickr_json,
-    read_json,
     read_vocabulary,
     tokenize,
     vocabulary_of,

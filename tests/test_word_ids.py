@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from captions import by_length, number_words
 from vocab import tokenize, vocabulary_of
+from word_ids import by_length, number_words
 
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "dog", "cat", "red", "the", "is", ".", "on", "grass"]
 

@@ -16,7 +16,14 @@ from tqdm import tqdm
 from errors import InputError, replacing
 from vocab import TOKENIZER_VERSION, tokenize
 
+CAPTIONS_PER_IMAGE = 5
+DEV_CAPTIONS = 5000  # the released code's cap on the dev split
 CHUNK = 2000  # captions a process tokenizes at a time
+
+
+def seed_for(*numbers):
+    """A seed for torch that is a function of the given non-negative integers alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class WordIds(NamedTuple):

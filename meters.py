@@ -1,0 +1,41 @@
+"""A run's meters: what was seen last, and its mean so far."""
+
+
+class AverageMeter:
+    """The latest value, and the mean weighted by the counts given with `update`."""
+
+    def __init__(self):
+        self.val = self.avg = self.sum = self.count = 0
+
+    def update(self, val, n=0):
+        """Take in `val`, the mean of `n` items; n = 0 only shows it."""
+        self.val = val
+        self.sum += val * n
+        self.count += n
+        self.avg = self.sum / self.count if self.count else val
+
+    def __str__(self):
+        return f"{self.val:.4f} ({self.avg:.4f})" if self.count else str(self.val)
+
+
+class LogCollector:
+    """Meters by name, printed on one line in the order in which they came."""
+
+    def __init__(self):
+        self.meters = {}
+
+    def update(self, k, v, n=0):
+        """Take in value `v` of meter `k`; see AverageMeter."""
+        self.meters.setdefault(k, AverageMeter()).update(v, n)
+
+    def state(self):
+        """{name: the meter's values}, for a checkpoint."""
+        return {name: vars(meter) for name, meter in self.meters.items()}
+
+    def restore(self, state):
+        """Take up `state()`."""
+        for name, values in state.items():
+            vars(self.meters.setdefault(name, AverageMeter())).update(values)
+
+    def __str__(self):
+        return "  ".join(f"{name} {meter}" for name, meter in self.meters.items())
