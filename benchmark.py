@@ -523,7 +523,7 @@ def main(argv=None):
     """Measure, print, and keep."""
     options = parse_args(argv)
     device = choose_device(options.device)
-    precision = choose_matmul_precision(device)
+    precision = choose_matmul_precision(device).kind
     result = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                           "device": str(device), "torch": torch.__version__, "python": platform.python_version(),
                           "float32 products": precision},

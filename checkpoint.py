@@ -2,7 +2,8 @@
 
 A checkpoint is a dict: `epoch` (finished epochs), `model` = [image state, text state],
 `best_rsum`, `opt` (argparse.Namespace), `Eiters` (steps), as the released code writes it. Ours
-add `vocabulary` (words), `caption_reading`, `optimizer`, `random_states` and `progress` (within an epoch).
+add `vocabulary` (words), `caption_reading`, `optimizer`, `random_states`, `progress` (within an epoch) and
+`float32_products` (their kind on a CPU, see `device`).
 """
 
 import argparse
@@ -61,6 +62,7 @@ def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progr
         "caption_reading": opt.caption_reading,
         "optimizer": optimizer.state_dict(),
         "progress": progress,
+        "float32_products": torch.get_float32_matmul_precision() if model.device.type == "cpu" else None,
         "random_states": {"cpu": torch.get_rng_state(),
                           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
     }

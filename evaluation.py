@@ -220,7 +220,7 @@ def load_for_evaluation(opt_eval):
     model = VSE(opt)
     checkpoint.load_weights(model, content, path)
     device = choose_device(getattr(opt_eval, "device", "auto"))
-    choose_matmul_precision(device)
+    choose_matmul_precision(device, content.get("float32_products"))
     return Checkpoint(model.to(device), opt, vocabulary)
 
 

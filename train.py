@@ -25,7 +25,7 @@ import checkpoint
 import run_record
 import sample_data
 from data import get_loaders
-from device import choose_device, choose_matmul_precision
+from device import amp_in_words, choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import append, embed, metrics_of, split_loss
 from hubness import DEPTHS, hubness_both_ways
@@ -111,7 +111,7 @@ def parse_args(argv=None):
     training.add_argument("--seed", default=0, type=number(int, 0, 2**63 - 1), help="decides weights, order and bank")
     training.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
     training.add_argument("--amp", default="off", choices=["off", "bf16"],
-                          help="bf16: the encoders' matrix products in bf16")
+                          help="bf16: the encoders' matrix products in bf16; on CUDA the GRU computes in float16")
     start = training.add_mutually_exclusive_group()
     start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
                        help="continue this run where it stopped; auto: from the run folder's newest checkpoint, if any")
@@ -295,6 +295,25 @@ def draw_bank(run):
     return bank
 
 
+def backward_scale(run, kind, batch):
+    """By what a loss is multiplied in the backward pass: 1, but where the GRU computes in float16.
+
+    There HAL, a mean over the batch, would have gradients too small for float16. Times the batch's size (a power of
+    two, so that nothing is rounded) they are as large as those of the margin losses, which are sums.
+    """
+    half = run.opt.amp == "bf16" and run.model.device.type == "cuda"
+    return 1 << (batch - 1).bit_length() if half and kind == "hal" else 1
+
+
+def backward(loss, parameters, scale=1):
+    """The parameters' gradients; `scale`: that of `backward_scale`."""
+    if scale == 1:
+        return loss.backward()
+    (loss * scale).backward()
+    for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
+        gradient /= scale
+
+
 def train_step(run, batch, criterion):
     """One update, left out where loss or gradient is not finite; returns its StepFigures, still on their device."""
     images, captions, lengths, _, indices = batch
@@ -302,7 +321,7 @@ def train_step(run, batch, criterion):
     similarities = criterion.similarity(*embeddings)
     loss = criterion.of_similarities(similarities, *embeddings, *(run.bank or (None,) * 3), indices)
     run.optimizer.zero_grad()
-    loss.backward()
+    backward(loss, run.parameters, backward_scale(run, loss_kind(criterion.opt), len(indices)))
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.opt.grad_clip or torch.inf)
     figures = figures_of(loss, norm, similarities)
     if run.optimizer.defaults["fused"]:
@@ -438,12 +457,13 @@ def main(argv=None):
     """Train as the flags say."""
     opt = parse_args(argv)
     device = choose_device(opt.device)
-    precision = choose_matmul_precision(device)
     if opt.data_name in sample_data.WRITERS:
         sample_data.draw(opt.data_path)
     last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"
     written = checkpoint.written(last)
     start = load_start(opt)
+    products = choose_matmul_precision(device, start and opt.resume and start.get("float32_products"), opt.amp,
+                                       opt.batch_size, opt.embed_size)
     vocabulary, is_new = get_vocabulary(opt, start)
     loaders = get_loaders(opt.data_name, vocabulary, opt.crop_size, opt.batch_size,
                           min(opt.workers, os.cpu_count()), opt)
@@ -459,7 +479,7 @@ def main(argv=None):
     held = run_record.lock(opt.logger_name)
     if resuming and checkpoint.written(last) != written:
         raise InputError(f"--resume auto: another run has written {last} in the meantime: start again")
-    log(f"Device: {device}, float32 products: {precision}, amp: {opt.amp}")
+    log(f"Device: {device}, float32 products: {products}, amp: {amp_in_words(opt.amp, device, products)}")
     run.scalars, run.log = tensorboard(opt.logger_name), run_record.Log(opt.logger_name, run.steps)
     note = run_record.Record(opt.logger_name, opt, device, loaders[0].dataset, run.steps)
     outcome = "failed"

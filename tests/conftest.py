@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+import device
+
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "reference"
 RELEASED = REFERENCE / "released_checkpoints"
@@ -32,6 +34,8 @@ def pytest_configure(config):
     The TensorBoard writer is older than the protobuf and SciPy it works with.
     """
     torch.set_num_threads(1)
+    # Nothing is chosen by the clock here, nor is each run's time spent on it: oneDNN's products where they are exact.
+    device._timed = lambda kinds, rows, width: {kind: 1.0 if kind == "medium" else 2.0 for kind in kinds}
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:tensorboard_logger.*")
 
 
