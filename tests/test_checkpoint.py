@@ -286,10 +286,10 @@ def test_weights_that_do_not_fit_are_refused(states):
 
 # Taking up a run --------------------------------------------------------------------------------
 
-def run_of(seed, **changes):
+def run_of(seed, fused=None, **changes):
     torch.manual_seed(seed)
     model = VSE(options(**changes))
-    return model, torch.optim.Adam(model.parameters(), lr=0.01)
+    return model, torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
 
 
 def step(model, optimizer):
@@ -324,6 +324,27 @@ def test_a_restored_run_goes_on_as_the_first_would_have(saved):
     step(model, optimizer)
     step(other, its_optimizer)
     assert states_equal([model.state_dict()], [other.state_dict()])
+
+
+@pytest.mark.parametrize("then, now", [(False, True), (None, True), (True, False), (True, True), (False, False)])
+def test_a_run_goes_on_with_the_fused_step_of_the_machine_it_goes_on_on(tmp_path, then, now):
+    path, (model, optimizer) = str(tmp_path / "run.pth.tar"), run_of(1, fused=then)
+    step(model, optimizer)
+    checkpoint.save(path, checkpoint.content_of(model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5,
+                                                None))
+    other, its_optimizer = run_of(2, fused=now)
+    checkpoint.restore(checkpoint.load(path), path, other, its_optimizer, options(), print)
+    assert [group["fused"] for group in its_optimizer.param_groups] == [now]
+    before = [p.clone() for p in other.parameters()]
+    if now:
+        its_optimizer.found_inf = torch.ones(())  # leaves the step out; the unfused one refuses it
+        step(other, its_optimizer)
+        assert all(map(torch.equal, before, other.parameters()))
+        its_optimizer.found_inf = torch.zeros(())
+    step(other, its_optimizer)
+    step(model, optimizer)
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
+    assert all(state["step"] == 2 for state in its_optimizer.state.values())
 
 
 @pytest.mark.parametrize("name, value", [("embed_size", 6), ("word_dim", 5), ("num_layers", 2), ("measure", "order"),

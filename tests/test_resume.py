@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import RAW, ROOT, TINY, load, states_equal
 
 import run_record
@@ -81,6 +82,21 @@ def test_a_resumed_raw_image_run_ends_the_same_whatever_the_workers(workdir, mon
     stopped(monkeypatch, flags, 2)
     train.main([*flags, "--resume", RUN, "--workers", "1"])
     assert states_equal(load(RUN)["model"], load("runs/whole/checkpoint.pth.tar")["model"])
+
+
+@pytest.mark.parametrize("then, now", [(False, True), (True, False)])
+def test_a_run_goes_on_where_adam_is_fused_and_where_it_is_not(workdir, monkeypatch, whole_run, then, now):
+    def adam(fused):
+        return lambda parameters, **options: true_adam(parameters, **{**options, "fused": fused})
+    true_adam = torch.optim.Adam  # fused on a CPU and on CUDA, not on MPS
+    monkeypatch.setattr(torch.optim, "Adam", adam(then))
+    stopped(monkeypatch, FLAGS, 6)
+    assert load(RUN)["optimizer"]["param_groups"][0]["fused"] is then
+    monkeypatch.setattr(torch.optim, "Adam", adam(now))
+    train.main([*FLAGS, "--resume", RUN])
+    assert load(RUN)["optimizer"]["param_groups"][0]["fused"] is now
+    for found, expected in zip(load(RUN)["model"], whole_run[0]["model"]):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_save_step_writes_checkpoints_within_an_epoch(workdir, monkeypatch):
