@@ -8,6 +8,7 @@ sentence and exits with 2; everything else is a bug and keeps its traceback.
 import argparse
 import math
 import os
+import re
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -83,3 +84,10 @@ def replacing(path, mode="wb", **options):
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def leftovers(folder, names):
+    """Paths of what `replacing` left in a folder when it was killed; names: pattern of the targets' names."""
+    with os.scandir(folder) as entries:
+        return [entry.path for entry in entries if entry.is_file(follow_symlinks=False)
+                and re.fullmatch(rf"({names})\.[a-z0-9_]{{8}}\.tmp", entry.name)]
