@@ -78,12 +78,24 @@ def replacing(path, mode="wb", **options):
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        raise InputError(f"{path} could not be written ({error.strerror or error}): "
-                         "free some space or name another folder") from error
+    except (OSError, RuntimeError) as error:
+        reason = _why_not_written(error)
+        if not reason:
+            raise
+        raise InputError(f"{path} could not be written ({reason}): free some space or name another folder") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _why_not_written(error):
+    """The reason of a failed write in words, or None for an error of another kind."""
+    if isinstance(error, RuntimeError):
+        if "inline_container.cc" not in str(error):
+            return None
+        # torch.save's zip writer stumbles at its end over what the OSError before left out.
+        error = error.__context__ if isinstance(error.__context__, OSError) else error
+    return getattr(error, "strerror", None) or str(error)
 
 
 def leftovers(folder, names):

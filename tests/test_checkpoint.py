@@ -134,6 +134,42 @@ def test_saving_over_a_checkpoint_keeps_it_where_saving_fails(tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("spent", [OSError(28, "No space left on device"), None], ids=["after its OSError", "alone"])
+def test_the_zip_writer_s_own_error_on_a_full_disk_is_one_sentence(tmp_path, monkeypatch, spent):
+    def stumbling(content, file):
+        file.write(b"PK half of it")
+        error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        error.__context__ = spent
+        raise error
+    checkpoint.save(str(tmp_path / "run.pth.tar"), released())
+    before = tree(tmp_path)
+    monkeypatch.setattr(torch, "save", stumbling)
+    reason = spent.strerror if spent else ".*unexpected pos 704 vs 598"
+    with pytest.raises(InputError, match=f"run.pth.tar could not be written .{reason}.: free some space"):
+        checkpoint.save(str(tmp_path / "run.pth.tar"), released())
+    assert tree(tmp_path) == before
+
+
+def test_another_runtime_error_while_saving_stays_what_it_is(tmp_path, monkeypatch):
+    def broken(content, file):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        checkpoint.save(str(tmp_path / "run.pth.tar"), released())
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("parts", [1, 7, 400])  # where in the file the room ends: in the writer, at its end, in ours
+def test_a_disk_that_fills_up_within_a_checkpoint_keeps_the_old_one(small_disk, parts):
+    disk = small_disk(500)
+    path = str(disk / "run.pth.tar")
+    checkpoint.save(path, {str(part): torch.ones(40_000 // parts) for part in range(parts)})
+    before = tree(disk)
+    with pytest.raises(InputError, match="run.pth.tar could not be written .No space left on device"):
+        checkpoint.save(path, {str(part): torch.ones(120_000 // parts) for part in range(parts)})
+    assert tree(disk) == before
+
+
 # Files that are refused -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["absent", "folder"])
