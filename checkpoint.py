@@ -225,7 +225,7 @@ def restore(content, path, model, optimizer, opt, log):
             log(f"--{name} was {then} before, and is {now} from here on")
     load_weights(model, content, path)
     try:
-        optimizer.load_state_dict(content["optimizer"])
+        optimizer.load_state_dict(_fused_as_here(content["optimizer"], optimizer))
         for parameter, state in optimizer.state.items():
             if not all(_whole(state[name].cpu()) and state[name].shape == parameter.shape for name in
                        ("exp_avg", "exp_avg_sq")) or state["step"].numel() != 1:
@@ -238,6 +238,12 @@ def restore(content, path, model, optimizer, opt, log):
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise InputError(f"--resume {path}: its optimizer or random states are damaged ({error!r}); start from its "
                          f"weights with --init_from {path}") from error
+
+
+def _fused_as_here(state, optimizer):
+    """An optimizer's saved state with this machine's choice of the fused step, by which torch places each `step`."""
+    return {**state, "param_groups": [{**group, "fused": optimizer.defaults["fused"]}
+                                      for group in state["param_groups"]]}
 
 
 def _check_progress(progress, embed_size):

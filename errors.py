@@ -8,6 +8,7 @@ sentence and exits with 2; everything else is a bug and keeps its traceback.
 import argparse
 import math
 import os
+import re
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -77,9 +78,28 @@ def replacing(path, mode="wb", **options):
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        raise InputError(f"{path} could not be written ({error.strerror or error}): "
-                         "free some space or name another folder") from error
+    except (OSError, RuntimeError) as error:
+        reason = _why_not_written(error)
+        if not reason:
+            raise
+        raise InputError(f"{path} could not be written ({reason}): free some space or name another folder") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _why_not_written(error):
+    """The reason of a failed write in words, or None for an error of another kind."""
+    if isinstance(error, RuntimeError):
+        if "inline_container.cc" not in str(error):
+            return None
+        # torch.save's zip writer stumbles at its end over what the OSError before left out.
+        error = error.__context__ if isinstance(error.__context__, OSError) else error
+    return getattr(error, "strerror", None) or str(error)
+
+
+def leftovers(folder, names):
+    """Paths of what `replacing` left in a folder when it was killed; names: pattern of the targets' names."""
+    with os.scandir(folder) as entries:
+        return [entry.path for entry in entries if entry.is_file(follow_symlinks=False)
+                and re.fullmatch(rf"({names})\.[a-z0-9_]{{8}}\.tmp", entry.name)]

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from tqdm import tqdm
@@ -200,10 +200,23 @@ def build_model(opt, start, device):
 
 
 def tensorboard(folder):
-    """A TensorBoard logger: `.log_value(tag, value, step)`. The one place that imports tensorboard_logger."""
+    """A TensorBoard logger: `.log_value(tag, value, step)`. The one place that imports tensorboard_logger.
+
+    Where the disk is full, the run goes on without it; the file stays readable.
+    """
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")  # its protobuf files are of an old make
     from tensorboard_logger import Logger
-    return Logger(folder, flush_secs=5)
+
+    class LastingLogger(Logger):
+        def _write_event(self, event):
+            with suppress(OSError):
+                self._writer.flush()  # the rest of an event that did not fit: nothing may come between
+                super()._write_event(event)
+
+        def __del__(self):
+            with suppress(OSError):
+                super().__del__()
+    return LastingLogger(folder, flush_secs=5)
 
 
 class Stop:
@@ -432,23 +445,23 @@ def end_epoch(run, rsum):
     best, run.best_rsum = rsum > run.best_rsum or run.epoch == 0, max(rsum, run.best_rsum)
     run.epoch, run.step_in_epoch, run.bank, run.meters = run.epoch + 1, 0, None, LogCollector()
     folder, last = run.opt.logger_name, run.epoch >= run.opt.num_epochs
-    if save(run, must_succeed=last):
-        copies = {"model_best.pth.tar": best, f"Epoch-{run.epoch}-model.pth.tar": run.opt.save_all}
-        try:
-            for name in (name for name, wanted in copies.items() if wanted):
-                checkpoint.copy(run.path, os.path.join(folder, name))
-        except InputError as error:
-            if last:
-                raise
-            log(f"Warning: {error}. Training goes on")
+    copies = {"model_best.pth.tar": best, f"Epoch-{run.epoch}-model.pth.tar": run.opt.save_all}
+    saved = save(run, must_succeed=last)
+    try:
+        for name in (name for name, wanted in copies.items() if wanted and saved):
+            checkpoint.copy(run.path, os.path.join(folder, name))
+        if run.opt.record_val:
+            name = folder.removeprefix("./").removeprefix("runs/").strip("/").replace("/", "_")
+            append(os.path.join(folder, f"rst_val_{name}"), f"Epoch: {run.epoch - 1} ; rsum: {rsum:.1f}\n")
+    except InputError as error:
+        if last:
+            raise
+        log(f"Warning: {error}. Training goes on")
     if run.opt.keep:
         kept = sorted(glob.glob(os.path.join(glob.escape(folder), "Epoch-*-model.pth.tar")),
                       key=lambda path: int("0" + "".join(filter(str.isdigit, os.path.basename(path)))))
         for path in kept[:-run.opt.keep]:
             os.unlink(path)
-    if run.opt.record_val:
-        name = folder.removeprefix("./").removeprefix("runs/").strip("/").replace("/", "_")
-        append(os.path.join(folder, f"rst_val_{name}"), f"Epoch: {run.epoch - 1} ; rsum: {rsum:.1f}\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -491,7 +504,8 @@ def main(argv=None):
         outcome = "gave up"
         raise
     finally:
-        note.end(outcome=outcome, epochs=run.epoch, steps=run.steps, best_rsum=run.best_rsum)
+        with suppress(InputError) if outcome in ("failed", "gave up") else nullcontext():  # whose own error says more
+            note.end(outcome=outcome, epochs=run.epoch, steps=run.steps, best_rsum=run.best_rsum)
         held.close()
     if stop.signal:
         log(f"Stopped. Go on with: --resume {run.path}")

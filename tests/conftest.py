@@ -119,6 +119,24 @@ def workdir(tmp_path, monkeypatch, drawn_data):
 
 
 @pytest.fixture
+def small_disk(tmp_path):
+    """A function that gives a folder with room for so many kilobytes; needs the right to mount."""
+    mounted = []
+
+    def mount(kilobytes):
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no tmpfs can be mounted here: that takes root on Linux")
+        mounted.append(folder)
+        return folder
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
 def released(tmp_path, monkeypatch):
     """A current folder with the released code's data, vocabulary and runs."""
     for name in ("data", "vocab", "runs"):
