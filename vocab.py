@@ -79,6 +79,9 @@ def tokenize(caption, reading="text"):
     return nltk_words(text)
 
 
+from_txt = read_captions  # the family's name for it
+
+
 # Vocabulary -------------------------------------------------------------------------------------
 
 class Vocabulary:

@@ -2,6 +2,8 @@
 
 import json
 import os
+from argparse import Namespace
+from pathlib import Path
 
 import loops
 import numpy as np
@@ -14,6 +16,7 @@ import compute_results
 import train
 from corrections import METHODS
 from errors import InputError
+from evaluation import evalrank
 
 EXPECTED = json.loads((RELEASED / "expected.json").read_text())
 RUNS = sorted(EXPECTED)
@@ -118,6 +121,43 @@ def test_folds_are_printed_with_commas_and_their_means_without(released, capsys,
             f"{x:.1f}" for x in (*one, *other, sum(one[:3]) + sum(other[:3]))) + "\n"
         for name, (one, other) in rows.items()}
     assert not (released / "out").exists()
+
+
+@pytest.fixture
+def as_trained(released):
+    """The released runs with the vocabulary where their options name it."""
+    (released / "ckpt1").mkdir()
+    (released / "vocab").rename(released / "ckpt1" / "vocab")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("run", RUNS)
+def test_vse_plus_plus_s_evalrank_prints_the_released_lines(as_trained, capsys, run, kind):
+    metrics = evalrank(kind(f"runs/{run}/model_best.pth.tar"), data_path="data", split="test")
+    assert capsys.readouterr().out.splitlines() == EXPECTED[run]["printed"]
+    assert f"rsum: {metrics.rsum:.1f}" == EXPECTED[run]["printed"][0]
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ((f"runs/{RUNS[0]}/model_best.pth.tar", "data", "test", True), {}),
+    ((), {"model_path": f"runs/{RUNS[0]}/model_best.pth.tar", "data_path": "data", "split": "test", "fold5": True})],
+    ids=["by place", "by name"])
+def test_vse_plus_plus_s_evalrank_takes_folds(as_trained, capsys, folds, arguments, named):
+    assert RUNS[0] == "local"
+    evalrank(*arguments, **named)
+    assert capsys.readouterr().out.splitlines()[-5:] == lines_of(*mean_of(folds))
+
+
+def test_vse_plus_plus_s_evalrank_takes_the_dev_split_and_the_checkpoint_s_data(evaluated):
+    assert evalrank(MODEL).rsum == pytest.approx(load(evaluated / MODEL)["best_rsum"], abs=1e-9)
+
+
+@pytest.mark.parametrize("call", [lambda opt: evalrank(opt), lambda opt: evalrank(opt, "test"),
+                                  lambda opt: evalrank(opt_eval=opt, split="test")], ids=["split", "place", "name"])
+def test_hal_s_evalrank_prints_the_released_lines(as_trained, capsys, call):
+    call(Namespace(model_path="runs/max/model_best.pth.tar", data_path="data", fold5=False, save_csv="out.csv"))
+    assert capsys.readouterr().out.splitlines() == EXPECTED["max"]["printed"]
+    assert Path("out.csv").read_text() == EXPECTED["max"]["csv"] + "\n"
 
 
 def test_folds_leave_the_first_one_s_ranks(released):

@@ -111,6 +111,11 @@ def test_an_empty_caption_file_is_refused(tmp_path):
         read_captions(str(tmp_path / "caps.txt"))
 
 
+def test_the_family_reads_a_caption_file_by_its_own_name(tmp_path):
+    (tmp_path / "caps.txt").write_bytes("A dog.\n\n Un café \n".encode())
+    assert vocab.from_txt(str(tmp_path / "caps.txt")) == ["A dog.", "", "Un café"]
+
+
 @pytest.mark.parametrize("reader", [read_captions, read_json, read_flickr_json, read_vocabulary])
 @pytest.mark.parametrize("name", ["absent", "folder"])
 def test_a_file_that_is_not_there_is_named(tmp_path, reader, name):
