@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import torch
 
-from errors import InputError, replacing
+from errors import InputError, check_regular, replacing
 from vocab import READINGS, vocabulary_of
 
 # What an older checkpoint (VSE++'s) may lack, with the released defaults.
@@ -72,6 +72,7 @@ def load(path):
     Nothing but tensors, plain containers, NumPy scalars and argparse.Namespace is admitted.
     Raises InputError if the file is missing, torn, of another kind, or asks for anything else.
     """
+    check_regular(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

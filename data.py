@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from caption_files import flickr_json_name, read_captions
-from errors import InputError
+from errors import InputError, check_regular
 from images import (  # noqa: F401 (handed on: the family imports them from here)
     CocoDataset,
     FlickrDataset,
@@ -110,6 +110,7 @@ class PrecompDataset:
 
 def open_features(path):
     """The (n, width) features in a .npy file as a memory-mapped tensor, checked to be finite numbers."""
+    check_regular(path)
     try:
         features = np.load(path, mmap_mode="c", allow_pickle=False)  # private pages: the file is never written to
     except OSError as error:

@@ -56,6 +56,16 @@ def run_script(main):
         sys.exit(1)
 
 
+def check_regular(path):
+    """Raise InputError where `path`, its links followed, is there but is no regular file.
+
+    A pipe without a writer is waited for without end, a device may never end, and neither can be read twice.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is a folder, a pipe or a device, not a regular file: name a file, and save there "
+                         "what a command gives")
+
+
 @contextmanager
 def replacing(path, mode="wb", **options):
     """A file that takes `path`'s place in one step when the block ends well, else leaves no trace.

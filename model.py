@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from errors import InputError
+from errors import InputError, check_regular
 from gru import last_states
 from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on: the family imports them from here)
 
@@ -87,6 +87,7 @@ def _build_cnn(cnn_type, weights):
                              "--cnn_weights FILE, or random ones with --cnn_weights none") from error
     cnn = models.get_model(cnn_type, weights=None)
     if weights != "none":
+        check_regular(weights)
         last = "classifier.6." if cnn_type.startswith("vgg") else "fc."
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from corrections import in_words
-from errors import InputError, replacing
+from errors import InputError, check_regular, replacing
 from hubness import DEPTHS, k_occurrence
 from images import decode_image
 from loss import SIMILARITIES
@@ -180,6 +180,7 @@ def find_photos(folder, split, result):
 
 def read_ids(path, dataset):
     """The file names of all images of a PrecompDataset; raises InputError where they do not fit it."""
+    check_regular(path)
     try:
         # Bytes that are no UTF-8 stay what they are: Linux allows them in file names.
         with open(path, encoding="utf-8", errors="surrogateescape") as file:

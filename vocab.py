@@ -24,7 +24,7 @@ from caption_files import (
     read_flickr_json,
     read_json,
 )
-from errors import ArgumentParser, InputError, number, replacing, run_script
+from errors import ArgumentParser, InputError, check_regular, number, replacing, run_script
 
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 READINGS = ("text", "released")
@@ -170,6 +170,7 @@ class _VocabularyUnpickler(pickle.Unpickler):
 
 
 def _load_pickle(path):
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             record = _VocabularyUnpickler(file).load()

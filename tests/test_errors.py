@@ -7,7 +7,7 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from errors import ArgumentParser, InputError, number, replacing, run_script
+from errors import ArgumentParser, InputError, check_regular, number, replacing, run_script
 
 
 @pytest.mark.parametrize("kind, low, high, low_allowed, text", [
@@ -49,6 +49,43 @@ def test_run_script_prints_one_line_and_ends_with_2(capsys):
 def test_run_script_lets_a_bug_keep_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    """A current folder with one of each kind of path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo("pipe")
+    for name in ("file", "folder", "pipe", "absent"):
+        os.symlink(name, f"link to {name}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+@pytest.mark.parametrize("path", ["folder", "pipe", "link to folder", "link to pipe", "/dev/null", "/dev/zero"])
+def test_what_is_no_regular_file_is_refused_by_its_name(paths, path):
+    with pytest.raises(InputError, match=f"{path} is .*not a regular file") as caught:
+        check_regular(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+@pytest.mark.parametrize("path", ["file", "link to file", "absent", "link to absent", "file/below", "nul\0"])
+def test_a_regular_file_passes_and_an_absent_one_is_left_to_its_reader(paths, path):
+    check_regular(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd here")
+def test_a_shell_s_process_substitution_is_refused():
+    """`--model_path <(zcat run.gz)` hands over /dev/fd/63, a pipe."""
+    end, other = os.pipe()
+    try:
+        with pytest.raises(InputError, match="/dev/fd"):
+            check_regular(f"/dev/fd/{end}")
+    finally:
+        os.close(end)
+        os.close(other)
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):

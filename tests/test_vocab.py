@@ -90,8 +90,10 @@ def test_a_lone_surrogate_of_a_json_caption_is_read(reading):
     ("a\u2028b\x85c\x1cd\re\n".encode(), ["a\u2028b\x85c\x1cd\re"]),
     ("\u00a0caf\u00e9\u3000\n".encode(), ["\u00a0caf\u00e9\u3000"]),
     (b"a\x00b\n", ["a\x00b"]),
+    (b"\xef\xbb\xbfone\ntwo\n", ["one", "two"]),
+    (b"one\n\xef\xbb\xbftwo\n", ["one", "\ufefftwo"]),
 ], ids=["plain", "no last newline", "crlf", "empty lines", "one empty", "empty last", "white space", "other breaks",
-        "unicode spaces", "nul"])
+        "unicode spaces", "nul", "byte order mark", "mark elsewhere"])
 def test_caption_files_split_at_newlines_and_lose_ascii_space_only(tmp_path, content, captions):
     (tmp_path / "caps.txt").write_bytes(content)
     assert read_captions(str(tmp_path / "caps.txt")) == captions
@@ -105,8 +107,9 @@ def test_captions_that_are_not_utf8_are_refused_with_their_line(tmp_path, conten
         read_captions(str(tmp_path / "caps.txt"))
 
 
-def test_an_empty_caption_file_is_refused(tmp_path):
-    (tmp_path / "caps.txt").write_bytes(b"")
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"], ids=["nothing", "byte order mark"])
+def test_an_empty_caption_file_is_refused(tmp_path, content):
+    (tmp_path / "caps.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"caps\.txt is empty"):
         read_captions(str(tmp_path / "caps.txt"))
 
