@@ -626,7 +626,7 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
     "vocabulary with code": (words(b"cos\nsystem\n(S'touch smuggled'\ntR.", "vocab/tiny_precomp_vocab.pkl"), [],
                              ["tiny_precomp_vocab.pkl", "os.system"]),
     "vocabulary folder that is a file": (nothing, ["--vocab_path", "data/f8k/dataset_flickr8k.json"],
-                                         ["dataset_flickr8k.json"]),
+                                         ["--vocab_path data/f8k/dataset_flickr8k.json is not a folder"]),
     "resume from nothing": (nothing, ["--resume", "nowhere.pth.tar"], ["nowhere.pth.tar"]),
     "init from nothing": (nothing, ["--init_from", "nowhere.pth.tar"], ["nowhere.pth.tar"]),
     "resume from a folder": (nothing, ["--resume", "data"], ["data"]),

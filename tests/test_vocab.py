@@ -348,6 +348,56 @@ def test_a_vocabulary_that_cannot_number_captions_is_refused(tmp_path, content, 
         read_vocabulary(str(path))
 
 
+NUMBERS = {word: place for place, word in enumerate(SPECIAL)}
+
+
+@pytest.mark.parametrize("content, named", [
+    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 5, "cat": 4, "dog": 5}}', "'dog' twice"),
+    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 9, "dog": 4}}', "'dog' twice"),
+    ('{"word2idx": {"dog": 0}, "word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}}', "'word2idx' twice"),
+    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4}, "idx2word": '
+     '{"0": "<pad>", "1": "<start>", "2": "<end>", "3": "<unk>", "4": "b", "4": "a"}}', "'4' twice")],
+    ids=["a word", "a word of two numbers", "a table", "a number"])
+def test_a_json_vocabulary_with_a_key_twice_is_refused(tmp_path, content, named):
+    (tmp_path / "x_vocab.json").write_text(content)
+    with pytest.raises(InputError, match=rf"x_vocab\.json has {named}"):
+        read_vocabulary(str(tmp_path / "x_vocab.json"))
+
+
+@pytest.mark.parametrize("idx2word", [
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "dog", 4: "<unk>"},
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>"}, {}, None, [*SPECIAL, "cat"],
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 4: "dog", 5: "cat"},
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 5: "dog"},
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 4: ["dog"]}],
+    ids=["swapped", "one less", "empty", "null", "a list", "one more", "another number", "no word"])
+@pytest.mark.parametrize("suffix", ["json", "pkl"])
+def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path, idx2word, suffix):
+    path = tmp_path / f"x_vocab.{suffix}"
+    content = {"word2idx": {**NUMBERS, "dog": 4}, "idx2word": idx2word, "idx": 5}
+    if suffix == "json":
+        path.write_text(json.dumps(content))
+    else:
+        record = Vocabulary()
+        record.__dict__ = content
+        path.write_bytes(pickle.dumps(record))
+    with pytest.raises(InputError, match=rf"x_vocab\.{suffix} contradicts itself"):
+        read_vocabulary(str(path))
+
+
+def test_a_json_vocabulary_without_idx2word_is_read(tmp_path):
+    (tmp_path / "x_vocab.json").write_text(json.dumps({"word2idx": {**NUMBERS, "dog": 4}}))
+    assert read_vocabulary(str(tmp_path / "x_vocab.json")).words == [*SPECIAL, "dog"]
+
+
+@pytest.mark.parametrize("call", [lambda path: find_vocabulary(path, "x"),
+                                  lambda path: vocab.main(["--data_name", "tiny_precomp", "--vocab_path", path])],
+                         ids=["reading", "writing"])
+def test_a_file_in_place_of_the_folder_is_refused_by_the_flag(workdir, call):
+    with pytest.raises(InputError, match="--vocab_path data/f8k/dataset_flickr8k.json is not a folder"):
+        call("data/f8k/dataset_flickr8k.json")
+
+
 def test_an_absent_vocabulary_is_none(tmp_path):
     assert find_vocabulary(str(tmp_path), "x") is None
 
