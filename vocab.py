@@ -210,7 +210,7 @@ def read_vocabulary(path):
             range(len(numbers))):
         raise InputError(f"vocabulary {path} does not number its {len(numbers)} words from 0 on: build one with "
                          "vocab.py")
-    if "idx2word" in content and not _agrees(content["idx2word"], numbers):
+    if content.get("idx2word") and not _agrees(content["idx2word"], numbers):
         raise InputError(f"vocabulary {path} contradicts itself, 'idx2word' is not the reverse of 'word2idx': build "
                          "one with vocab.py")
     return vocabulary_of(sorted(numbers, key=numbers.get), source=f"vocabulary {path}")

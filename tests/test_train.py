@@ -595,6 +595,12 @@ def released_start(folder):
     shutil.copytree(RELEASED / "vocab", folder / "vocab")
 
 
+def spoilt_start(folder):
+    content = load(RELEASED / "runs" / "local" / "model_best.pth.tar")
+    content["model"][0]["fc.bias"][3] = float("nan")
+    torch.save(content, folder / "start.pth.tar")
+
+
 BAD = {  # what is done to the folder, the flags, and what the sentence names
     "no data folder": (nothing, ["--data_path", "nowhere"], ["nowhere"]),
     "no such data": (nothing, ["--data_name", "potato_precomp"], ["potato_precomp"]),
@@ -637,6 +643,8 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
                                    ["--resume start.pth.tar", "--init_from"]),
     "init from another model": (released_start, [*RELEASED_FLAGS, "--embed_size", "8", "--init_from", "start.pth.tar"],
                                 ["start.pth.tar", "embed_size"]),
+    "resume from nan": (spoilt_start, ["--resume", "start.pth.tar"], ["start.pth.tar", "fc.bias", "NaN"]),
+    "init from nan": (spoilt_start, ["--init_from", "start.pth.tar"], ["start.pth.tar", "fc.bias", "NaN"]),
     "init without its vocabulary": (released_start, ["--init_from", "start.pth.tar"],
                                    ["start.pth.tar", "--vocab_path"]),
     "both starts": (nothing, ["--init_from", "a", "--resume", "b"], ["--init_from", "--resume"]),
