@@ -603,6 +603,9 @@ def spoilt_start(folder):
 
 BAD = {  # what is done to the folder, the flags, and what the sentence names
     "no data folder": (nothing, ["--data_path", "nowhere"], ["nowhere"]),
+    "a file in place of the sample data": (nothing, ["--data_name", "sample_precomp", "--data_path",
+                                                     "data/tiny_precomp/dev_caps.txt"],
+                                           ["--data_path data/tiny_precomp/dev_caps.txt"]),
     "no such data": (nothing, ["--data_name", "potato_precomp"], ["potato_precomp"]),
     "no training captions": (remove("data/tiny_precomp/train_caps.txt"), [], ["train_caps.txt"]),
     "no dev captions": (remove("data/tiny_precomp/dev_caps.txt"), [], ["dev_caps.txt"]),
