@@ -8,6 +8,11 @@ COCO's two settings are `--split testall` (5K) and `--split testall --fold5` (me
 Reads checkpoints of the released scripts, too.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
+
 import os
 
 import corrections

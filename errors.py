@@ -8,6 +8,7 @@ sentence and exits with 2; everything else is a bug and keeps its traceback.
 import argparse
 import math
 import os
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -45,9 +46,13 @@ def number(kind, low, high=math.inf, low_allowed=True):
 
 
 def run_script(main):
-    """Run a script's `main`; bad input ends with one sentence on stderr and exit code 2."""
+    """Run a script's `main`; bad input ends with one sentence on stderr and exit code 2, Ctrl-C with 130 and none."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a script sets it for the time of its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,10 +2,13 @@
 
 import math
 import os
+import signal
+import subprocess
 import sys
 from argparse import ArgumentTypeError
 
 import pytest
+from conftest import ROOT
 
 from errors import ArgumentParser, InputError, check_regular, number, replacing, run_script
 
@@ -44,6 +47,28 @@ def test_run_script_prints_one_line_and_ends_with_2(capsys):
         run_script(main)
     assert caught.value.code == 2
     assert capsys.readouterr() == ("", "error: data/train_caps.txt is empty: fill it\n")
+
+
+def test_ctrl_c_ends_a_script_with_130_and_without_a_word(capsys):
+    def main():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("name", ["train.py", "compute_results.py"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
+def test_ctrl_c_during_the_imports_ends_a_script_without_a_word(tmp_path, name, ignored):
+    """The first import of torch gets the signal; a shell's background job, which ignores it, goes on ignoring it."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos._exit(7)\n")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / name)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, restore_signals=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL))
+    assert result.returncode == (7 if ignored else -signal.SIGINT)  # which a shell counts as 130
+    assert (result.stdout, result.stderr) == ("", "")
 
 
 def test_run_script_lets_a_bug_keep_its_traceback():
