@@ -343,7 +343,11 @@ def test_hubness_is_printed_after_the_unchanged_lines(released, capsys):
         assert row["skewness"] == pytest.approx(scipy.stats.skew(counts), abs=1e-9)
         assert row["anti_hubs"] == pytest.approx(counts.count(0) / len(counts))
         assert (row["largest"], counts[row["largest_item"]]) == (max(counts), max(counts))
+        in_hubs = sum(count for count in counts if count >= 2 * k) / sum(counts)
+        assert row["hub_occurrence"] == pytest.approx(in_hubs)
         assert line.split()[:4] == [side, str(k), f"{scipy.stats.skew(counts):.2f}", f"{row['anti_hubs']:.1%}"]
+        assert line.split()[6] == f"{in_hubs:.1%}"
+    assert "hub occurrence" in printed[6] and max(map(len, printed)) <= 120
 
 
 def test_folds_print_the_mean_of_their_hubness(released, capsys):
@@ -352,6 +356,11 @@ def test_folds_print_the_mean_of_their_hubness(released, capsys):
     parts = [recorded_scores("local")[12 * f:12 * f + 12, 60 * f:60 * f + 60] for f in range(5)]
     expected = np.mean([scipy.stats.skew(counts_of(part.T, 5)) for part in parts])
     assert content["t2i"]["5"]["skewness"] == pytest.approx(expected, abs=1e-9)
+    counts = [counts_of(part, 5) for part in parts]
+    in_hubs = np.mean([sum(n for n in part if n >= 10) / sum(part) for part in counts])
+    largest = np.mean([max(part) for part in counts])
+    assert (content["i2t"]["5"]["hub_occurrence"], content["i2t"]["5"]["largest"]) == pytest.approx((in_hubs, largest))
+    assert content["i2t"]["5"]["largest_item"] == -1
     assert "(mean of folds)" in capsys.readouterr().out
 
 
