@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 import torch
 
-from errors import InputError, replacing
+from errors import InputError, check_regular, replacing
 from vocab import READINGS, vocabulary_of
 
 # What an older checkpoint (VSE++'s) may lack, with the released defaults.
@@ -34,6 +34,7 @@ FREE_OPTIONS = {
 # What the weights of one model share with another's.
 MODEL_OPTIONS = ("img_dim", "embed_size", "word_dim", "num_layers", "vocab_size", "measure", "use_abs", "no_imgnorm",
                  "cnn_type")
+WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SCALARS = [argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
             np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
 
@@ -74,6 +75,7 @@ def load(path):
     Nothing but tensors, plain containers, NumPy scalars and argparse.Namespace is admitted.
     Raises InputError if the file is missing, torn, of another kind, or asks for anything else.
     """
+    check_regular(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -127,6 +129,12 @@ def _check(content, path):
     for name, tensor in [item for state in states for item in state.items()]:
         if not _whole(tensor):
             raise InputError(f"checkpoint {path}: {name} is not a whole tensor")
+        if tensor.dtype not in WEIGHT_TYPES and not str(name).endswith("num_batches_tracked"):  # batch norm's counter
+            raise InputError(f"checkpoint {path}: {name} is of type {str(tensor.dtype).removeprefix('torch.')}, where "
+                             "weights are float32 or the like: it is not of this family")
+        if not tensor.float().isfinite().all():
+            raise InputError(f"checkpoint {path}: {name} has NaN or infinity, so its model is broken: take an earlier "
+                             "checkpoint")
     needed = {("fc.weight", 0): 2, ("embed.weight", 1): 2, ("rnn.weight_hh_l0", 1): 2}
     for (name, part), dimensions in needed.items():
         if name not in states[part] or states[part][name].dim() != dimensions:

@@ -8,6 +8,11 @@ COCO's two settings are `--split testall` (5K) and `--split testall --fold5` (me
 Reads checkpoints of the released scripts, too.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
+
 import os
 
 import corrections
@@ -166,12 +171,13 @@ def correct(options, result):
 def print_hubness(hubs):
     """The table of --hubness."""
     print("Hubness: N_k of a target is the number of queries with it among their k nearest (i2t: captions are targets)")
-    print(f"{'':5}{'k':>3}{'skewness':>10}{'anti-hubs':>11}{'top 1 % take':>14}{'Robin Hood':>12}{'largest N_k':>13}")
+    print(f"{'':5}{'k':>3}{'skewness':>10}{'anti-hubs':>11}{'top 1 % take':>14}{'Robin Hood':>12}"
+          f"{'hub occurrence':>16}{'largest N_k':>13}")
     for side, rows in hubs.items():
         for k, row in rows.items():
             item = f" (item {row.largest_item})" if row.largest_item >= 0 else " (mean of folds)"
             print(f"{side:5}{k:3}{row.skewness:10.2f}{row.anti_hubs:11.1%}{row.top_share:14.1%}{row.robin_hood:12.1%}"
-                  f"{row.largest:13.6g}{item}")
+                  f"{row.hub_occurrence:16.1%}{row.largest:13.6g}{item}")
 
 
 def print_corrections(words, plain, outcome):

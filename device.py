@@ -1,5 +1,6 @@
 """Where a script computes, and how exactly: chosen once, at its start."""
 
+import re
 import time
 from statistics import median
 from typing import NamedTuple
@@ -21,6 +22,8 @@ def choose_device(name):
     """The torch device for auto, cpu, cuda[:n] or mps; raises InputError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
+        raise InputError(f"--device {name} is no device: choose auto, cpu, cuda, cuda:<n> or mps")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -46,15 +47,29 @@ def number(kind, low, high=math.inf, low_allowed=True):
 
 
 def run_script(main):
-    """Run a script's `main`; bad input ends with one sentence on stderr and exit code 2."""
+    """Run a script's `main`; bad input ends with one sentence on stderr and exit code 2, Ctrl-C with 130 and none."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a script sets it for the time of its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def check_regular(path):
+    """Raise InputError where `path`, its links followed, is there but is no regular file.
+
+    A pipe without a writer is waited for without end, a device may never end, and neither can be read twice.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is a folder, a pipe or a device, not a regular file: name a file, and save there "
+                         "what a command gives")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from errors import InputError
+from errors import InputError, check_regular
 from gru import last_states
 from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on: the family imports them from here)
 
@@ -87,6 +87,7 @@ def _build_cnn(cnn_type, weights):
                              "--cnn_weights FILE, or random ones with --cnn_weights none") from error
     cnn = models.get_model(cnn_type, weights=None)
     if weights != "none":
+        check_regular(weights)
         last = "classifier.6." if cnn_type.startswith("vgg") else "fc."
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -155,15 +156,15 @@ class EncoderText(nn.Module):
         with torch.no_grad():
             self.embed.weight.uniform_(-0.1, 0.1)
 
-    def forward(self, captions, lengths):
-        """captions: (B, T) word ids, longest caption first; lengths: (B,) -> (B, embed_size)."""
+    def forward(self, x, lengths):
+        """x: (B, T) word ids, longest caption first; lengths: (B,) -> (B, embed_size)."""
         lengths = torch.as_tensor(lengths).cpu()
-        if captions.device.type == "cpu":
+        if x.device.type == "cpu":
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
             with torch.autocast("cpu", enabled=False):  # last_states casts what it multiplies, and nothing else
-                last = last_states(self.rnn, self.embed, captions, lengths, dtype)
+                last = last_states(self.rnn, self.embed, x, lengths, dtype)
         else:
-            last = self.rnn(pack_padded_sequence(self.embed(captions), lengths, batch_first=True))[1][-1]
+            last = self.rnn(pack_padded_sequence(self.embed(x), lengths, batch_first=True))[1][-1]
         embeddings = l2norm(last.to(self.embed.weight.dtype))
         return embeddings.abs() if self.use_abs else embeddings
 
@@ -201,10 +202,13 @@ class VSE(nn.Module):
         with torch.no_grad(), self._autocast():
             return self.txt_enc(captions.to(self.device, non_blocking=True), lengths)
 
-    def forward_emb(self, images, captions, lengths):
-        """A batch, longest caption first -> image and caption embeddings, each (B, embed_size)."""
+    def forward_emb(self, images, captions, lengths, *rest, volatile=False):
+        """A batch, longest caption first -> image and caption embeddings, each (B, embed_size).
+
+        rest: a batch's ids and indices, which the encoders have no use for; volatile: without gradients (VSE++).
+        """
         images, captions = (x.to(self.device, non_blocking=True) for x in (images, captions))
-        with self._autocast():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile), self._autocast():
             return self.img_enc(images), self.txt_enc(captions, lengths)
 
     forward = forward_emb

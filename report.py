@@ -312,13 +312,16 @@ def hubness_section(rows):
             for k in DEPTHS if name == "none" else DEPTHS[-1:]:
                 hubs = row["hubness"][side][k]
                 lines.append([f"{name}, {side}", k, f"{hubs.skewness:.2f}", f"{hubs.anti_hubs:.1%}",
-                              f"{hubs.top_share:.1%}", f"{hubs.robin_hood:.1%}", f"{hubs.largest:g}"])
-    head = ["correction", "k", "skewness", "anti-hubs", "top 1 % take", "Robin Hood", "largest N<sub>k</sub>"]
+                              f"{hubs.top_share:.1%}", f"{hubs.robin_hood:.1%}", f"{hubs.hub_occurrence:.1%}",
+                              f"{hubs.largest:g}"])
+    head = ["correction", "k", "skewness", "anti-hubs", "top 1 % take", "Robin Hood", "hub occurrence",
+            "largest N<sub>k</sub>"]
     return section(
         "Hubness", "<p>N<sub>k</sub> of a target: the number of queries that have it among their k nearest; targets "
         "are captions in i2t, images in t2i. Anti-hubs: targets with N<sub>k</sub> = 0. Top 1 % take: the share of all "
         "places that the top 1 % of targets have. Robin Hood: the share of places that would have to move for all "
-        "targets to have as many.</p>",
+        "targets to have as many. Hub occurrence: the share of places that targets with "
+        "N<sub>k</sub> &ge; 2k have.</p>",
         table("Hubness", head, lines, "figures"))
 
 

@@ -9,11 +9,15 @@ Flags and defaults are the released code's. Log lines go to stderr, rsum to stdo
 TensorBoard, checkpoints to --logger_name.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
+
 import argparse
 import glob
 import math
 import os
-import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress

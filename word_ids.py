@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import InputError, replacing
+from errors import InputError, check_regular, replacing
 from vocab import TOKENIZER_VERSION, tokenize
 
 CAPTIONS_PER_IMAGE = 5
@@ -101,6 +101,7 @@ def _key(captions, vocab, reading):
 def _read(path, n, vocab_size):
     """The cached WordIds, memory-mapped, or None where there are none or they are not whole."""
     try:
+        check_regular(path)
         content = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         offsets, words = content[:n + 1].long(), content[n + 1:]
         whole = (content.dtype == torch.int32 and content.dim() == 1 and len(offsets) == n + 1 and offsets[0] == 0

@@ -294,6 +294,46 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.int8, torch.bool, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("part, name", [(0, "fc.weight"), (0, "fc.bias"), (1, "rnn.weight_ih_l0")])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, part, name, dtype):
+    """Loading would cast them in silence: complex numbers lose a half, others what follows the point."""
+    whole = state(part)[part][name]
+    torch.save(released(model=state(part, **{name: whole.to(dtype)})), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar", name, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_another_precision_are_taken(tmp_path, dtype):
+    whole = state(0)[0]["fc.weight"]
+    torch.save(released(model=state(0, **{"fc.weight": whole.to(dtype)})), tmp_path / "run.pth.tar")
+    model, content = VSE(options()), checkpoint.load(str(tmp_path / "run.pth.tar"))
+    checkpoint.load_weights(model, content, "run.pth.tar")
+    assert torch.equal(model.img_enc.fc.weight, whole.to(dtype).float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part, name", [(0, "fc.weight"), (0, "fc.bias"), (1, "embed.weight"), (1, "rnn.bias_hh_l0")])
+def test_weights_that_are_not_finite_are_refused_by_their_name(tmp_path, part, name, value):
+    spoilt = state(part)[part][name].clone()
+    spoilt.view(-1)[-1] = value
+    torch.save(released(model=state(part, **{name: spoilt})), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar", name, "NaN")
+
+
+def test_weights_beyond_float32_are_refused(tmp_path):
+    """Where the model is, they would be infinite."""
+    large = torch.full((4, 5), 1e300, dtype=torch.float64)
+    torch.save(released(model=state(0, **{"fc.weight": large})), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar", "fc.weight", "infinity")
+
+
+def test_batch_norm_s_counter_of_a_full_model_is_an_integer(tmp_path):
+    torch.save(released(model=state(0, **{"cnn.module.bn1.num_batches_tracked": torch.tensor(7)})),
+               tmp_path / "run.pth.tar")
+    assert checkpoint.load(str(tmp_path / "run.pth.tar"))["model"][0]["cnn.module.bn1.num_batches_tracked"] == 7
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, kind):
     torch.save(BROKEN[kind](), tmp_path / "run.pth.tar")

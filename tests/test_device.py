@@ -19,6 +19,14 @@ def test_a_device_that_is_not_there_is_refused_by_its_flag(name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["gpu", "GPU", "cuda0", "cuda:-1", "cuda:", "vulkan", "meta", "cpu cuda", ""])
+def test_a_name_that_is_no_device_is_told_the_choices_and_nothing_else(name):
+    """PyTorch's own answer lists twenty backends."""
+    with pytest.raises(InputError) as caught:
+        choose_device(name)
+    assert str(caught.value) == f"--device {name} is no device: choose auto, cpu, cuda, cuda:<n> or mps"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_cuda_is_refused_where_there_is_none():
     with pytest.raises(InputError, match="--device cuda"):

@@ -2,12 +2,15 @@
 
 import math
 import os
+import signal
+import subprocess
 import sys
 from argparse import ArgumentTypeError
 
 import pytest
+from conftest import ROOT
 
-from errors import ArgumentParser, InputError, number, replacing, run_script
+from errors import ArgumentParser, InputError, check_regular, number, replacing, run_script
 
 
 @pytest.mark.parametrize("kind, low, high, low_allowed, text", [
@@ -46,9 +49,68 @@ def test_run_script_prints_one_line_and_ends_with_2(capsys):
     assert capsys.readouterr() == ("", "error: data/train_caps.txt is empty: fill it\n")
 
 
+def test_ctrl_c_ends_a_script_with_130_and_without_a_word(capsys):
+    def main():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("name", ["train.py", "compute_results.py"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
+def test_ctrl_c_during_the_imports_ends_a_script_without_a_word(tmp_path, name, ignored):
+    """The first import of torch gets the signal; a shell's background job, which ignores it, goes on ignoring it."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos._exit(7)\n")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / name)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, restore_signals=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL))
+    assert result.returncode == (7 if ignored else -signal.SIGINT)  # which a shell counts as 130
+    assert (result.stdout, result.stderr) == ("", "")
+
+
 def test_run_script_lets_a_bug_keep_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    """A current folder with one of each kind of path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo("pipe")
+    for name in ("file", "folder", "pipe", "absent"):
+        os.symlink(name, f"link to {name}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+@pytest.mark.parametrize("path", ["folder", "pipe", "link to folder", "link to pipe", "/dev/null", "/dev/zero"])
+def test_what_is_no_regular_file_is_refused_by_its_name(paths, path):
+    with pytest.raises(InputError, match=f"{path} is .*not a regular file") as caught:
+        check_regular(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+@pytest.mark.parametrize("path", ["file", "link to file", "absent", "link to absent", "file/below", "nul\0"])
+def test_a_regular_file_passes_and_an_absent_one_is_left_to_its_reader(paths, path):
+    check_regular(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd here")
+def test_a_shell_s_process_substitution_is_refused():
+    """`--model_path <(zcat run.gz)` hands over /dev/fd/63, a pipe."""
+    end, other = os.pipe()
+    try:
+        with pytest.raises(InputError, match="/dev/fd"):
+            check_regular(f"/dev/fd/{end}")
+    finally:
+        os.close(end)
+        os.close(other)
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):

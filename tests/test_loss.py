@@ -157,6 +157,32 @@ def test_the_options_choose_the_margin_loss_and_max_wins(measure, flags, loop):
     assert float(found) == pytest.approx(loop(loops.similarities(im.tolist(), s.tolist(), measure), 0.3), abs=1e-12)
 
 
+@pytest.mark.parametrize("arguments, named, measure, loop", [
+    ((), {"margin": 0.3}, "cosine", loops.sum_margin),
+    ((), {"margin": 0.3, "measure": "cosine", "max_violation": False}, "cosine", loops.sum_margin),
+    ((), {"margin": 0.3, "measure": "order", "max_violation": True}, "order", loops.max_margin),
+    ((0.3,), {"max_violation": True}, "cosine", loops.max_margin),
+    ((0.3, "order"), {}, "order", loops.sum_margin),
+    ((0.3, False, True), {}, "cosine", loops.max_margin)],
+    ids=["margin", "all by name", "order", "margin by place", "two by place", "all by place"])
+def test_vse_plus_plus_s_call_is_a_margin_loss(arguments, named, measure, loop):
+    im, s = embeddings(5).abs(), embeddings(5, seed=1).abs()
+    expected = loop(loops.similarities(im.tolist(), s.tolist(), measure), 0.3)
+    assert float(ContrastiveLoss(*arguments, **named)(im, s)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_vse_plus_plus_s_defaults_are_the_sum_margin_loss_with_margin_0():
+    im, s = embeddings(5), embeddings(5, seed=1)
+    expected = loops.sum_margin(loops.similarities(im.tolist(), s.tolist()), 0)
+    assert expected > 0 and float(ContrastiveLoss()(im, s)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_options_may_come_by_name():
+    im, s = embeddings(5), embeddings(5, seed=1)
+    expected = loops.hal(loops.similarities(im.tolist(), s.tolist()), 30.0, 0.3)
+    assert float(ContrastiveLoss(opt=options())(im, s)) == pytest.approx(expected, abs=1e-12)
+
+
 def test_hal_with_the_order_similarity_is_still_computed():
     im, s = embeddings(5).abs(), embeddings(5, seed=1).abs()
     S = loops.similarities(im.tolist(), s.tolist(), "order")

@@ -216,6 +216,29 @@ def test_lengths_may_be_a_list_or_a_tensor():
     assert torch.equal(encoder(captions, [3, 2]), encoder(captions, torch.tensor([3, 2])))
 
 
+def test_captions_may_come_by_the_family_s_name():
+    encoder = EncoderText(9, 3, 4, 1).double()
+    found = encoder(x=torch.tensor([[1, 5, 2]]), lengths=[3])[0].tolist()
+    assert found == pytest.approx(gru_loop(encoder, [1, 5, 2]), abs=1e-12)
+
+
+@pytest.mark.parametrize("volatile", [False, True])
+@pytest.mark.parametrize("rest", [(), ((7, 8), torch.tensor([7, 8]))], ids=["batch", "batch with its indices"])
+def test_volatile_means_without_gradients_and_the_same_embeddings(rest, volatile):
+    torch.manual_seed(3)
+    vse = VSE(options())
+    images, captions = torch.randn(2, 5), torch.tensor([[1, 5, 2], [1, 2, 0]])
+    found = vse.forward_emb(images, captions, [3, 2], *rest, volatile=volatile)
+    assert [embeddings.requires_grad for embeddings in found] == [not volatile] * 2
+    weight = vse.img_enc.fc.weight.tolist()
+    for image, embedding in zip(images.tolist(), found[0].tolist()):
+        mapped = [sum(w * x for w, x in zip(row, image)) for row in weight]
+        assert embedding == pytest.approx([x / math.hypot(*mapped) for x in mapped], abs=1e-6)
+    assert found[1].tolist() == [pytest.approx(gru_loop(vse.txt_enc, words), abs=1e-6) for words in ([1, 5, 2], [1, 2])]
+    with torch.no_grad():  # does not bring gradients back
+        assert not vse.forward_emb(images, captions, [3, 2], *rest)[0].requires_grad
+
+
 def test_both_encoders_keep_float64():
     vse = VSE(options()).double()
     images, captions = vse.forward_emb(torch.randn(2, 5, dtype=torch.float64), torch.tensor([[1, 2], [1, 2]]), [2, 2])

@@ -177,7 +177,7 @@ def test_hubness_says_direction_and_depth(tmp_path):
                                             ["csls, i2t", "10"], ["csls, t2i", "10"]]
     hubs = hubness_both_ways(result.rankings[0])["t2i"][5]
     assert lines[4][2:] == [f"{hubs.skewness:.2f}", f"{hubs.anti_hubs:.1%}", f"{hubs.top_share:.1%}",
-                            f"{hubs.robin_hood:.1%}", str(hubs.largest)]
+                            f"{hubs.robin_hood:.1%}", f"{hubs.hub_occurrence:.1%}", str(hubs.largest)]
 
 
 @pytest.mark.parametrize("side, n_own", [("i2t", 1), ("t2i", 4)])
