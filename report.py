@@ -52,8 +52,8 @@ def write_report(options, split, result, hubs, words, outcome):
     own, wrong = pair_similarities(result.images, result.captions, opt.measure)
     items = Items(result.dataset.captions, *find_photos(options.images, split, result))
     page = template("report.html").render(
-        opt=opt, split=split, facts=facts(options, split, result, words), sides=SIDES, depths=DEPTHS, best=best,
-        transductive=words.startswith("transductive"), recalls=recalls(rows), resamples=RESAMPLES, seed=SEED,
+        data=opt.data_name, split=split, facts=facts(options, split, result, words), sides=SIDES, depths=DEPTHS,
+        transductive=words.startswith("transductive"), recalls=recalls(rows), resamples=RESAMPLES, seed=SEED, best=best,
         hubness=hubness_lines(rows), plots=plots(counts, own, wrong, opt.measure), items=items,
         hubs=worst_hubs(rankings, counts), examples=examples(rankings, own), n_examples=EXAMPLES)
     # What UTF-8 cannot write, such as half of a surrogate pair in a caption, is shown as an escape.
@@ -225,7 +225,7 @@ def spread(numbers, n):
 
 # Sections ---------------------------------------------------------------------------------------
 
-class Figure(NamedTuple):
+class Estimate(NamedTuple):
     """A figure and the bounds of its interval."""
 
     value: float
@@ -254,8 +254,9 @@ def recalls(rows):
     for place, (name, row) in enumerate(rows.items()):
         metrics = row["metrics"]
         figures = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], *bounds[:, place])
-        lines.append({"name": name, "parameters": in_words(row["parameters"]), "figures": [Figure(*f) for f in figures],
-                      "gain": Figure(metrics.rsum - base, *gains[:, place])})
+        lines.append({"name": name, "parameters": in_words(row["parameters"]),
+                      "figures": [Estimate(*one) for one in figures],
+                      "gain": Estimate(metrics.rsum - base, *gains[:, place])})
     return lines
 
 
