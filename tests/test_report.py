@@ -161,7 +161,12 @@ def test_the_five_largest_hubs_come_in_order(tmp_path):
               for target in range(5 * N_IMAGES)]
     assert [int(line[3]) for line in lines] == sorted((count[-1] for count in counts), reverse=True)[:5]
     for line in lines:
-        assert [int(cell) for cell in line[1:4]] == counts[int(re.search(r"caption (\d+)<", line[0])[1])]
+        number = int(re.search(r"caption (\d+)<", line[0])[1])
+        assert [int(cell) for cell in line[1:4]] == counts[number]
+        won = [image for image, items in enumerate(result.rankings[0][0].items.tolist())
+               if items[0] == number and number // 5 != image]  # fewer than six: all are shown
+        assert line[4].split("<ul>")[0].strip() == str(len(won))
+        assert [int(image) for image in re.findall(r"image (\d+)</small>", line[4])] == won
 
 
 def test_hubness_says_direction_and_depth(tmp_path):
