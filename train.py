@@ -369,7 +369,7 @@ def train_epoch(run, stop):
         if run.step_in_epoch == steps:
             return
         if run.steps % run.opt.val_step == 0:
-            validate(run)
+            show(*validate(run))
         if stop.signal or run.opt.save_step and run.steps % run.opt.save_step == 0:
             record(run, loss_kind(criterion.opt))
             save(run, must_succeed=bool(stop.signal))
@@ -404,20 +404,19 @@ def record(run, kind):
 
 
 def validate(run):
-    """Recalls on the dev split, logged and printed; returns rsum."""
+    """Recalls on the dev split, written to log.jsonl and TensorBoard; returns rsum and the lines to print."""
     started = time.time()
     images, captions = embed(run.model, run.val_loader)
     image_of = run.val_loader.dataset.image_of
     loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank, image_of)
     rankings = rank_both_ways(images, captions, run.opt.measure, max(DEPTHS), image_of)
     metrics, hubs = metrics_of(rankings), hubness_both_ways(rankings)
-    log(f"Dev: Loss {loss:.4f}  Time {time.time() - started:.3f}")
+    lines = [f"Dev: Loss {loss:.4f}  Time {time.time() - started:.3f}"]
     for title, recall in (("Image to text", metrics.i2t), ("Text to image", metrics.t2i)):
-        log(f"{title}: " + ", ".join(f"{value:.1f}" for value in recall))
-    log("N_10: " + ", ".join(f"{side} skewness {hubs[side][10].skewness:.2f}, anti-hubs {hubs[side][10].anti_hubs:.1%}"
-                             for side in ("i2t", "t2i")))
-    tqdm.write(f"rsum: {metrics.rsum:.1f}", file=sys.stdout)
-    sys.stdout.flush()
+        lines.append(f"{title}: " + ", ".join(f"{value:.1f}" for value in recall))
+    lines.append("N_10: " + ", ".join(
+        f"{side} skewness {hubs[side][10].skewness:.2f}, anti-hubs {hubs[side][10].anti_hubs:.1%}"
+        for side in ("i2t", "t2i")))
     scalars = {**metrics.i2t._asdict(), **{f"{name}i": value for name, value in metrics.t2i._asdict().items()},
                "rsum": metrics.rsum,
                **{f"{side}_n10_{name}": getattr(hubs[side][10], name) for side in ("i2t", "t2i")
@@ -425,7 +424,14 @@ def validate(run):
     for name, value in scalars.items():
         run.scalars.log_value(name, value, run.steps)
     run.log.write(kind="validation", step=run.steps, epoch=run.epoch, loss=loss, **scalars)
-    return metrics.rsum
+    return metrics.rsum, lines
+
+
+def show(rsum, lines):
+    """A validation's lines on stderr, its rsum on stdout."""
+    log("\n".join(lines))
+    tqdm.write(f"rsum: {rsum:.1f}", file=sys.stdout)
+    sys.stdout.flush()
 
 
 # Saving -----------------------------------------------------------------------------------------
@@ -524,8 +530,12 @@ def train(run, stop):
             run.bank = draw_bank(run)
         train_epoch(run, stop)
         if run.step_in_epoch == len(run.train_loader):
-            end_epoch(run, validate(run))
+            rsum, lines = validate(run)
+            try:
+                end_epoch(run, rsum)  # first the files, so that nothing is lost where it cannot be printed
+            finally:
+                show(rsum, lines)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, outlasts_reader=True)

@@ -174,6 +174,13 @@ def run_script(name, *flags, cwd, **environment):
                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, check=False)
 
 
+def in_shell(command, cwd, **environment):
+    """A Python command line with what a shell understands after it, such as 2>&-; ends with Python's exit code."""
+    return subprocess.run(["bash", "-c", f"{sys.executable} {command}; exit ${{PIPESTATUS[0]}}"], cwd=cwd, text=True,
+                          capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                          check=False)
+
+
 def tree(folder):
     """{relative path: content} of every file, and None for every folder, below `folder`.
 

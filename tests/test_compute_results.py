@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import RAW, RELEASED, ROOT, load, run_script, scalars, tree
+from conftest import RAW, RELEASED, ROOT, in_shell, load, run_script, scalars, tree
 
 import compute_results
 import train
@@ -570,6 +571,17 @@ def test_bad_input_ends_with_2_and_one_line(evaluated, kind):
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and all(name in result.stderr for name in named)
     assert tree(evaluated) == before
+
+
+@pytest.mark.parametrize("redirection, last_line", [(">/dev/full", "No space left"), ("2>/dev/full", None),
+                                                    ("1>&-", "closed")])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_figures_that_cannot_be_printed_are_written_all_the_same(evaluated, redirection, last_line):
+    found = in_shell(f"{ROOT / 'compute_results.py'} --hubness --save_json out.json {redirection}", evaluated)
+    assert found.returncode == 2 and found.stdout.count("Hubness") == (not last_line)
+    assert re.search(f"error: standard output.*{last_line}", found.stderr.splitlines()[-1]) if last_line else (
+        not found.stderr)
+    assert "hubness" in json.loads((evaluated / "out.json").read_text()) and "Traceback" not in found.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

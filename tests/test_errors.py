@@ -1,16 +1,18 @@
 """How bad input ends, and how files are written whole."""
 
+import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, in_shell
 
-from errors import ArgumentParser, InputError, check_regular, number, replacing, run_script
+from errors import ArgumentParser, InputError, Output, check_regular, number, replacing, run_script
 
 
 @pytest.mark.parametrize("kind, low, high, low_allowed, text", [
@@ -111,6 +113,103 @@ def test_a_shell_s_process_substitution_is_refused():
     finally:
         os.close(end)
         os.close(other)
+
+
+# Output that fails ------------------------------------------------------------------------------
+
+FULL, CLOSED, LEFT = "(No space left on device)", "(it is closed)", "(Broken pipe)"
+
+
+def shell(folder, main, redirection, options=""):
+    """Run a script with this `main` in a shell: its exit code, and what reached the shell's stdout and stderr."""
+    (folder / "script.py").write_text(f"import os, sys, errors\ndef main():\n    {main}\n"
+                                      f"errors.run_script(main{options})\n")
+    found = in_shell(f"script.py {redirection}", folder, PYTHONPATH=str(ROOT))
+    return found.returncode, found.stdout, found.stderr
+
+
+@pytest.mark.parametrize("redirection, lost, out, err", [
+    (">/dev/full", FULL, "", "note\n"), ("2>/dev/full", None, "figure\n", ""),
+    ("1>&-", CLOSED, "", "note\n"), ("2>&-", None, "figure\n", ""),
+    (">/dev/full 2>&1", None, "", ""), ("1>&- 2>&-", None, "", "")])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_script_whose_output_fails_goes_on_and_ends_with_2(tmp_path, redirection, lost, out, err):
+    main = "print('figure'); print('note', file=sys.stderr); print('figure', file=open('done', 'w'))"
+    code, found, said = shell(tmp_path, main, redirection)
+    assert (tmp_path / "done").read_text() == "figure\n" and (code, found) == (2, out)
+    sentence = rf"error: standard output could not be written {re.escape(lost)}.*\n" if lost else ""
+    assert said.startswith(err) and re.fullmatch(sentence, said[len(err):]), said
+
+
+def test_a_reader_who_leaves_ends_a_script_at_once_and_quietly_or_not_at_all(tmp_path):
+    main = "print('x' * 1_000_000, flush=True); print('more', flush=True); open('done', 'w').close()"
+    assert shell(tmp_path, main, "| head -c 1") == (1, "x", "")
+    assert not (tmp_path / "done").exists()
+    code, found, said = shell(tmp_path, main, "| head -c 1", ", outlasts_reader=True")
+    assert (code, found, said.count("\n")) == (2, "x", 1) and LEFT in said and (tmp_path / "done").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_is_lost_as_the_script_ends_is_noticed(tmp_path):
+    code, _, said = shell(tmp_path, "print('x')", ">/dev/full")
+    assert code == 2 and FULL in said and "ignored" not in said and said.count("\n") == 1
+    assert shell(tmp_path, "print('x'); sys.exit(7)", ">/dev/full") == (7, "", "")
+    code, _, said = shell(tmp_path, "print('x'); raise errors.InputError('no data: get some')", ">/dev/full")
+    assert (code, said) == (2, "error: no data: get some\n")
+    assert shell(tmp_path, "raise errors.InputError('no data: get some')", "2>/dev/full") == (2, "", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_bug_s_traceback_is_shown_where_stdout_fails(tmp_path):
+    code, _, said = shell(tmp_path, "print('x'); 1 / 0", ">/dev/full")
+    assert code == 1 and said.rstrip().endswith("ZeroDivisionError: division by zero") and "ignored" not in said
+
+
+def test_a_script_leaves_the_streams_as_they_were(capsys):
+    streams = sys.stdout, sys.stderr
+    run_script(lambda: print("figure"))
+    assert (sys.stdout, sys.stderr) == streams and capsys.readouterr().out == "figure\n"
+    with pytest.raises(SystemExit):
+        run_script(lambda: sys.exit(3))
+    assert (sys.stdout, sys.stderr) == streams
+
+
+class Disk(io.RawIOBase):
+    """A file on a disk that is full as long as `full` is set; `at_write` is called within each write."""
+
+    full, content, at_write = False, b"", staticmethod(lambda: None)
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.at_write()
+        if self.full:
+            raise OSError(28, "No space left on device")
+        self.content += bytes(data)
+        return len(data)
+
+
+def test_output_goes_on_when_there_is_room_again():
+    disk = Disk()
+    output = Output("error", io.TextIOWrapper(io.BufferedWriter(disk), line_buffering=True), False)
+    for disk.full, line in ((False, "one\n"), (True, "two\n"), (False, "three\n")):
+        output.write(line)
+    assert disk.content == b"one\ntwo\nthree\n"
+    assert output.failure.strerror == "No space left on device" and output.isatty() is False
+
+
+def test_a_signal_s_handler_may_speak_in_the_middle_of_a_write():
+    disk, said = Disk(), []
+    output = Output("error", io.TextIOWrapper(io.BufferedWriter(disk), line_buffering=True), False)
+
+    def handler():
+        if not said:
+            said.append(True)
+            output.write("stopping\n")
+    disk.at_write = handler
+    output.write("one\n")
+    assert said and disk.content.startswith(b"one\n") and output.failure is None
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RAW, ROOT, TINY, load, run_script, scalars, states_equal
+from conftest import RAW, ROOT, TINY, in_shell, load, run_script, scalars, states_equal
 
 import run_record
 import train
@@ -231,6 +231,35 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(workdir):
     assert load(RUN)["epoch"] == 60
     assert not list(Path("runs/runX").glob("*.tmp"))
 
+
+# Output that fails ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("redirection, stdout, last_line", [
+    (">/dev/full", 0, "output.*No space left"), ("2>/dev/full", 6, None), ("1>&-", 0, "output.*closed"),
+    ("2>&-", 6, None), ("| head -1", 1, "output.*Broken pipe")])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_figures_that_cannot_be_printed_cost_no_epoch(workdir, whole_run, redirection, stdout, last_line):
+    found = in_shell(" ".join([str(ROOT / "train.py"), *FLAGS, redirection]), workdir)
+    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
+    assert len(re.findall(r"^rsum: \d", found.stdout, re.M)) == stdout
+    assert re.search(f"error: standard {last_line}", found.stderr.splitlines()[-1]) if last_line else not found.stderr
+    content, log = whole_run
+    assert states_equal(load(RUN)["model"], content["model"]) and load(RUN)["epoch"] == 3
+    assert [line["step"] for line in log_of()] == [line["step"] for line in log]
+    assert json.loads(Path("runs/runX/run.json").read_text())["result"]["outcome"] == "finished"
+
+
+def test_the_files_are_written_before_the_figures_are_printed(workdir, monkeypatch):
+    def unprintable(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train, "log", lambda message: message.startswith("Dev:") and unprintable())
+    with pytest.raises(OSError, match="No space"):
+        train.main([*FLAGS, "--val_step", "100", "--num_epochs", "1"])
+    assert load(RUN)["epoch"] == load("runs/runX/model_best.pth.tar")["epoch"] == 1
+    assert log_of()[-1]["kind"] == "validation" and ("rsum", 4) in [event[:2] for event in scalars("runs/runX")]
+
+
+# Disks that fill up -----------------------------------------------------------------------------
 
 BIG = [*TINY, "--embed_size", "64", "--word_dim", "32", "--batch_size", "4", "--save_all", "--record_val", "--log_step",
        "1"]  # checkpoints of 260 kB; an epoch takes up more than one block of the logs' files
