@@ -25,8 +25,7 @@ NORM_EPSILON = 1e-8  # VSE-infinity adds it to the length
 
 
 def l2norm(X, epsilon=0.0):
-    """(n, D) rows scaled to length 1 (`epsilon` is added to theirs before); a zero row stays zero, with a gradient
-    that stays finite."""
+    """(n, D) rows divided by their length + epsilon; a zero row stays zero, with a gradient that stays finite."""
     lengths = torch.linalg.vector_norm(X, dim=1, keepdim=True)
     return X / (lengths.masked_fill(lengths == 0, 1) + epsilon)
 
@@ -240,12 +239,12 @@ class EncoderText(nn.Module):
         with torch.no_grad():
             self.embed.weight.uniform_(-0.1, 0.1)
 
-    def forward(self, captions, lengths):
-        """captions: (B, T) word ids, longest caption first; lengths: (B,) -> (B, embed_size)."""
+    def forward(self, x, lengths):
+        """x: (B, T) word ids, longest caption first; lengths: (B,) -> (B, embed_size)."""
         lengths = torch.as_tensor(lengths).cpu()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         with torch.autocast("cpu", enabled=False):  # gru.py casts what it multiplies, and nothing else
-            embeddings = (self._last if self.text_pooling == "last" else self._pooled)(captions, lengths, dtype)
+            embeddings = (self._last if self.text_pooling == "last" else self._pooled)(x, lengths, dtype)
         embeddings = embeddings.to(self.embed.weight.dtype)
         if not self.no_txtnorm:
             embeddings = l2norm(embeddings, 0 if self.text_pooling == "last" else NORM_EPSILON)

@@ -1,5 +1,6 @@
 """Pooling against the released VSE-infinity code's numbers, and against plain loops."""
 
+import json
 import math
 
 import pytest
@@ -259,10 +260,12 @@ def test_one_region_is_left_of_each_image_and_not_always_the_same():
 
 
 def test_a_fifth_of_the_regions_is_dropped():
-    """The released code kept 28.7735 of 36 on average, from 19 to 36; the binomial distribution has 28.8 +- 2.4."""
+    """Of 36 that is 28.8 +- 2.4, by the binomial distribution."""
     counts = torch.tensor([len(numbers) for numbers in kept_regions(numbered_images([36] * 4000, 36), 0.2)]).double()
     assert counts.mean().item() == pytest.approx(28.8, abs=4 * 2.4 / 4000 ** 0.5)
     assert counts.std().item() == pytest.approx(2.4, abs=0.12)
+    released = json.loads((REFERENCE / "vse_infty" / "augmentation.json").read_text())["rates"]
+    assert counts.mean().item() == pytest.approx(released["regions_kept_mean"], abs=0.2)
 
 
 def test_the_draws_follow_from_the_generator():
