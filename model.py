@@ -155,9 +155,9 @@ def _build_cnn(cnn_type, weights):
                              "--cnn_weights FILE, or random ones with --cnn_weights none") from error
     cnn = models.get_model(cnn_type, weights=None)
     if weights != "none":
-        check_regular(weights)
         last = "classifier.6." if cnn_type.startswith("vgg") else "fc."
         try:
+            check_regular(weights)
             state = torch.load(weights, map_location="cpu", weights_only=True)
             missing, unknown = cnn.load_state_dict({name: value for name, value in state.items()
                                                     if not name.startswith(last)}, strict=False)
