@@ -101,10 +101,11 @@ class PrecompDataset:
             rows = self.placed_row_of[indices if self.images.device.type == "cpu" else there]
             yield self._rows(rows), self.placed_word_ids.padded(there, int(lengths[0])), lengths, there, there
 
-    def load_images(self, batch_size, workers=0, stride=1):
-        """The features of each image (each so manieth, with a stride) once, in order, in batches."""
+    def load_images(self, batch_size, workers=0, stride=1, part=(0, 1)):
+        """The features of each image (each so manieth, with a stride) once, in order, in batches; part: (the first
+        batch, the distance to the next), where other processes load the others."""
         first = torch.searchsorted(self.image_of, torch.arange(0, self.n_images, stride))
-        for batch in self.row_of[first].split(batch_size):
+        for batch in self.row_of[first].split(batch_size)[part[0]::part[1]]:
             yield self._rows(batch)
 
 

@@ -120,7 +120,8 @@ def _exit_code(main):
         main()
         return 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # else another process of the run says it
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 import checkpoint
+import distributed
 from data import get_test_loader
-from device import choose_device, choose_matmul_precision
+from device import choose_device, choose_products
 from errors import InputError, replacing
 from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
@@ -37,15 +38,20 @@ def embed(model, loader, stride=1):
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
     n_images = -(-dataset.n_images // stride)
-    images = torch.cat([model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() == 2 else batch)
-                        for batch in dataset.load_images(batch_size, loader.workers, stride)])[:n_images]
+    part = distributed.rank(), distributed.size()
+    none = torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
+    own = [model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() == 2 else batch)[:len(batch)]
+           for batch in dataset.load_images(batch_size, loader.workers, stride, part)]
+    images = distributed.gather_batches(own, [len(one) for one in torch.arange(n_images).split(batch_size)], none)
     chosen = torch.arange(len(dataset))[dataset.image_of % stride == 0]
     padded = dataset.word_ids.padded(chosen, int(dataset.word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
-    captions = torch.cat([model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
-                          for batch in order.split(batch_size)])
+    batches = order.split(batch_size)
+    own = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
+           for batch in batches[part[0]::part[1]]]
+    captions = distributed.gather_batches(own, [len(batch) for batch in batches], none)
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
     return images, captions[place_of[caption_of].to(captions.device)]
@@ -191,8 +197,8 @@ class Checkpoint(NamedTuple):
     def loader(self, split):
         """The loader of a split of its data set."""
         opt = self.opt
-        return get_test_loader(split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size,
-                               min(opt.workers, os.cpu_count()), opt)
+        return distributed.machine_by_machine(lambda: get_test_loader(
+            split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size, min(opt.workers, os.cpu_count()), opt))
 
 
 def load_for_evaluation(opt_eval):
@@ -202,7 +208,7 @@ def load_for_evaluation(opt_eval):
     Raises InputError where checkpoint and vocabulary do not fit each other.
     """
     path = opt_eval.model_path
-    content = checkpoint.load(path)
+    content = distributed.from_first(lambda: checkpoint.load(path), checkpoint.ADMITTED)
     opt = content["opt"]
     for name in ("data_path", "vocab_path", "batch_size"):
         if getattr(opt_eval, name, None):
@@ -221,8 +227,8 @@ def load_for_evaluation(opt_eval):
                          f"checkpoint {path} was trained with {opt.vocab_size}: name the right one with --vocab_path")
     model = VSE(opt)
     checkpoint.load_weights(model, content, path)
-    device = choose_device(getattr(opt_eval, "device", "auto"))
-    choose_matmul_precision(device, content.get("float32_products"))
+    device = choose_device(distributed.device_name(getattr(opt_eval, "device", "auto")))
+    choose_products(device, content.get("float32_products"))
     return Checkpoint(model.to(device), opt, vocabulary)
 
 
