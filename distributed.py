@@ -130,8 +130,8 @@ def device_name(name):
     if not launched():
         return name
     if name.startswith("cuda:") or name == "mps":
-        raise InputError(f"--device {name} under torchrun: give cuda, of which each process takes the GPU of its number "
-                         "on the machine, or cpu")
+        raise InputError(f"--device {name} under torchrun: give cuda, where each process takes the GPU of its number "
+                         "on its machine, or cpu")
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return "cpu"
     local = int(os.environ["LOCAL_RANK"])
@@ -183,7 +183,7 @@ def add_up(tensors):
 
 
 def sync(error=None, flag=0):
-    """Wait for all; returns the largest flag (>= 0). Raises the first process's InputError, elsewhere one that is mute."""
+    """Wait for all; returns the largest flag (>= 0). Raises where any has an error: that one, mute on all others."""
     if not launched():
         if error:
             raise error

@@ -198,7 +198,8 @@ class Checkpoint(NamedTuple):
         """The loader of a split of its data set."""
         opt = self.opt
         return distributed.machine_by_machine(lambda: get_test_loader(
-            split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size, min(opt.workers, os.cpu_count()), opt))
+            split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size, min(opt.workers, os.cpu_count()),
+            opt))
 
 
 def load_for_evaluation(opt_eval):

@@ -175,7 +175,7 @@ def _gathered(rows, share, flag):
 
 
 def own_draws(seed, step):
-    """Dropout's draws of this process in this step, where there are several: whatever came before, and resumed or not."""
+    """Where there are several processes, let dropout's draws follow from the seed, the step and the process."""
     if distributed.size() > 1:
         torch.manual_seed(seed_for(seed, step, distributed.rank()))
 

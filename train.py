@@ -428,7 +428,8 @@ def train_epoch(run, stop):
         run.model.train_start()
         data_time, lr = time.time() - end, adjust_learning_rate(run)
         figures = train_step(run, batch, criterion)
-        run.pending.append((run.steps, run.step_in_epoch - 1, lr, figures, len(batch[-1]), time.time() - end, data_time))
+        size, seconds = len(batch[-1]), time.time() - end  # both kinds of batch end with all indices
+        run.pending.append((run.steps, run.step_in_epoch - 1, lr, figures, size, seconds, data_time))
         end = time.time()
         logged = run.steps % run.opt.log_step == 0
         if logged or run.step_in_epoch == steps:
