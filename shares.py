@@ -164,7 +164,7 @@ def _encode(model, piece, no_image):
 def _gathered(rows, share, flag):
     """Every process's rows, and flags which travel with them in a row of their own."""
     sizes = [len(places) for places in share.places]
-    if distributed.size() == 1:
+    if not distributed.launched():
         return rows, None
     own = sizes[distributed.rank()]
     first = rows.new_zeros(1, rows.shape[1])

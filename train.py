@@ -274,7 +274,8 @@ class Stop:
         self.came = number
         if not distributed.launched():
             self.signal = number
-        log(f"{signal.Signals(number).name}: saving after this step; once more stops at once")
+        again = "" if distributed.launched() else "; once more stops at once"
+        log(f"{signal.Signals(number).name}: saving after this step{again}")
 
 
 @contextmanager
