@@ -11,6 +11,8 @@ import io
 import os
 import signal
 import sys
+import time
+import uuid
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
 
@@ -101,14 +103,37 @@ def wait_at_most(seconds):
 
 def _start():
     """Meet the others; raises InputError where they can't be met."""
-    mixed = torch.cuda.is_available() and dist.is_nccl_available()
+    mixed, wait = torch.cuda.is_available() and dist.is_nccl_available(), timedelta(seconds=_timeout)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if mixed else "gloo", timeout=timedelta(seconds=_timeout))
+        store = _fresh(next(dist.rendezvous("env://", timeout=wait))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if mixed else "gloo", store=store, rank=rank(), world_size=size(),
+                                timeout=wait)
     except (RuntimeError, ValueError) as error:
         reason = InputError(f"the processes cannot meet ({str(error).splitlines()[0]}): check torchrun's endpoint, and "
                             "that its port is free" if os.environ["LOCAL_RANK"] == "0" else "")
         reason.told = True
         raise reason from error
+
+
+def _fresh(store):
+    """A part of torchrun's store that these processes share, and none before them: it keeps, over --max-restarts, the
+    addresses of processes that are gone. The first process names the part to each that asks."""
+    own = name = uuid.uuid4().hex
+    if rank():
+        store.set(f"asks/{rank()}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/{rank()}", "")
+    missing, end = set(range(1, size())) if rank() == 0 else set(), time.monotonic() + _timeout
+    while missing:
+        for one in sorted(missing):
+            if store.check([f"{name}/{one}"]):
+                missing.remove(one)
+            elif store.check([f"asks/{one}"]):
+                store.set(f"answer/{store.get(f'asks/{one}').decode()}", name)
+        if time.monotonic() > end:
+            raise RuntimeError(f"process {min(missing)} did not come")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def _call(collective, *arguments):

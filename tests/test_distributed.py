@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import together
-from conftest import RELEASED, ROOT, load, states_equal
+import torch
+from conftest import RELEASED, ROOT, load
 
 import distributed
+import reproduce
 import train
 from errors import InputError
 from shares import shares
@@ -187,3 +188,81 @@ def test_two_processes_train_as_one_with_the_bank(folder, one_process):
     assert out.count("rsum") == 4 and said.count("Memory bank: ") == 2  # one process speaks
     record = json.loads(Path("runs/runX/run.json").read_text())
     assert (record["processes"], record["backend"], record["result"]["outcome"]) == (2, "gloo", "finished")
+
+
+def test_four_processes_train_as_one_in_double(folder, monkeypatch):
+    flags = [*TRAIN, "--num_epochs", "1", "--max_violation", "--measure", "order", "--use_abs", "--batch_size", "109"]
+    code, _, said = ended(torchrun(4, TOGETHER, "double", *flags))  # 1200 pairs: the last batch has one
+    assert code == 0, said
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_model", train.build_model)
+        patch.setattr(together.data.PrecompDataset, "_rows", together.data.PrecompDataset._rows)
+        together.in_double()
+        train.main([*flags, "--logger_name", "runs/one"])
+    check_same_run("runs/one", "runs/runX", 1e-10, 1e-12)
+    assert load(RUN)["model"][0]["fc.weight"].dtype == torch.float64
+
+
+def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_go_on(folder, one_process):
+    process = torchrun(3, "train.py", *TRAIN, *BANK)
+    read_until(process, "Epoch: [1][3/20]")
+    os.kill(workers(process)[1], signal.SIGTERM)
+    code, _, said = ended(process)
+    assert code == 0 and said.count("Stopped. Go on with") == 1, said
+    stopped_at = load(RUN)["Eiters"]
+    assert 23 < stopped_at < 60 and log_of("runs/runX")[-1]["step"] == stopped_at
+    train.main([*TRAIN, *BANK, "--resume", "auto", "--num_epochs", "2", "--micro_batch", "25"])
+    code, _, said = ended(torchrun(2, "train.py", *TRAIN, *BANK, "--resume", "auto", "--dist_timeout", "60"))
+    assert code == 0, said
+    check_same_run(one_process / "bank", "runs/runX", 3e-5, 1e-6)
+
+
+def test_a_process_that_is_killed_is_started_again_and_the_run_ends_the_same(folder, one_process):
+    process = torchrun(2, "train.py", *TRAIN, *BANK, "--resume", "auto", "--save_step", "1", restarts=1)
+    read_until(process, "Epoch: [1][5/20]")
+    os.kill(workers(process)[1], signal.SIGKILL)
+    code, _, said = ended(process)
+    assert code == 0 and "Resumed" in said, said
+    assert re.search(r"error: process 0 of 2: another one is gone", said)
+    check_same_run(one_process / "bank", "runs/runX", 3e-5, 1e-6)
+
+
+@pytest.mark.parametrize("run", ["local", "mb"])
+def test_an_evaluation_by_three_processes_prints_the_released_lines_once(folder, run):
+    code, out, said = ended(torchrun(3, "compute_results.py", "--model_path", f"runs/{run}/model_best.pth.tar",
+                                     "--data_path", "data", "--vocab_path", "vocab", "--device", "cpu"))
+    assert code == 0, said
+    assert out.splitlines() == json.loads((RELEASED / "expected.json").read_text())[run]["printed"]
+    assert Path("ranks.pth.tar").exists()
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, flags, sentence", [
+    ("train.py", [*TRAIN, "--batch_size", "1"], "--batch_size 1 for 2 processes"),
+    (TOGETHER, ["differing", "--margin", "0.3", *TRAIN], "the processes differ in --margin: give all the same"),
+])
+def test_bad_input_ends_all_processes_with_one_sentence(folder, script, flags, sentence):
+    code, out, said = ended(torchrun(2, script, *flags))
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code and not out and len(errors) == 1 and sentence in errors[0], said
+    assert re.findall(r"exitcode +: (-?\d+)", said) == ["2", "2"], said
+    assert not Path("runs/runX").exists()
+
+
+@pytest.mark.parametrize("name, reason", [("cuda:3", "each process takes the GPU of its number"), ("mps", "torchrun")])
+def test_a_device_that_processes_cannot_share_is_refused(name, reason, monkeypatch):
+    assert distributed.device_name(name) == name
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    with pytest.raises(InputError, match=reason):
+        distributed.device_name(name)
+    assert distributed.device_name("cpu") == "cpu"
+
+
+def test_reproduce_is_refused_under_torchrun(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"TORCHELASTIC_RUN_ID": "some", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="starts its runs itself"):
+        reproduce.main([])
+    assert not list(tmp_path.iterdir())
