@@ -43,6 +43,7 @@ def add_source_flags(group):
     """What to evaluate."""
     group.add_argument("--model_path", default="runs/runX/model_best.pth.tar", help="checkpoint file")
     group.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
+    group.add_argument("--data_name", help="data set to evaluate on (default: the checkpoint's)")
     group.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
                                             "vocab_path where it carries none)")
     group.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import checkpoint
+from caption_files import is_precomputed
 from data import get_test_loader
 from device import choose_device, choose_matmul_precision
 from errors import InputError, replacing
@@ -20,7 +21,6 @@ from loss import order_sim  # noqa: F401 (handed on: the family imports it from 
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
 from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
-from vocab import find_vocabulary, vocabulary_path
 from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
 
 FOLDS = 5
@@ -37,7 +37,7 @@ def embed(model, loader, stride=1):
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
     n_images = -(-dataset.n_images // stride)
-    images = torch.cat([model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() == 2 else batch)
+    images = torch.cat([model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() < 4 else batch)
                         for batch in dataset.load_images(batch_size, loader.workers, stride)])[:n_images]
     chosen = torch.arange(len(dataset))[dataset.image_of % stride == 0]
     padded = dataset.word_ids.padded(chosen, int(dataset.word_ids.lengths.max()))
@@ -198,7 +198,7 @@ class Checkpoint(NamedTuple):
 def load_for_evaluation(opt_eval):
     """The Checkpoint opt_eval.model_path.
 
-    opt_eval may also have data_path, vocab_path, device, batch_size, caption_reading, skip_broken_images.
+    opt_eval may also have data_path, data_name, vocab_path, device, batch_size, caption_reading, skip_broken_images.
     Raises InputError where checkpoint and vocabulary do not fit each other.
     """
     path = opt_eval.model_path
@@ -211,14 +211,12 @@ def load_for_evaluation(opt_eval):
     opt.cache_dir = os.path.join(opt.data_path, ".cache")  # never one that a stranger's checkpoint names
     opt.skip_broken_images = getattr(opt_eval, "skip_broken_images", False)
     opt.cnn_weights = "none"  # the checkpoint's own take their place
-    vocabulary = None if getattr(opt_eval, "vocab_path", None) else checkpoint.vocabulary(content, path)
-    vocabulary = vocabulary or find_vocabulary(opt.vocab_path, opt.data_name)
-    if vocabulary is None:
-        raise InputError(f"no vocabulary {vocabulary_path(opt.vocab_path, opt.data_name)} (or .pkl): name its folder "
-                         "with --vocab_path")
-    if len(vocabulary) != opt.vocab_size:
-        raise InputError(f"the vocabulary for {opt.data_name} in {opt.vocab_path} has {len(vocabulary)} words, the "
-                         f"checkpoint {path} was trained with {opt.vocab_size}: name the right one with --vocab_path")
+    vocabulary = checkpoint.vocabulary(content, path, getattr(opt_eval, "vocab_path", None))
+    data_name = getattr(opt_eval, "data_name", None) or opt.data_name
+    if is_precomputed(data_name) != is_precomputed(opt.data_name):
+        raise InputError(f"--data_name {data_name}: the checkpoint {path} was trained on {opt.data_name}, and one of "
+                         "them is of photos, the other of features: name a data set of the same kind")
+    opt.data_name = data_name
     model = VSE(opt)
     checkpoint.load_weights(model, content, path)
     device = choose_device(getattr(opt_eval, "device", "auto"))

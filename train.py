@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -36,9 +37,9 @@ from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, loss_kind
 from memory_bank import MemoryBank, build_bank, draw_batches
 from meters import LogCollector
-from model import VSE, cnn_types
+from model import ENC_TYPES, IMAGE_POOLINGS, TEXT_POOLINGS, VSE, cnn_types
 from ranking import rank_both_ways
-from vocab import READINGS, build_vocab, find_vocabulary, vocabulary_path, write_vocabulary
+from vocab import MASK, READINGS, build_vocab, find_vocabulary, vocabulary_of, vocabulary_path, write_vocabulary
 from watch import GaveUp, StepFigures, Watch, figures_of
 from word_ids import seed_for
 
@@ -87,12 +88,18 @@ def add_model_flags(group):
     group.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
     group.add_argument("--num_layers", default=1, type=count, help="layers of the GRU")
     group.add_argument("--img_dim", type=count, help="width of the precomputed features (default: that of the file)")
+    group.add_argument("--precomp_enc_type", default="basic", choices=ENC_TYPES, help="features: one linear layer, or "
+                       "for regions VSE-infinity's with an MLP")
+    group.add_argument("--image_pooling", choices=IMAGE_POOLINGS, help="of regions (default: mean)")
+    group.add_argument("--text_pooling", default="last", choices=TEXT_POOLINGS, help="of a caption's words")
+    group.add_argument("--bi_gru", action="store_true", help="a GRU in both directions, of which the mean is taken")
     group.add_argument("--cnn_type", default="vgg19", help="torchvision's VGG or ResNet for raw images")
     group.add_argument("--cnn_weights", default="imagenet", help="imagenet, none (random), or a state dict file")
     group.add_argument("--finetune", action="store_true", help="train the CNN, too")
     group.add_argument("--measure", default="cosine", choices=["cosine", "order"], help="similarity")
     group.add_argument("--use_abs", action="store_true", help="absolute value of the embeddings")
     group.add_argument("--no_imgnorm", action="store_true", help="do not normalise the image embeddings")
+    group.add_argument("--no_txtnorm", action="store_true", help="do not normalise the caption embeddings")
 
 
 def add_loss_flags(group):
@@ -118,9 +125,14 @@ def add_loss_flags(group):
 def add_training_flags(group):
     """How it is trained."""
     count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
+    rate = number(float, 0, 1)
     group.add_argument("--num_epochs", default=15, type=number(int, 0), help="epochs in all")
     group.add_argument("--batch_size", default=128, type=count, help="pairs a step")
     group.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
+    group.add_argument("--weight_decay", default=0.0, type=share, help="AdamW's (0: Adam)")
+    group.add_argument("--drop_regions", default=0.0, type=rate, help="share of regions left out of a training batch")
+    group.add_argument("--drop_words", default=0.0, type=rate, help="share of words touched in training: of these half "
+                       "become <mask>, a tenth random, the rest is removed")
     group.add_argument("--lr_update", default=8, type=count, help="epochs after which it is divided by 10")
     group.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
     group.add_argument("--lr_warmup_steps", default=0, type=number(int, 0),
@@ -196,20 +208,17 @@ def load_start(opt):
 
 def get_vocabulary(opt, start):
     """(The start checkpoint's words, else the vocabulary file's, else new ones; whether they are new)."""
-    vocabulary = checkpoint.vocabulary(start, opt.resume or opt.init_from) if start else None
-    vocabulary = vocabulary or find_vocabulary(opt.vocab_path, opt.data_name)
-    found = vocabulary is not None
-    if not found and start:
-        raise InputError(f"{opt.resume or opt.init_from} carries no vocabulary, and there is none in "
-                         f"{vocabulary_path(opt.vocab_path, opt.data_name)} (or .pkl): name the folder of the one it "
-                         "was trained with by --vocab_path")
-    vocabulary = vocabulary or build_vocab(opt.data_path, opt.data_name)
-    if start and start["opt"].vocab_size != len(vocabulary):
-        raise InputError(f"the vocabulary for {opt.data_name} in {opt.vocab_path} has {len(vocabulary)} words, the "
-                         f"checkpoint {opt.resume or opt.init_from} was trained with {start['opt'].vocab_size}: name "
-                         "the right one with --vocab_path")
+    if start:
+        start["opt"].vocab_path = opt.vocab_path
+        vocabulary, is_new = checkpoint.vocabulary(start, opt.resume or opt.init_from), False
+    else:
+        vocabulary = find_vocabulary(opt.vocab_path, opt.data_name)
+        is_new = vocabulary is None
+        vocabulary = vocabulary or build_vocab(opt.data_path, opt.data_name)
+        if opt.drop_words:
+            vocabulary.add_word(MASK)
     opt.vocab_size = len(vocabulary)
-    return vocabulary, not found
+    return vocabulary, is_new
 
 
 def build_model(opt, start, device):
@@ -285,8 +294,8 @@ class Run:
         self.warmup_criterion = ContrastiveLoss(
             argparse.Namespace(**{**vars(opt), "max_violation": False, "sum_violation": True}))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=opt.learning_rate,
-                                          fused=model.device.type in ("cpu", "cuda"))
+        kind = partial(torch.optim.AdamW, weight_decay=opt.weight_decay) if opt.weight_decay else torch.optim.Adam
+        self.optimizer = kind(self.parameters, lr=opt.learning_rate, fused=model.device.type in ("cpu", "cuda"))
         self.epoch, self.step_in_epoch, self.steps, self.best_rsum = 0, 0, 0, 0.0
         self.bank, self.meters, self.pending, self.watch = None, LogCollector(), [], Watch(opt, log)
         self.path = os.path.join(opt.logger_name, "checkpoint.pth.tar")
@@ -378,7 +387,7 @@ def train_step(run, batch, criterion):
 def train_epoch(run, stop):
     """The rest of an epoch's batches; validates every `val_step` steps, saves every `save_step` and when stopped."""
     criterion, steps = epoch_criterion(run), len(run.train_loader)
-    batches, end = run.train_loader.load(run.train_loader.batches()[run.step_in_epoch:]), time.time()
+    batches, end = run.train_loader.load(run.train_loader.batches()[run.step_in_epoch:], augmented=True), time.time()
     for batch in tqdm(batches, f"Epoch {run.epoch}", steps, initial=run.step_in_epoch, leave=False, disable=None):
         run.model.train_start()
         data_time, lr = time.time() - end, adjust_learning_rate(run)
@@ -521,7 +530,7 @@ def main(argv=None):
         run.restore(start)
     if is_new:  # written now that the data it was built from has been found good
         path = vocabulary_path(opt.vocab_path, opt.data_name)
-        write_vocabulary(vocabulary, path)
+        write_vocabulary(vocabulary_of([word for word in vocabulary.words if word != MASK]), path)
         log(f"There was no vocabulary: built {path} with {len(vocabulary)} words")
     held = run_record.lock(opt.logger_name)
     if resuming and checkpoint.written(last) != written:
