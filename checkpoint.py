@@ -75,6 +75,14 @@ def load(path):
     Nothing but tensors, plain containers, NumPy scalars and argparse.Namespace is admitted.
     Raises InputError if the file is missing, torn, of another kind, or asks for anything else.
     """
+    content = _read(path)
+    _check(content, path)
+    _complete(content["opt"], _sizes(content["model"]), path)
+    return content
+
+
+def _read(path):
+    """What the file holds, whatever that is."""
     check_regular(path)
     try:
         if zipfile.is_zipfile(path):
@@ -83,7 +91,7 @@ def load(path):
                     raise InputError(f"checkpoint {path} is refused: it is compressed, which torch.save never does, "
                                      "and could fill the memory")
         with torch.serialization.safe_globals(_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except OSError as error:
@@ -97,9 +105,11 @@ def load(path):
         detail = re.search(r"WeightsUnpickler error: (.+)", reason) or re.search(r"(.+)", reason)
         raise InputError(f"{path} is not a checkpoint, or is cut short ({detail[1]}): fetch or make it again"
                          ) from error
-    _check(content, path)
-    opt = content["opt"]
-    for name, value in {**OPTION_DEFAULTS, **_sizes(content["model"])}.items():
+
+
+def _complete(opt, sizes, path):
+    """Give the options what they lack; raises InputError where they are of another kind or deny the weights' sizes."""
+    for name, value in {**OPTION_DEFAULTS, **sizes}.items():
         if not hasattr(opt, name):
             setattr(opt, name, value)
     for name, value in OPTION_DEFAULTS.items():
@@ -107,7 +117,7 @@ def load(path):
                 isinstance(value, float) and isinstance(getattr(opt, name), int)):
             raise InputError(f"checkpoint {path} has a {type(getattr(opt, name)).__name__} for the option {name}, "
                              f"which should be like {value!r}")
-    for name, value in _sizes(content["model"]).items():
+    for name, value in sizes.items():
         if getattr(opt, name) != value and not (name == "img_dim" and not opt.data_name.endswith("_precomp")):
             given = getattr(opt, name) if type(getattr(opt, name)) is int else "something else"
             raise InputError(f"checkpoint {path} contradicts itself: its options give {name} as {given}, its weights "
@@ -115,7 +125,6 @@ def load(path):
     if opt.measure not in ("cosine", "order") or min(opt.batch_size, opt.crop_size, opt.workers + 1) < 1:
         raise InputError(f"checkpoint {path} has options out of range: measure {opt.measure}, batch_size "
                          f"{opt.batch_size}, crop_size {opt.crop_size}, workers {opt.workers}")
-    return content
 
 
 def _check(content, path):

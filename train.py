@@ -49,92 +49,116 @@ KEEP_DRAW = 2
 def parse_args(argv=None):
     """The script's flags; original names and defaults."""
     parser = ArgumentParser("Train a visual-semantic embedding with HAL or a margin loss.")
-    count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
-    finite = number(float, -math.inf)
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default="data", help="folder that holds the data sets")
-    data.add_argument("--data_name", default="sample_precomp",
-                      help="data set: *_precomp (features), coco, f8k, f30k, or any folder with dataset_<name>.json")
-    data.add_argument("--vocab_path", default="./vocab/", help="folder of <data_name>_vocab.json or .pkl")
-    data.add_argument("--cache_dir", help="folder for tokenized captions (default: <data_path>/.cache)")
-    data.add_argument("--features_on_device", action=argparse.BooleanOptionalAction,
-                      help="keep the features in GPU memory (default: where they fit in half of what is free)")
-    data.add_argument("--caption_reading", choices=READINGS,
-                      help="how captions become words (default: text, or as in the checkpoint that is started from)")
-    data.add_argument("--use_restval", action="store_true", help="coco: train on the restval captions, too")
-    data.add_argument("--skip_broken_images", action="store_true",
-                      help="leave out raw images that cannot be decoded (checked at the start)")
-    data.add_argument("--crop_size", default=224, type=count, help="pixels of the random training crop (raw images)")
-    data.add_argument("--workers", default=10, type=number(int, 0), help="processes that decode raw images")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--word_dim", default=300, type=count, help="width of the word embedding")
-    model.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
-    model.add_argument("--num_layers", default=1, type=count, help="layers of the GRU")
-    model.add_argument("--img_dim", type=count, help="width of the precomputed features (default: that of the file)")
-    model.add_argument("--cnn_type", default="vgg19", help="torchvision's VGG or ResNet for raw images")
-    model.add_argument("--cnn_weights", default="imagenet", help="imagenet, none (random), or a state dict file")
-    model.add_argument("--finetune", action="store_true", help="train the CNN, too")
-    model.add_argument("--measure", default="cosine", choices=["cosine", "order"], help="similarity")
-    model.add_argument("--use_abs", action="store_true", help="absolute value of the embeddings")
-    model.add_argument("--no_imgnorm", action="store_true", help="do not normalise the image embeddings")
-
-    loss = parser.add_argument_group("loss (HAL unless a margin loss is chosen)")
-    loss.add_argument("--margin", default=0.2, type=share, help="margin of the hinge losses")
-    loss.add_argument("--max_violation", action="store_true", help="max-margin (VSE++): the hardest negatives")
-    loss.add_argument("--sum_violation", action="store_true", help="sum-margin: all negatives")
-    loss.add_argument("--local_alpha", default=30.0, type=positive, help="HAL: scale a in exp(a (S_ij - e))")
-    loss.add_argument("--local_ep", default=0.3, type=finite, help="HAL: margin e in exp(a (S_ij - e))")
-    loss.add_argument("--memory_bank", action="store_true", help="HAL: global weights from a memory bank, from the "
-                                                                 "second epoch on")
-    loss.add_argument("--global_alpha", default=40.0, type=share, help="bank: scale g of the positive weights w_i")
-    loss.add_argument("--global_beta", default=40.0, type=share, help="bank: scale b of the pair weights W_ij")
-    loss.add_argument("--global_ep_posi", default=0.2, type=finite, help="bank: e+ of w_i (it cancels: no effect)")
-    loss.add_argument("--global_ep_nega", default=0.1, type=finite, help="bank: e- in exp(b P_ik - e-)")
-    loss.add_argument("--mb_k", default=250, type=count, help="bank: nearest neighbours that count")
-    loss.add_argument("--mb_rate", default=0.05, type=number(float, 0, 1, low_allowed=False),
-                      help="bank: share of the training pairs it holds")
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--num_epochs", default=15, type=number(int, 0), help="epochs in all")
-    training.add_argument("--batch_size", default=128, type=count, help="pairs a step")
-    training.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
-    training.add_argument("--lr_update", default=8, type=count, help="epochs after which it is divided by 10")
-    training.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
-    training.add_argument("--lr_warmup_steps", default=0, type=number(int, 0),
-                          help="steps over which the learning rate rises linearly to --learning_rate")
-    training.add_argument("--warmup_epochs", default=0, type=number(int, 0), help="epochs trained with --warmup_loss")
-    training.add_argument("--warmup_loss", default="sum", choices=["sum"], help="sum: the sum-margin loss")
-    training.add_argument("--skip_bad_steps", default=0, type=number(int, 0),
-                          help="steps in a row with a loss or gradient that is not finite that may pass without update")
-    training.add_argument("--collapse_patience", default=50, type=count,
-                          help="steps in a row that must look collapsed before anything is said")
-    training.add_argument("--on_collapse", choices=["stop", "warn"],
-                          help="what to do then (default: stop; with --max_violation, which may recover, warn)")
-    training.add_argument("--seed", default=0, type=number(int, 0, 2**63 - 1), help="decides weights, order and bank")
-    training.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
-    training.add_argument("--amp", default="off", choices=["off", "bf16"],
-                          help="bf16: the encoders' matrix products in bf16; on CUDA the GRU computes in float16")
-    start = training.add_mutually_exclusive_group()
-    start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
-                       help="continue this run where it stopped; auto: from the run folder's newest checkpoint, if any")
-    start.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
-                                                                             "released code's)")
-    training.add_argument("--reset_train", action="store_true", help="accepted as in the released code: no effect")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--logger_name", default="runs/runX", help="run folder: checkpoints and TensorBoard")
-    output.add_argument("--log_step", default=10, type=count, help="steps between log lines")
-    output.add_argument("--val_step", default=500, type=count, help="steps between validations")
-    output.add_argument("--save_step", type=count, help="steps between checkpoints within an epoch (default: none)")
-    output.add_argument("--keep", type=count, help="Epoch-<n> files that --save_all keeps (default: all)")
-    output.add_argument("--save_all", action="store_true", help="keep Epoch-<n>-model.pth.tar of every epoch")
-    output.add_argument("--record_val", action="store_true", help="append every epoch's rsum to rst_val_<run>")
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_loss_flags(parser.add_argument_group("loss (HAL unless a margin loss is chosen)"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_start_flags(parser.add_argument_group("start"))
+    add_output_flags(parser.add_argument_group("output"))
     opt = parser.parse_args(argv)
     opt.cache_dir = opt.cache_dir or os.path.join(opt.data_path, ".cache")
     _check(opt)
     return opt
+
+
+def add_data_flags(group):
+    """The data set."""
+    count = number(int, 1)
+    group.add_argument("--data_path", default="data", help="folder that holds the data sets")
+    group.add_argument("--data_name", default="sample_precomp",
+                       help="data set: *_precomp (features), coco, f8k, f30k, or any folder with dataset_<name>.json")
+    group.add_argument("--vocab_path", default="./vocab/", help="folder of <data_name>_vocab.json or .pkl")
+    group.add_argument("--cache_dir", help="folder for tokenized captions (default: <data_path>/.cache)")
+    group.add_argument("--features_on_device", action=argparse.BooleanOptionalAction,
+                       help="keep the features in GPU memory (default: where they fit in half of what is free)")
+    group.add_argument("--caption_reading", choices=READINGS,
+                       help="how captions become words (default: text, or as in the checkpoint that is started from)")
+    group.add_argument("--use_restval", action="store_true", help="coco: train on the restval captions, too")
+    group.add_argument("--skip_broken_images", action="store_true",
+                       help="leave out raw images that cannot be decoded (checked at the start)")
+    group.add_argument("--crop_size", default=224, type=count, help="pixels of the random training crop (raw images)")
+    group.add_argument("--workers", default=10, type=number(int, 0), help="processes that decode raw images")
+
+
+def add_model_flags(group):
+    """The model."""
+    count = number(int, 1)
+    group.add_argument("--word_dim", default=300, type=count, help="width of the word embedding")
+    group.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
+    group.add_argument("--num_layers", default=1, type=count, help="layers of the GRU")
+    group.add_argument("--img_dim", type=count, help="width of the precomputed features (default: that of the file)")
+    group.add_argument("--cnn_type", default="vgg19", help="torchvision's VGG or ResNet for raw images")
+    group.add_argument("--cnn_weights", default="imagenet", help="imagenet, none (random), or a state dict file")
+    group.add_argument("--finetune", action="store_true", help="train the CNN, too")
+    group.add_argument("--measure", default="cosine", choices=["cosine", "order"], help="similarity")
+    group.add_argument("--use_abs", action="store_true", help="absolute value of the embeddings")
+    group.add_argument("--no_imgnorm", action="store_true", help="do not normalise the image embeddings")
+
+
+def add_loss_flags(group):
+    """The loss."""
+    count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
+    finite = number(float, -math.inf)
+    group.add_argument("--margin", default=0.2, type=share, help="margin of the hinge losses")
+    group.add_argument("--max_violation", action="store_true", help="max-margin (VSE++): the hardest negatives")
+    group.add_argument("--sum_violation", action="store_true", help="sum-margin: all negatives")
+    group.add_argument("--local_alpha", default=30.0, type=positive, help="HAL: scale a in exp(a (S_ij - e))")
+    group.add_argument("--local_ep", default=0.3, type=finite, help="HAL: margin e in exp(a (S_ij - e))")
+    group.add_argument("--memory_bank", action="store_true", help="HAL: global weights from a memory bank, from the "
+                       "second epoch on")
+    group.add_argument("--global_alpha", default=40.0, type=share, help="bank: scale g of the positive weights w_i")
+    group.add_argument("--global_beta", default=40.0, type=share, help="bank: scale b of the pair weights W_ij")
+    group.add_argument("--global_ep_posi", default=0.2, type=finite, help="bank: e+ of w_i (it cancels: no effect)")
+    group.add_argument("--global_ep_nega", default=0.1, type=finite, help="bank: e- in exp(b P_ik - e-)")
+    group.add_argument("--mb_k", default=250, type=count, help="bank: nearest neighbours that count")
+    group.add_argument("--mb_rate", default=0.05, type=number(float, 0, 1, low_allowed=False),
+                       help="bank: share of the training pairs it holds")
+
+
+def add_training_flags(group):
+    """How it is trained."""
+    count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
+    group.add_argument("--num_epochs", default=15, type=number(int, 0), help="epochs in all")
+    group.add_argument("--batch_size", default=128, type=count, help="pairs a step")
+    group.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
+    group.add_argument("--lr_update", default=8, type=count, help="epochs after which it is divided by 10")
+    group.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
+    group.add_argument("--lr_warmup_steps", default=0, type=number(int, 0),
+                       help="steps over which the learning rate rises linearly to --learning_rate")
+    group.add_argument("--warmup_epochs", default=0, type=number(int, 0), help="epochs trained with --warmup_loss")
+    group.add_argument("--warmup_loss", default="sum", choices=["sum"], help="sum: the sum-margin loss")
+    group.add_argument("--skip_bad_steps", default=0, type=number(int, 0),
+                       help="steps in a row with a loss or gradient that is not finite that may pass without update")
+    group.add_argument("--collapse_patience", default=50, type=count,
+                       help="steps in a row that must look collapsed before anything is said")
+    group.add_argument("--on_collapse", choices=["stop", "warn"],
+                       help="what to do then (default: stop; with --max_violation, which may recover, warn)")
+
+
+def add_start_flags(group):
+    """Where a run computes, and from what it starts."""
+    group.add_argument("--seed", default=0, type=number(int, 0, 2**63 - 1), help="decides weights, order and bank")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    group.add_argument("--amp", default="off", choices=["off", "bf16"],
+                       help="bf16: the encoders' matrix products in bf16; on CUDA the GRU computes in float16")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
+                       help="continue this run where it stopped; auto: from the run folder's newest checkpoint, if any")
+    start.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
+                       "released code's)")
+    group.add_argument("--reset_train", action="store_true", help="accepted as in the released code: no effect")
+
+
+def add_output_flags(group):
+    """What is written, and when."""
+    count = number(int, 1)
+    group.add_argument("--logger_name", default="runs/runX", help="run folder: checkpoints and TensorBoard")
+    group.add_argument("--log_step", default=10, type=count, help="steps between log lines")
+    group.add_argument("--val_step", default=500, type=count, help="steps between validations")
+    group.add_argument("--save_step", type=count, help="steps between checkpoints within an epoch (default: none)")
+    group.add_argument("--keep", type=count, help="Epoch-<n> files that --save_all keeps (default: all)")
+    group.add_argument("--save_all", action="store_true", help="keep Epoch-<n>-model.pth.tar of every epoch")
+    group.add_argument("--record_val", action="store_true", help="append every epoch's rsum to rst_val_<run>")
 
 
 def _check(opt):

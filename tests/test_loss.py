@@ -12,6 +12,7 @@ from conftest import REFERENCE
 from loss import ContrastiveLoss, cosine_sim, hal_loss, max_margin_loss, order_sim, sum_margin_loss
 
 CASES = json.loads((REFERENCE / "losses.json").read_text())
+VSE_INFINITY = json.loads((REFERENCE / "vse_infty" / "losses.json").read_text())
 BANK = ("bank_image_embeddings", "bank_caption_embeddings", "bank_indices")
 
 
@@ -47,6 +48,40 @@ def test_loss_and_gradients_equal_the_released_code(case):
     assert abs(loss.item() - case["loss"]) < 1e-9
     assert (im.grad - numbers["grad_image"]).abs().max() < 1e-9
     assert (s.grad - numbers["grad_caption"]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("case", VSE_INFINITY, ids=lambda case: case["name"])
+def test_loss_and_gradients_equal_vse_infinity_s(case):
+    """Its hardest negative is one of those that tie, ours is all of them: there gradients are held against a loop."""
+    numbers = {name: torch.from_numpy(value) for name, value in
+               np.load(REFERENCE / "vse_infty" / "losses.npz").items()}
+    im = numbers[f"{case['batch']}_image"].requires_grad_()
+    s = numbers[f"{case['batch']}_caption"].requires_grad_()
+    opt = options(max_violation=case["max_violation"], sum_violation=True, margin=case["margin"])
+    loss = ContrastiveLoss(opt)(im, s)
+    loss.backward()
+    assert abs(loss.item() - case["loss"]) < 1e-9
+    grad_image, grad_caption = (numbers[f"{case['name']}_grad_{kind}"] for kind in ("image", "caption"))
+    if case["name"] == "ties_max_0.2":
+        of_similarities = torch.tensor(hardest_gradient((im @ s.t()).tolist(), case["margin"]), dtype=torch.float64)
+        grad_image, grad_caption = of_similarities @ s, of_similarities.t() @ im
+    assert (im.grad - grad_image).abs().max() < 1e-9
+    assert (s.grad - grad_caption).abs().max() < 1e-9
+
+
+def hardest_gradient(S, margin):
+    """The max-margin loss's gradient in each similarity: shared by those that tie, nothing where none violates."""
+    n = len(S)
+    gradient = [[0.0] * n for _ in range(n)]
+    for i in range(n):
+        for cells in ([(i, j) for j in range(n) if j != i], [(j, i) for j in range(n) if j != i]):
+            worst = max((S[a][b] for a, b in cells), default=-1)
+            ties = [(a, b) for a, b in cells if S[a][b] == worst]
+            if margin + worst - S[i][i] > 0:
+                gradient[i][i] -= 1
+                for a, b in ties:
+                    gradient[a][b] += 1 / len(ties)
+    return gradient
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["uses_bank"]], ids=lambda case: case["name"])

@@ -26,6 +26,7 @@ import compute_results
 import sample_data
 import train
 from errors import InputError
+from loss import loss_kind
 from model import VSE
 from vocab import vocabulary_of, write_vocabulary
 
@@ -121,6 +122,17 @@ def test_the_learning_rate_falls_to_a_tenth_every_lr_update_epochs(epoch, lr_upd
     opt = Namespace(learning_rate=0.002, lr_update=lr_update, lr_warmup_steps=0)
     train.adjust_learning_rate(Namespace(epoch=epoch, steps=0, opt=opt, optimizer=Namespace(param_groups=[group])))
     assert group["lr"] == pytest.approx(0.002 * factor)
+
+
+@pytest.mark.parametrize("schedule", json.loads((REFERENCE / "vse_infty" / "schedule.json").read_text()),
+                         ids=lambda schedule: f"warm-up {schedule['options']['vse_mean_warmup_epochs']}")
+def test_the_warm_up_is_vse_infinity_s(schedule):
+    flags = ["--max_violation", "--warmup_epochs", str(schedule["options"]["vse_mean_warmup_epochs"])]
+    opt = Namespace(**{**vars(train.parse_args(flags)), "img_dim": 5, "embed_size": 4, "vocab_size": 9, "word_dim": 3})
+    run = train.Run(opt, VSE(opt), (None, None), None)
+    for place in schedule["epochs"]:
+        run.epoch = place["epoch"]
+        assert loss_kind(train.epoch_criterion(run).opt) == ("max" if place["max_violation"] else "sum")
 
 
 # Runs on precomputed features -------------------------------------------------------------------
