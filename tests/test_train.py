@@ -626,7 +626,7 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
     "captions of another number": (caps("train", b"a dog\n" * 59), [], ["59", "12"]),
     "dev captions of another number": (caps("dev", b"a dog\n" * 26), [], ["26", "5"]),
     "features in one dimension": (ims("train", np.ones(12, np.float32)), [], ["train_ims.npy", "(12,)"]),
-    "features in three dimensions": (ims("train", np.ones((12, 8, 2), np.float32)), [], ["train_ims.npy"]),
+    "features in four dimensions": (ims("train", np.ones((12, 8, 2, 2), np.float32)), [], ["train_ims.npy"]),
     "features of text": (ims("train", np.array([["x"] * 8] * 12)), [], ["train_ims.npy"]),
     "features of objects": (ims("train", np.array([[Smuggled()] * 8] * 12)), [], ["train_ims.npy"]),
     "features torn": (cut("data/tiny_precomp/train_ims.npy", -7), [], ["train_ims.npy"]),
