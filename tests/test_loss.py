@@ -96,6 +96,15 @@ def test_margin_losses_of_a_collapsed_pair_are_the_margins(loss, expected):
     assert float(loss(torch.full((2, 2), 0.7, dtype=torch.float64), 0.2)) == pytest.approx(expected, abs=1e-15)
 
 
+@pytest.mark.parametrize("loss, expected", [
+    (sum_margin_loss, lambda rows: loops.sum_margin(rows, 0.2)),
+    (max_margin_loss, lambda rows: loops.max_margin(rows, 0.2)),
+    (hal_loss, lambda rows: loops.hal(rows, 30.0, 0.3))], ids=["sum", "max", "hal"])
+def test_without_parameters_the_losses_take_the_released_ones(loss, expected):
+    S, rows = matrix(5, seed=8)
+    assert float(loss(S)) == pytest.approx(expected(rows), abs=1e-12)
+
+
 @pytest.mark.parametrize("alpha, epsilon", [(30.0, 0.3), (60.0, 0.7), (1.0, 0.0), (5.0, -0.2)])
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_local_hal_equals_the_loop(n, alpha, epsilon):
@@ -111,6 +120,14 @@ def test_weighted_hal_equals_the_loop(n):
     expected = loops.hal(rows, 30.0, 0.3, [[loops.Decimal(float(x)) for x in row] for row in W],
                          [loops.Decimal(float(x)) for x in w])
     assert float(hal_loss(S, 30.0, 0.3, (W, w))) == pytest.approx(expected, abs=1e-12)
+
+
+def test_where_nothing_can_overflow_local_hal_rounds_like_the_plain_formula():
+    """To the last bit of float32: below epsilon no exponent is above 0, and nothing is shifted."""
+    S = matrix(40, seed=4)[0].float() * 0.3
+    E = torch.exp(30.0 * (S.masked_fill(torch.eye(40, dtype=torch.bool), 0) - 0.3))
+    plain = (torch.log(1 + E.sum(0)) + torch.log(1 + E.sum(1))) / 30.0 - torch.log(1 + S.diagonal().relu())
+    assert float(hal_loss(S)) == float(plain.mean())
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
