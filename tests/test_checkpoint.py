@@ -97,16 +97,20 @@ def test_a_checkpoint_from_cuda_loads_without_it(tmp_path, monkeypatch):
 
 def test_options_that_an_older_checkpoint_lacks_take_their_defaults(tmp_path):
     """VSE++'s first ones."""
-    opt = Namespace(data_name="tiny_precomp", data_path="/elsewhere", vocab_path="./vocab/")
-    checkpoint.save(str(tmp_path / "old.pth.tar"), released(opt=opt))
+    checkpoint.save(str(tmp_path / "old.pth.tar"), released(opt=Namespace(data_name="tiny_precomp", data_path="/else")))
     content = checkpoint.load(str(tmp_path / "old.pth.tar"))
-    found = {name: getattr(content["opt"], name) for name in (
-        "measure", "use_abs", "no_imgnorm", "finetune", "cnn_type", "crop_size", "batch_size", "workers",
-        "use_restval", "data_path", "logger_name", *SIZES)}
-    assert found == {"measure": "cosine", "use_abs": False, "no_imgnorm": False, "finetune": False,
-                     "cnn_type": "vgg19", "crop_size": 224, "batch_size": 128, "workers": 10, "use_restval": False,
-                     "data_path": "/elsewhere", "logger_name": "runs/runX", **SIZES}
+    assert vars(content["opt"]) == {
+        "data_name": "tiny_precomp", "data_path": "/else", **SIZES, "vocab_path": "./vocab/", "measure": "cosine",
+        "use_abs": False, "no_imgnorm": False, "finetune": False, "cnn_type": "vgg19", "crop_size": 224,
+        "batch_size": 128, "workers": 10, "use_restval": False, "logger_name": "runs/runX", "margin": 0.2,
+        "max_violation": False, "sum_violation": False, "memory_bank": False}
     assert checkpoint.caption_reading(content) == "text"
+
+
+def test_options_that_not_even_say_which_data_they_were_for_take_the_defaults_too(tmp_path):
+    checkpoint.save(str(tmp_path / "old.pth.tar"), released(opt=Namespace()))
+    opt = checkpoint.load(str(tmp_path / "old.pth.tar"))["opt"]
+    assert (opt.data_name, opt.data_path) == ("precomp", "data")
 
 
 @pytest.mark.parametrize("opt, marker, reading", [
@@ -334,6 +338,21 @@ def test_a_run_of_another_model_is_not_restored(saved, name, value):
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match=f"--resume.*--{name}"):
         checkpoint.restore(checkpoint.load(path), path, model, optimizer, options(**{name: value}), print)
+
+
+def test_what_does_not_make_another_model_may_change_and_is_said(saved):
+    path, said = saved[0], []
+    model, optimizer = run_of(2)
+    content = checkpoint.load(path)
+    names = ("data_path vocab_path cache_dir features_on_device logger_name resume init_from cnn_weights num_epochs "
+             "learning_rate lr_update workers device amp log_step val_step save_step save_all keep record_val "
+             "reset_train skip_bad_steps collapse_patience on_collapse").split()
+    for name in names:
+        setattr(content["opt"], name, "then")
+    now = options(**{name: "now" for name in names}, newly_made="now")  # an option of a later version, too
+    checkpoint.restore(content, path, model, optimizer, now, said.append)
+    assert said == [f"--{name} was then before, and is now from here on" for name in names
+                    if name not in ("resume", "init_from")]
 
 
 def test_a_released_checkpoint_is_not_restored_but_pointed_to_init_from():
