@@ -35,7 +35,7 @@ from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, cosine_sim
 from memory_bank import build_bank, draw_batches, in_batch
 from model import VSE, l2norm
-from ranking import rank_both_ways
+from ranking import Cosine, rank_both_ways
 from run_record import Log
 from vocab import SPECIAL_WORDS, nltk_words, tokenize, vocabulary_of
 from watch import StepFigures, figures_of
@@ -151,12 +151,13 @@ def made_up_embeddings(images, size, device):
 def reference_batches(dataset, vocab, batch_size):
     """Batches as the original makes them: each caption tokenized when asked for, samples joined in Python."""
     order, features = torch.randperm(len(dataset)).tolist(), dataset.images.numpy()
+    captions_per_row = len(dataset) // len(features)
     for start in range(0, len(order), batch_size):
         samples = []
         for index in order[start:start + batch_size]:
             caption = nltk_words(dataset.captions[index].lower())
             words = [vocab("<start>"), *(vocab(word) for word in caption), vocab("<end>")]
-            samples.append((torch.Tensor(features[index // dataset.captions_per_row]), torch.Tensor(words), index))
+            samples.append((torch.Tensor(features[index // captions_per_row]), torch.Tensor(words), index))
         samples.sort(key=lambda sample: len(sample[1]), reverse=True)
         images, captions, indices = zip(*samples)
         lengths = [len(caption) for caption in captions]
@@ -383,9 +384,9 @@ def bench_hubs(options, timer, n_images):
 
     def corrected(name):
         wanted = [(name, parameters_of(name))]
-        pairs = zip(corrections_of("i2t", captions, bank_images, wanted),
-                    corrections_of("t2i", images, bank_captions, wanted))
-        rank_corrected(images, captions, plain, list(pairs))
+        pairs = zip(corrections_of("i2t", Cosine(bank_images, captions), wanted),
+                    corrections_of("t2i", Cosine(images, bank_captions), wanted))
+        rank_corrected(Cosine(images, captions), plain, list(pairs))
     floor, table, *times = timer.turns(product, hubness, *(partial(corrected, name) for name in METHODS))
     memory, size = peak_extra_memory(hubness), f"{n_images} x {len(captions)}"
     peak = {"ours": spread([memory], 1e6)} if memory is not None else {}

@@ -16,7 +16,6 @@ from errors import ArgumentParser, InputError, number, run_script
 from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from vocab import READINGS
-from word_ids import CAPTIONS_PER_IMAGE
 
 BANK_IMAGES = 10_000
 
@@ -123,31 +122,39 @@ def load_bank(options, result):
         return None, "transductive: the bank is the evaluated queries themselves"
     split = options.correction_bank or "train"
     loader = result.checkpoint.loader(split)
-    n_images = len(loader.dataset) // CAPTIONS_PER_IMAGE
+    n_images = loader.dataset.n_images
     limit = BANK_IMAGES if options.correction_bank_images is None else options.correction_bank_images or n_images
     images, captions = embed(result.checkpoint.model, loader, stride=-(-n_images // limit))
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
+
+
+def bank_sources(loaded, own, bank):
+    """What `corrections_of` takes for i2t and t2i; own and bank: (images, captions) as `embed` gives them."""
+    return loaded.similarities(bank[0], own[1]), loaded.similarities(own[0], bank[1])
 
 
 def correct(options, result):
     """What --correction asks for: (the bank in words, {method: its parameters, folds' rankings, metrics, hubness})."""
     names = wanted_methods(options)
     given = {name: getattr(options, f"correction_{name}") for name in corrections.ADJUSTABLE}
-    measure = result.checkpoint.opt.measure
-    bank, words = load_bank(options, result)
+    loaded, (bank, words) = result.checkpoint, load_bank(options, result)
     if options.tune_correction:
-        dev = embed(result.checkpoint.model, result.checkpoint.loader("dev"))
-        parameters = corrections.tune(names, *dev, bank or dev, given, measure)
+        loader = loaded.loader("dev")
+        dev = embed(loaded.model, loader)
+        parameters = corrections.tune(names, loaded.similarities(*dev), bank_sources(loaded, dev, bank or dev), given,
+                                      loader.dataset.image_of)
         words += "; parameters chosen on dev"
     else:
         parameters = [(corrections.parameters_of(name, **given),) * 2 for name in names]
     wanted_i2t, wanted_t2i = (list(zip(names, side)) for side in zip(*parameters))
     folds = []
-    for (images, captions), rankings in zip(result.parts(), result.rankings):
-        bank_images, bank_captions = bank or (images, captions)
-        pairs = zip(corrections.corrections_of("i2t", captions, bank_images, wanted_i2t, measure),
-                    corrections.corrections_of("t2i", images, bank_captions, wanted_t2i, measure))
-        folds.append(corrections.rank_corrected(images, captions, rankings, list(pairs), measure, max(DEPTHS)))
+    for (images, captions, image_of), rankings in zip(result.parts(), result.rankings):
+        own = images, captions
+        i2t_bank, t2i_bank = bank_sources(loaded, own, bank or own)
+        pairs = zip(corrections.corrections_of("i2t", i2t_bank, wanted_i2t),
+                    corrections.corrections_of("t2i", t2i_bank, wanted_t2i))
+        folds.append(corrections.rank_corrected(loaded.similarities(*own), rankings, list(pairs), max(DEPTHS),
+                                                image_of))
     outcome = {}
     for name, (i2t, t2i), rankings in zip(names, parameters, zip(*folds)):
         outcome[name] = {"parameters": {"i2t": i2t, "t2i": t2i}, "rankings": rankings,

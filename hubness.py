@@ -29,14 +29,14 @@ def k_occurrence(neighbours, n_targets):
     """(n_queries, k) numbers of each query's nearest targets -> N_k, (n_targets,) int64.
 
     From a matrix: `k_occurrence(similarities.topk(k).indices, similarities.shape[1])`. From embeddings: the
-    `.items` of `evaluation.rank_both_ways(images, captions, top=k)`, which keeps nothing of the matrix' size.
+    `.items` of `ranking.rank_both_ways(images, captions, top=k)`, which keeps nothing of the matrix' size.
     """
     return torch.bincount(neighbours.flatten(), minlength=n_targets)
 
 
 def hubness_of(counts):
-    """N_k of all targets (n,) -> Hubness."""
-    counts = counts.double()
+    """N_k of all targets (n,) -> Hubness, computed in float64 on the CPU."""
+    counts = counts.cpu().double()
     centred = counts - counts.mean()
     variance = centred.square().mean()
     top = counts.topk(-(-len(counts) // TOP_SHARE)).values
@@ -47,10 +47,20 @@ def hubness_of(counts):
                    largest=int(counts.max()), largest_item=int(counts.argmax()))
 
 
+def occurrences(rankings):
+    """(i2t Ranking, t2i Ranking) with 10 items each (all, if fewer) -> N_k of all targets, {"i2t": {k: (n_targets,)},
+    "t2i": {k: (n_targets,)}}, on the CPU: the items come over in one copy."""
+    items = torch.cat([ranking.items.flatten() for ranking in rankings]).cpu()
+    parts = items.split([ranking.items.numel() for ranking in rankings])
+    both = [part.view_as(ranking.items) for part, ranking in zip(parts, rankings)]
+    return {side: {k: k_occurrence(own[:, :k], len(targets)) for k in DEPTHS}
+            for side, own, targets in zip(("i2t", "t2i"), both, both[::-1])}
+
+
 def hubness_both_ways(rankings):
     """(i2t Ranking, t2i Ranking) with 10 items each (all, if fewer) -> {"i2t": {k: Hubness}, "t2i": {k: Hubness}}."""
-    return {side: {k: hubness_of(k_occurrence(ranking.items[:, :k], len(other.ranks))) for k in DEPTHS}
-            for side, ranking, other in zip(("i2t", "t2i"), rankings, rankings[::-1])}
+    return {side: {k: hubness_of(counts) for k, counts in depths.items()}
+            for side, depths in occurrences(rankings).items()}
 
 
 def mean_hubness(folds):

@@ -32,7 +32,8 @@ class ImageDataset(torch.utils.data.Dataset):
             raise InputError("no captions for this split were found: check the annotation file and --data_name")
         if skip_broken:
             image_files, captions, image_of = _without_broken(image_files, captions, image_of)
-        self.image_files, self.captions, self.image_of = image_files, captions, image_of
+        self.image_files, self.captions, self.image_of = image_files, captions, torch.as_tensor(image_of)
+        self.n_images = len(image_files)
         self.word_ids = number_words(captions, vocab, reading, cache_dir)
         self.transform, self.seed, self.epoch = transform, seed, 0
 
@@ -46,8 +47,8 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.seed, self.epoch, index))
-            image = self.image(self.image_of[index])
-        return image, self.word_ids[index], index, self.image_of[index]
+            image = self.image(int(self.image_of[index]))
+        return image, self.word_ids[index], index, int(self.image_of[index])
 
     def place(self, device, features_on_device=None):
         """Nothing moves: images are decoded on the CPU and taken to the device batch by batch."""
@@ -155,9 +156,9 @@ class FlickrDataset(ImageDataset):
     """One split of a Karpathy-layout JSON file (Flickr8k, Flickr30k, own photos), images below `root`."""
 
     def __init__(self, root, json, split, vocab, transform=None, **options):
-        images = [image for image in read_flickr_json(json) if image["split"] == split]
+        images = [image for image in read_flickr_json(json) if image["split"] == split and image["sentences"]]
         if not images:
-            raise InputError(f"{json} has no image of split {split!r}")
+            raise InputError(f"{json} has no image of split {split!r} with a caption")
         files = [_image_path(root, image["filename"], json) for image in images]
         captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
         image_of = [number for number, image in enumerate(images) for _ in image["sentences"]]

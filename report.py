@@ -19,11 +19,10 @@ import numpy as np
 import torch
 
 from corrections import in_words
+from data import read_ids
 from errors import InputError, replacing
-from hubness import DEPTHS, k_occurrence
+from hubness import DEPTHS, occurrences
 from images import decode_image
-from loss import SIMILARITIES
-from word_ids import CAPTIONS_PER_IMAGE
 
 RESAMPLES, SEED = 1000, 0
 NEGATIVES = 100_000  # wrong pairs whose similarities are drawn, at most
@@ -81,11 +80,12 @@ def write_report(options, split, result, hubs, words, outcome):
                      "hubness": hubs}, **outcome}
     best = max(outcome, key=lambda name: outcome[name]["metrics"].rsum, default=None)
     opt, rankings = result.checkpoint.opt, on_cpu(result.rankings[0])
-    counts = {"without correction": occurrences(rankings)}
+    counts = {"without correction": as_arrays(occurrences(rankings))}
     if best:
-        counts[f"with {best}"] = occurrences(on_cpu(outcome[best]["rankings"][0]))
-    items = Items(result.dataset.captions, *find_photos(options.images, split, result))
-    own, wrong = pair_similarities(result.images, result.captions, opt.measure)
+        counts[f"with {best}"] = as_arrays(occurrences(outcome[best]["rankings"][0]))
+    image_of = result.dataset.image_of.numpy()
+    items = Items(result.dataset.captions, image_of, *find_photos(options.images, split, result))
+    own, wrong = pair_similarities(result.checkpoint.similarities(result.images, result.captions), image_of)
     title = text(f"Image-text retrieval: {opt.data_name}, {split}")
     sections = [evaluated_section(options, split, result, words), recalls_section(rows), hubness_section(rows),
                 plots_section(counts, own, wrong, opt.measure), hubs_section(items, rankings, counts),
@@ -119,16 +119,21 @@ def text(content):
 class Items(NamedTuple):
     """What images and captions look like to a person."""
 
-    captions: list  # 5N texts
+    captions: list  # C texts
+    image_of: np.ndarray  # (C,) each caption's image
     names: list  # N file names, "" where unknown
     files: list  # N paths, or None
+
+    def own_captions(self, image):
+        """The numbers of an image's captions."""
+        return np.flatnonzero(self.image_of == image)
 
     def show(self, kind, number):
         """An "image" or "caption" by its number as HTML: the photo, else its name; or the caption's text."""
         photo = thumbnail(self.files[number]) if kind == "image" and self.files[number] else None
         content = text(self.names[number] if kind == "image" else self.captions[number])
         if photo:
-            alt = text(f"Photo of image {number}: {self.captions[number * CAPTIONS_PER_IMAGE]}")
+            alt = text(f"Photo of image {number}: {self.captions[self.own_captions(number)[0]]}")
             content = f'<img src="{photo}" alt="{alt}">'
         return f'<div class="item">{content}<small>{kind} {number}</small></div>'
 
@@ -163,7 +168,7 @@ def find_photos(folder, split, result):
     ids_split = "dev" if split == "val" else split
     ids_file = os.path.join(opt.data_path, opt.data_name, f"{ids_split}_ids.txt")
     try:
-        names = read_ids(ids_file, result.dataset)[:n_images]
+        names = image_names(ids_file, result.dataset)
     except InputError:
         if folder is not None:
             raise
@@ -178,22 +183,13 @@ def find_photos(folder, split, result):
     return names, files
 
 
-def read_ids(path, dataset):
-    """The file names of all images of a PrecompDataset; raises InputError where they do not fit it."""
-    try:
-        # Bytes that are no UTF-8 stay what they are: Linux allows them in file names.
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            names = [line.strip() for line in file.read().rstrip("\n").split("\n")]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): --images needs it, with the file name of each "
-                         "image on a line; add it, or leave --images out") from error
-    n_images = len(dataset.images) * dataset.captions_per_row // CAPTIONS_PER_IMAGE  # dev may be evaluated in part
-    if len(names) == n_images * CAPTIONS_PER_IMAGE:
-        names = names[::CAPTIONS_PER_IMAGE]
-    if len(names) != n_images:
-        raise InputError(f"{path} has {len(names)} lines for {n_images} images: it needs a line for each image, or "
-                         "each caption; mend it, or leave --images out")
-    return names
+def image_names(path, dataset):
+    """The file names of the N images of a PrecompDataset; raises InputError where there are none."""
+    if not os.path.exists(path):
+        raise InputError(f"{path} is not there: --images needs it, with the file name of each image on a line; add it, "
+                         "or leave --images out")
+    names, first = read_ids(path), torch.searchsorted(dataset.image_of, torch.arange(dataset.n_images))
+    return [names[place] for place in (dataset.row_of[first] if len(names) == len(dataset.images) else first)]
 
 
 def photo_file(folder, name):
@@ -222,30 +218,31 @@ def interval(samples):
     return np.percentile(samples, (2.5, 97.5), axis=0)
 
 
-def pair_similarities(images, captions, measure):
-    """Similarities of each caption with its image (5N,), and of a fixed sample of wrong pairs, as arrays."""
-    n_wrong, others = len(captions) * (len(images) - 1), max(1, len(images) - 1)
+def pair_similarities(source, image_of):
+    """Similarities of each caption with its image (C,), and of a fixed sample of wrong pairs, as arrays.
+
+    source: as `ranking` describes it; image_of: (C,) array.
+    """
+    n_images, n_captions = source.n_images, source.n_captions
+    n_wrong, others = n_captions * (n_images - 1), max(1, n_images - 1)
     wrong = np.random.default_rng(SEED).choice(n_wrong, min(n_wrong, NEGATIVES), replace=False)
     # A wrong pair's number tells its caption, and how many images after the right one its image is.
-    pairs = [(np.arange(len(captions)), 0), (wrong // others, 1 + wrong % others)]
-    pairwise, found = torch.vmap(SIMILARITIES[measure]), []
+    pairs, found = [(np.arange(n_captions), 0), (wrong // others, 1 + wrong % others)], []
     for chosen, further in pairs:
-        numbers = torch.from_numpy(np.stack([(chosen // CAPTIONS_PER_IMAGE + further) % len(images), chosen]))
-        found.append(torch.cat([pairwise(images[i].unsqueeze(1), captions[c].unsqueeze(1)).flatten()
-                                for i, c in numbers.to(images.device).split(PAIR_BLOCK, 1)]).cpu().numpy())
+        numbers = torch.from_numpy(np.stack([(image_of[chosen] + further) % n_images, chosen]))
+        found.append(torch.cat([source.pairs(*block).cpu() for block in numbers.split(PAIR_BLOCK, 1)]).numpy())
     return found
 
 
-def occurrences(rankings):
-    """N_k of all targets as arrays: {"i2t": {k: (5N,)}, "t2i": {k: (N,)}}."""
-    return {side: {k: k_occurrence(ranking.items[:, :k], len(other.ranks)).numpy() for k in DEPTHS}
-            for side, ranking, other in zip(SIDES, rankings, rankings[::-1])}
+def as_arrays(counts):
+    """N_k as `hubness.occurrences` gives it, as arrays."""
+    return {side: {k: own.numpy() for k, own in depths.items()} for side, depths in counts.items()}
 
 
-def is_own(side, query, target):
-    """Whether a target belongs to a query, by their numbers; either may be an array."""
+def is_own(image_of, side, query, target):
+    """Whether a target belongs to a query, by their numbers; either may be an array. image_of: (C,) array."""
     image, caption = (query, target) if side == "i2t" else (target, query)
-    return caption // CAPTIONS_PER_IMAGE == image
+    return image_of[caption] == image
 
 
 def spread(numbers, n):
@@ -379,7 +376,7 @@ def hubs_section(items, rankings, counts):
         top1, lines = ranking.top1.numpy(), []
         for number in np.argsort(-plain[-1], kind="stable")[:HUBS].tolist():
             won = np.flatnonzero(top1 == number)
-            won = won[~is_own(side, won, number)]
+            won = won[~is_own(items.image_of, side, won, number)]
             queries = "".join(f"<li>{items.show(query, one)}</li>" for one in spread(won, WINNINGS))
             more = f", {WINNINGS} of them" if len(won) > WINNINGS else ""
             lines.append([items.show(target, number), *(count[number] for count in plain),
@@ -391,18 +388,17 @@ def hubs_section(items, rankings, counts):
 
 
 def examples_section(items, rankings, own):
-    """A few queries each way, right ones and wrong ones, with what they retrieve; own: similarities (5N,)."""
+    """A few queries each way, right ones and wrong ones, with what they retrieve; own: similarities (C,)."""
     parts = [f"<p>Up to {EXAMPLES} right and {EXAMPLES} wrong queries each way, evenly spaced in the split, without "
              "correction. Of an image's own captions, the nearest is shown.</p>"]
-    nearest = own.reshape(-1, CAPTIONS_PER_IMAGE).argmax(1)
     for (side, (query, target)), ranking in zip(SIDES.items(), rankings):
         ranks, lines = ranking.ranks.numpy(), []
         for number in [one for chosen in (ranks == 0, ranks > 0) for one in spread(np.flatnonzero(chosen), EXAMPLES)]:
-            true = (number // CAPTIONS_PER_IMAGE if side == "t2i" else
-                    number * CAPTIONS_PER_IMAGE + int(nearest[number]))
+            captions = items.own_captions(number)
+            true = items.image_of[number] if side == "t2i" else captions[own[captions].argmax()]
             lines.append([items.show(query, number), f"{mark(ranks[number] == 0)} own at rank&nbsp;{ranks[number] + 1}",
                           items.show(target, true)])
-            lines[-1] += [mark(is_own(side, number, one)) + items.show(target, one)
+            lines[-1] += [mark(is_own(items.image_of, side, number, one)) + items.show(target, one)
                           for one in ranking.items[number, :RETRIEVED].tolist()]
         head = [f"query: {query}", "result", f"own {target}", "first", "second", "third"]
         parts += [f"<h3>{side}: {query}s retrieve {target}s</h3>", table(f"Examples, {side}", head, lines)]

@@ -371,9 +371,9 @@ def validate(run):
     """Recalls on the dev split, logged and printed; returns rsum."""
     started = time.time()
     images, captions = embed(run.model, run.val_loader)
-    with torch.no_grad():
-        loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank)
-    rankings = rank_both_ways(images, captions, run.opt.measure, top=max(DEPTHS))
+    image_of = run.val_loader.dataset.image_of
+    loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank, image_of)
+    rankings = rank_both_ways(images, captions, run.opt.measure, max(DEPTHS), image_of)
     metrics, hubs = metrics_of(rankings), hubness_both_ways(rankings)
     log(f"Dev: Loss {loss:.4f}  Time {time.time() - started:.3f}")
     for title, recall in (("Image to text", metrics.i2t), ("Text to image", metrics.t2i)):

@@ -26,6 +26,12 @@ def seed_for(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+def five_each(image_of):
+    """Whether captions, given by their images' numbers (C,), are five for each image in turn: the field's layout."""
+    return len(image_of) % CAPTIONS_PER_IMAGE == 0 and bool(
+        (image_of == torch.arange(len(image_of)) // CAPTIONS_PER_IMAGE).all())
+
+
 class WordIds(NamedTuple):
     """n captions as one flat array: caption c is words[offsets[c]:offsets[c + 1]]."""
 

@@ -15,13 +15,13 @@ from evaluation import embed, encode_data, i2t, mean_metrics, metrics_of, recall
 from loss import ContrastiveLoss
 from meters import AverageMeter, LogCollector
 from model import VSE
-from ranking import TILE_IMAGES, rank_both_ways
+from ranking import Cosine, rank_both_ways
 from vocab import build_vocab
 
 CASES = json.loads((REFERENCE / "metrics.json").read_text())
 ARRAYS = dict(np.load(REFERENCE / "metrics.npz"))
 BOTH = {"i2t": i2t, "t2i": t2i}
-TILE = TILE_IMAGES["cosine"]
+TILE = Cosine.tile_images
 
 
 def as_family(images):
@@ -202,6 +202,20 @@ def test_captions_that_two_images_share_are_ties():
 
 def test_own_captions_are_never_counted_against_their_image():
     assert both_ranks(np.ones((1, 2)), np.ones((5, 2))) == [[0], [0] * 5]
+
+
+@pytest.mark.parametrize("n", [50, 7])
+def test_one_caption_a_photo_is_evaluated_as_such(n):
+    """As many rows as captions are five an image only where five in turn are alike."""
+    images, captions = np.eye(n, dtype=np.float32), np.eye(n, dtype=np.float32)
+    captions[3] = captions[4]
+    assert both_ranks(images, captions) == [[0] * 3 + [n - 1, one] + [0] * (n - 5) for one in (1, 0)]
+
+
+def test_rows_of_one_image_may_differ_by_rounding():
+    images, captions = (ARRAYS[f"0_{name}"].astype(np.float32) for name in ("images", "captions"))
+    noise = 1 + 1e-6 * np.random.default_rng(0).standard_normal((len(captions), 1)).astype(np.float32)
+    assert both_ranks(as_family(images) * noise, captions) == both_ranks(images * noise[::5], captions)
 
 
 @pytest.mark.parametrize("images, captions", [(3, 14), (2, 15), (0, 0), (4, 3)])

@@ -291,5 +291,5 @@ def test_broken_images_are_counted_and_left_out(tmp_path, capsys):
     (tmp_path / "f.json").write_text(json.dumps({"images": images}))
     dataset = FlickrDataset(str(tmp_path), str(tmp_path / "f.json"), "val", VOCABULARY, skip_broken=True)
     assert [os.path.basename(path) for path in dataset.image_files] == ["a.png", "c.png"]
-    assert dataset.captions[5] == "c 0" and dataset.image_of == [0] * 5 + [1] * 5
+    assert dataset.captions[5] == "c 0" and dataset.image_of.tolist() == [0] * 5 + [1] * 5
     assert "1 broken" in capsys.readouterr().err
