@@ -103,8 +103,7 @@ def up_to_a_constant_a_query(scores):
     return scores - scores.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("side", ["i2t", "t2i"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("side, dtype", [("i2t", torch.float64), ("t2i", torch.float32)], ids=["i2t", "t2i"])
 @pytest.mark.parametrize("name, parameters", CASES, ids=str)
 def test_corrections_agree_with_their_papers_formula_in_a_loop(name, parameters, dtype, side):
     ours = up_to_a_constant_a_query(corrected_scores(name, parameters, dtype=dtype, side=side))
@@ -113,7 +112,7 @@ def test_corrections_agree_with_their_papers_formula_in_a_loop(name, parameters,
     assert not torch.allclose(ours, up_to_a_constant_a_query(QUERIES @ TARGETS.T), atol=1e-3)
 
 
-@pytest.mark.parametrize("block", [1, 40, 10**6])
+@pytest.mark.parametrize("block", [1, 40])
 @pytest.mark.parametrize("name, parameters", CASES, ids=str)
 def test_the_block_size_changes_nothing(monkeypatch, name, parameters, block):
     expected = corrected_scores(name, parameters)
