@@ -246,6 +246,31 @@ def test_tuning_leaves_what_is_given():
     assert i2t["k"] == t2i["k"] == 7 and set(i2t) == {"k", "alpha"}
 
 
+def test_several_methods_are_tuned_as_each_alone_is():
+    images, captions = evaluation(40, nearness=0.5)
+    bank_images, bank_captions = evaluation(30, seed=3)
+    source, banks = Cosine(images, captions), (Cosine(bank_images, captions), Cosine(images, bank_captions))
+    names = ["sinkhorn", "csls", "qbnorm"]
+    assert tune(names, source, banks, {}) == [tune([name], source, banks, {})[0] for name in names]
+
+
+def test_what_tuning_chooses_from():
+    """Measured results depend on it."""
+    temperatures = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+    assert corrections.GRIDS == {
+        "csls": {"k": (1, 5, 10, 20, 50, 100, 200, 500)}, "inverted_softmax": {"temperature": temperatures},
+        "qbnorm": {"temperature": temperatures}, "sinkhorn": {"temperature": temperatures},
+        "nnn": {"k": (8, 16, 32, 64, 128, 256, 512), "alpha": (0.25, 0.5, 0.75, 1.0, 1.25)}}
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("csls", {"k": 10}), ("inverted_softmax", {"temperature": 0.05}), ("qbnorm", {"temperature": 0.05, "k": 1}),
+    ("nnn", {"k": 128, "alpha": 0.75}), ("sinkhorn", {"temperature": 0.05, "iterations": 10})])
+def test_without_parameters_a_correction_takes_the_documented_ones(name, expected):
+    similarities = torch.as_tensor(TARGETS @ unit_rows(200, 6, 8).T)
+    assert torch.equal(METHODS[name](similarities), METHODS[name](similarities, **expected))
+    assert parameters_of(name) == {key: value for key, value in expected.items() if key != "iterations"}
+
+
 def test_parameters_are_the_defaults_but_for_what_is_given():
-    assert parameters_of("nnn") == {"k": 128, "alpha": 0.75}
     assert parameters_of("qbnorm", k=None, temperature=0.1, alpha=3) == {"temperature": 0.1, "k": 1}
