@@ -99,7 +99,7 @@ def test_rate_one_keeps_every_batch():
     assert draw_batches(batches, 1.0, torch.Generator().manual_seed(0)) == batches
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_draw_that_would_keep_nothing_keeps_one_batch(seed):
     batches = ["a", "b", "c"]
     kept = draw_batches(batches, 1e-12, torch.Generator().manual_seed(seed))
