@@ -380,3 +380,56 @@ def test_optimizer_moments_of_another_shape_are_refused(saved, name):
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match="--resume"):
         checkpoint.restore(content, path, model, optimizer, options(), print)
+
+
+# A place within an epoch ------------------------------------------------------------------------
+
+def progress_with(**changes):
+    """A run's place within its epoch as train.py saves it; changes: {"part" or "part_name": value}."""
+    progress = {"step_in_epoch": 4, "bank": [torch.ones(3, 4), torch.ones(3, 4), torch.tensor([0, 2**31 - 1, 7])],
+                "meters": {"Loss": {"val": 1.5, "avg": 1.25, "sum": 2.5, "count": 2}},
+                "watch": {"bad": 0, "collapsed": 3, "last_good": 0.5, "warned": False}}
+    for name, value in changes.items():
+        part, _, entry = name.partition("__")
+        if not entry:
+            progress[part] = value
+        elif part == "meters":
+            progress["meters"]["Loss"][entry] = value
+        elif part == "watch":
+            progress["watch"][entry] = value
+        else:
+            progress["bank"]["images captions indices".split().index(entry)] = value
+    return progress
+
+
+def restored(saved, progress):
+    path = saved[0]
+    model, optimizer = run_of(2)
+    content = {**checkpoint.load(path), "progress": progress}
+    return checkpoint.restore(content, path, model, optimizer, options(), print)[3]
+
+
+@pytest.mark.parametrize("changes", [{}, {"bank": None}, {"watch__last_good": None}], ids=str)
+def test_a_place_within_an_epoch_is_taken_up(saved, changes):
+    progress = progress_with(**changes)
+    assert restored(saved, progress) is progress
+
+
+@pytest.mark.parametrize("changes", [
+    {"step_in_epoch": 4.0}, {"step_in_epoch": "4"}, {"step_in_epoch": True}, {"meters__val": "1"},
+    {"meters__avg": None}, {"meters__sum": "1"}, {"meters__count": "2"}, {"watch__bad": "0"}, {"watch__warned": "no"},
+    {"watch__collapsed": None}, {"watch__last_good": "0.5"}, {"bank": []}, {"bank__images": torch.ones(3, 5)},
+    {"bank__images": [1, 2, 3]}, {"bank__images": torch.zeros(1).expand(3, 4)}, {"bank__captions": torch.ones(2, 4)},
+    {"bank__captions": torch.ones(3, 5)}, {"bank__indices": torch.tensor([1, 2])},
+    {"bank__indices": torch.tensor([1.0, 2.0, 3.0])}, {"bank__indices": torch.ones(3, 1, dtype=torch.int64)},
+    {"bank__indices": torch.tensor([1, -1, 2])}, {"bank__indices": torch.tensor([1, 2**31, 2])}],
+    ids=lambda changes: next(iter(changes)))
+def test_a_damaged_place_within_an_epoch_is_refused(saved, changes):
+    with pytest.raises(InputError, match="--resume.*damaged"):
+        restored(saved, progress_with(**changes))
+
+
+def test_a_bank_of_another_width_is_refused(saved):
+    bank = [torch.ones(3, 6), torch.ones(3, 6), torch.arange(3)]
+    with pytest.raises(InputError, match="--resume.*its memory bank is damaged"):
+        restored(saved, progress_with(bank=bank))
