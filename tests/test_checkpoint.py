@@ -318,6 +318,17 @@ def saved(tmp_path):
     return path, model, optimizer, torch.rand(1)
 
 
+def test_a_run_s_checkpoint_has_the_released_entries_and_ours(saved):
+    path, model, optimizer, _ = saved
+    content = load(path)
+    assert [content[name] for name in ("epoch", "Eiters", "best_rsum", "vocabulary", "caption_reading", "progress")] == [
+        2, 9, 33.5, WORDS, "text", None]
+    assert states_equal(content["model"], [model.img_enc.state_dict(), model.txt_enc.state_dict()])
+    assert content["opt"] == options(caption_reading="text")
+    assert content["optimizer"].keys() == optimizer.state_dict().keys()
+    assert content["random_states"].keys() == {"cpu", "cuda"}
+
+
 def test_a_restored_run_goes_on_as_the_first_would_have(saved):
     path, model, optimizer, following = saved
     other, its_optimizer = run_of(2)
