@@ -321,8 +321,8 @@ def saved(tmp_path):
 def test_a_run_s_checkpoint_has_the_released_entries_and_ours(saved):
     path, model, optimizer, _ = saved
     content = load(path)
-    assert [content[name] for name in ("epoch", "Eiters", "best_rsum", "vocabulary", "caption_reading", "progress")] == [
-        2, 9, 33.5, WORDS, "text", None]
+    plain = ("epoch", "Eiters", "best_rsum", "vocabulary", "caption_reading", "progress")
+    assert [content[name] for name in plain] == [2, 9, 33.5, WORDS, "text", None]
     assert states_equal(content["model"], [model.img_enc.state_dict(), model.txt_enc.state_dict()])
     assert content["opt"] == options(caption_reading="text")
     assert content["optimizer"].keys() == optimizer.state_dict().keys()
