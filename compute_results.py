@@ -8,6 +8,11 @@ COCO's two settings are `--split testall` (5K) and `--split testall --fold5` (me
 Reads checkpoints of the released scripts, too.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
+
 import os
 
 import corrections
@@ -23,64 +28,89 @@ BANK_IMAGES = 10_000
 def parse_args(argv=None):
     """The script's flags."""
     parser = ArgumentParser("Evaluate a checkpoint of train.py or of the released code.")
-    count, positive = number(int, 1), number(float, 0, low_allowed=False)
-    source = parser.add_argument_group("what to evaluate")
-    source.add_argument("--model_path", default="runs/runX/model_best.pth.tar", help="checkpoint file")
-    source.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
-    source.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
-                                             "vocab_path where it carries none)")
-    source.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
-                        help="split of the data set")
-    source.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
-    source.add_argument("--skip_broken_images", action="store_true",
-                        help="leave out raw images that cannot be decoded")
-    source.add_argument("--caption_reading", choices=READINGS,
-                        help="how captions become words (default: as in the checkpoint's training)")
-    hubs = parser.add_argument_group("hubs")
-    hubs.add_argument("--hubness", action="store_true", help="print how hubs distort the ranking: N_1, N_5, N_10")
-    hubs.add_argument("--correction", choices=[*corrections.METHODS, "all"],
-                      help="print recalls and hubness before and after a correction of hubs at inference")
-    hubs.add_argument("--correction_bank", choices=["train", "dev"],
-                      help="split whose images and captions tell which targets are hubs (default: train)")
-    hubs.add_argument("--correction_bank_images", type=number(int, 0),
-                      help="at most so many images of it, evenly spread, with their captions (0: all; default: "
-                           f"{BANK_IMAGES})")
-    hubs.add_argument("--transductive", action="store_true", help="take the evaluated queries themselves as the bank")
-    hubs.add_argument("--correction_k", type=count, help="csls, nnn, qbnorm: nearest of the bank (default: 10, 128, 1)")
-    hubs.add_argument("--correction_temperature", type=number(float, 1e-4, 100),
-                      help="inverted_softmax, qbnorm, sinkhorn: temperature of the softmax (default: 0.05)")
-    hubs.add_argument("--correction_alpha", type=positive, help="nnn: weight of what is taken off (default: 0.75)")
-    hubs.add_argument("--tune_correction", action="store_true",
-                      help="choose those that are not given by the recalls on the dev split, for each direction")
-    machine = parser.add_argument_group("how")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
-    machine.add_argument("--batch_size", type=count, help="items encoded at a time (default: the checkpoint's)")
-    output = parser.add_argument_group("what to write")
-    output.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "
-                                                           "with --fold5)")
-    output.add_argument("--save_json", metavar="FILE", help="write all figures at full precision")
-    output.add_argument("--save_embeddings", action="store_true",
-                        help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
-    output.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
-    output.add_argument("--images", metavar="DIR", help="--report: folder of the photos, named as in <split>_ids.txt")
+    add_source_flags(parser.add_argument_group("what to evaluate"))
+    add_hub_flags(parser.add_argument_group("hubs"))
+    add_machine_flags(parser.add_argument_group("how"))
+    add_output_flags(parser.add_argument_group("what to write"))
     options = parser.parse_args(argv)
-    _check(options)
+    check_useless_flags(options)
+    check_correction_splits(options)
+    check_folders(options)
     return options
 
 
-def _check(options):
-    """Raise InputError for flags that do not go together, and for folders that will not do."""
-    bank_flags, report = ["correction_bank", "correction_bank_images"], options.report is not None
+def add_source_flags(group):
+    """What to evaluate."""
+    group.add_argument("--model_path", default="runs/runX/model_best.pth.tar", help="checkpoint file")
+    group.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
+    group.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
+                                            "vocab_path where it carries none)")
+    group.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
+                       help="split of the data set")
+    group.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
+    group.add_argument("--skip_broken_images", action="store_true", help="leave out raw images that cannot be decoded")
+    group.add_argument("--caption_reading", choices=READINGS,
+                       help="how captions become words (default: as in the checkpoint's training)")
+
+
+def add_hub_flags(group):
+    """Hubness and its corrections."""
+    group.add_argument("--hubness", action="store_true", help="print how hubs distort the ranking: N_1, N_5, N_10")
+    group.add_argument("--correction", choices=[*corrections.METHODS, "all"],
+                       help="print recalls and hubness before and after a correction of hubs at inference")
+    group.add_argument("--correction_bank", choices=["train", "dev"],
+                       help="split whose images and captions tell which targets are hubs (default: train)")
+    group.add_argument("--correction_bank_images", type=number(int, 0),
+                       help="at most so many images of it, evenly spread, with their captions (0: all; default: "
+                            f"{BANK_IMAGES})")
+    group.add_argument("--transductive", action="store_true", help="take the evaluated queries themselves as the bank")
+    group.add_argument("--correction_k", type=number(int, 1),
+                       help="csls, nnn, qbnorm: nearest of the bank (default: 10, 128, 1)")
+    group.add_argument("--correction_temperature", type=number(float, 1e-4, 100),
+                       help="inverted_softmax, qbnorm, sinkhorn: temperature of the softmax (default: 0.05)")
+    group.add_argument("--correction_alpha", type=number(float, 0, low_allowed=False),
+                       help="nnn: weight of what is taken off (default: 0.75)")
+    group.add_argument("--tune_correction", action="store_true",
+                       help="choose those that are not given by the recalls on the dev split, for each direction")
+
+
+def add_machine_flags(group):
+    """How it is computed."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    group.add_argument("--batch_size", type=number(int, 1),
+                       help="items encoded at a time (default: the checkpoint's)")
+
+
+def add_output_flags(group):
+    """What to write."""
+    group.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "
+                                                          "with --fold5)")
+    group.add_argument("--save_json", metavar="FILE", help="write all figures at full precision")
+    group.add_argument("--save_embeddings", action="store_true",
+                       help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
+    group.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
+    group.add_argument("--images", metavar="DIR", help="--report: folder of the photos, named as in <split>_ids.txt")
+
+
+def check_useless_flags(options):
+    """Raise InputError for a flag that does nothing beside the others."""
+    bank_flags = ["correction_bank", "correction_bank_images"]
     parameters = [f"correction_{name}" for name in corrections.ADJUSTABLE]
     names = wanted_methods(options)
     theirs = {f"correction_{key}" for name in names for key in corrections.parameters_of(name)}
     for useless, flags, others in (
             (not names, ["transductive", "tune_correction", *bank_flags, *parameters], "without --correction"),
-            (not report, ["images"], "without --report"), (options.transductive, bank_flags, "with --transductive"),
+            (options.report is None, ["images"], "without --report"),
+            (options.transductive, bank_flags, "with --transductive"),
             (names, [flag for flag in parameters if flag not in theirs], f"with --correction {options.correction}")):
         given = [flag for flag in flags if useless and not any(getattr(options, flag) is x for x in (None, False))]
         if given:
             raise InputError(f"--{given[0]} does nothing {others}: leave it out, or change the other")
+
+
+def check_correction_splits(options):
+    """Raise InputError where the bank or the tuning of a correction would see what is evaluated."""
+    names = wanted_methods(options)
     split, bank = {"val": "dev"}.get(options.split, options.split), options.correction_bank or "train"
     if names and bank == split and not options.transductive:
         raise InputError(f"--correction_bank is {split}, the split that is evaluated: take another one, or say "
@@ -91,9 +121,14 @@ def _check(options):
     if options.tune_correction and all(options_given(options, name) >= set(corrections.GRIDS[name]) for name in names):
         raise InputError(f"--tune_correction has nothing to choose, since all parameters of {options.correction} are "
                          "given: leave it out, or them")
-    if report and options.fold5:
+
+
+def check_folders(options):
+    """Raise InputError where --report or --images will not do."""
+    if options.report is not None and options.fold5:
         raise InputError("--report shows a whole split: leave --fold5 out")
-    if report and (not options.report or os.path.exists(options.report) and not os.path.isdir(options.report)):
+    if options.report is not None and (
+            not options.report or os.path.exists(options.report) and not os.path.isdir(options.report)):
         raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
@@ -166,12 +201,13 @@ def correct(options, result):
 def print_hubness(hubs):
     """The table of --hubness."""
     print("Hubness: N_k of a target is the number of queries with it among their k nearest (i2t: captions are targets)")
-    print(f"{'':5}{'k':>3}{'skewness':>10}{'anti-hubs':>11}{'top 1 % take':>14}{'Robin Hood':>12}{'largest N_k':>13}")
+    print(f"{'':5}{'k':>3}{'skewness':>10}{'anti-hubs':>11}{'top 1 % take':>14}{'Robin Hood':>12}"
+          f"{'hub occurrence':>16}{'largest N_k':>13}")
     for side, rows in hubs.items():
         for k, row in rows.items():
             item = f" (item {row.largest_item})" if row.largest_item >= 0 else " (mean of folds)"
             print(f"{side:5}{k:3}{row.skewness:10.2f}{row.anti_hubs:11.1%}{row.top_share:14.1%}{row.robin_hood:12.1%}"
-                  f"{row.largest:13.6g}{item}")
+                  f"{row.hub_occurrence:16.1%}{row.largest:13.6g}{item}")
 
 
 def print_corrections(words, plain, outcome):

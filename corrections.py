@@ -67,12 +67,13 @@ def sinkhorn(similarities, temperature=0.05, iterations=10):
     return shift
 
 
-def _soft_mean(similarities, temperature, dim, shift=0.0):
+def _soft_mean(similarities, temperature, dim, shift=None):
     """temperature * log mean exp((similarities - shift) / temperature) along dim, a block of the result at a time."""
-    shift = torch.as_tensor(shift, dtype=similarities.dtype, device=similarities.device).expand_as(similarities)
     size = BLOCK // 16 if dim == 1 else BLOCK  # rows that stay in cache; columns need long pieces of rows
-    blocks = zip(*(x.split(max(1, size // similarities.shape[dim]), 1 - dim) for x in (similarities, shift)))
-    soft = torch.cat([((block - off) / temperature).logsumexp(dim) for block, off in blocks])
+    height = max(1, size // similarities.shape[dim])
+    blocks = similarities.split(height, 1 - dim)
+    shifts = [0.0] * len(blocks) if shift is None else shift.expand_as(similarities).split(height, 1 - dim)
+    soft = torch.cat([((block - off) / temperature).logsumexp(dim) for block, off in zip(blocks, shifts)])
     return temperature * (soft - math.log(similarities.shape[dim]))
 
 
@@ -175,8 +176,8 @@ def tune(names, source, banks, given, image_of=None):
                    for values in itertools.product(*grid.values())]
     corrections = list(zip(*(corrections_of(side, bank, wanted) for side, bank in zip(("i2t", "t2i"), banks))))
     (plain,) = rank_shifted(source, image_of=image_of)
-    hits = [[sum(int((ranking.ranks < k).sum()) for k in (1, 5, 10)) for ranking in pair]  # the recalls' sum, but for n
-            for pair in rank_corrected(source, plain, corrections, 1, image_of)]
+    hits = [[sum(int((ranks < k).sum()) for k in (1, 5, 10)) for ranks in (i2t.ranks.cpu(), t2i.ranks.cpu())]
+            for i2t, t2i in rank_corrected(source, plain, corrections, 1, image_of)]  # the sums of recalls, but for n
     best = []
     for name in names:
         own = [place for place, (other, _) in enumerate(wanted) if other == name]

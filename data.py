@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from caption_files import flickr_json_name, read_captions
-from errors import InputError
+from errors import InputError, check_regular
 from images import (  # noqa: F401 (handed on: the family imports them from here)
     CocoDataset,
     FlickrDataset,
@@ -148,6 +148,7 @@ def _five_equal(features):
 
 def read_ids(path):
     """The lines of an ids file, a name or number each, as str; bytes that are no UTF-8 stay what they are."""
+    check_regular(path)
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return [line.strip() for line in file.read().rstrip("\n").split("\n")]
@@ -157,6 +158,7 @@ def read_ids(path):
 
 def open_features(path):
     """The (n, width) features in a .npy file as a memory-mapped tensor, checked to be finite numbers."""
+    check_regular(path)
     try:
         features = np.load(path, mmap_mode="c", allow_pickle=False)  # private pages: the file is never written to
     except OSError as error:

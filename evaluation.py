@@ -3,6 +3,7 @@
 Ranks are 0-based (see `ranking`), and R@K is the percentage of queries with rank < K.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import checkpoint
 from data import get_test_loader
 from device import choose_device, choose_matmul_precision
 from errors import InputError, replacing
+from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
 from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
@@ -220,7 +222,7 @@ def load_for_evaluation(opt_eval):
     model = VSE(opt)
     checkpoint.load_weights(model, content, path)
     device = choose_device(getattr(opt_eval, "device", "auto"))
-    choose_matmul_precision(device)
+    choose_matmul_precision(device, content.get("float32_products"))
     return Checkpoint(model.to(device), opt, vocabulary)
 
 
@@ -274,11 +276,25 @@ def evaluate(opt_eval, split, top=1):
     return result
 
 
-def evalrank(opt_eval, split="test"):
-    """The family's call: evaluate a checkpoint on a split, print the recalls, write what was asked for.
+def _by_options(opt_eval, split="test"):
+    """HAL's call of evalrank: the options and the split."""
+    return opt_eval, split
 
-    opt_eval: as for `evaluate` and `write_results`. Returns the Metrics.
+
+def _by_path(model_path, data_path=None, split="dev", fold5=False):
+    """VSE++'s and SCAN's call of evalrank: the options and the split."""
+    return argparse.Namespace(model_path=os.fspath(model_path), data_path=data_path, fold5=fold5), split
+
+
+def evalrank(*arguments, **named):
+    """The family's calls: evaluate a checkpoint on a split, print the recalls, write what was asked for.
+
+    `evalrank(opt_eval, split="test")`, HAL's: opt_eval as for `evaluate` and `write_results`.
+    `evalrank(model_path, data_path=None, split="dev", fold5=False)`, VSE++'s and SCAN's, where the first argument is
+    a path: the data sets' folder is the checkpoint's unless data_path names another. Returns the Metrics.
     """
+    by_path = "model_path" in named or arguments and isinstance(arguments[0], (str, os.PathLike))
+    opt_eval, split = (_by_path if by_path else _by_options)(*arguments, **named)
     result = evaluate(opt_eval, split)
     write_results(opt_eval, split, result)
     return result.metrics

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from caption_files import COCO_ANNOTATIONS, read_flickr_json
-from errors import InputError
+from caption_files import COCO_ANNOTATIONS, read_flickr_json, read_json
+from errors import InputError, check_regular
 from word_ids import DEV_CAPTIONS, by_length, number_words, seed_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,6 +97,7 @@ def _outlive_signals(worker):
 def decode_image(path):
     """A PIL picture in RGB; raises InputError if it cannot be decoded or is absurdly large (Pillow's limit)."""
     from PIL import Image
+    check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -189,11 +190,12 @@ class CocoDataset(ImageDataset):
 def _read_coco(path):
     """{caption id: (caption, image id)} and {image id: file name} of a COCO caption file."""
     from pycocotools.coco import COCO
-    if not os.path.exists(path):
-        raise InputError(f"{path} is not there: check --data_path")
+    content = read_json(path)
     try:
         with redirect_stdout(io.StringIO()):
-            coco = COCO(path)
+            coco = COCO()  # given the path, it would read in the locale's encoding
+            coco.dataset = content
+            coco.createIndex()
         annotations = {number: (str(entry["caption"]), entry["image_id"]) for number, entry in coco.anns.items()}
         return annotations, {number: str(entry["file_name"]) for number, entry in coco.imgs.items()}
     except Exception as error:  # COCO raises whatever its parsing meets
@@ -224,6 +226,7 @@ def image_transform(train, crop_size):
 
 def _coco_ids(folder, split):
     path = os.path.join(folder, "annotations", f"coco_{split}_ids.npy")
+    check_regular(path)
     try:
         ids = np.load(path, allow_pickle=False)
     except Exception as error:  # missing, torn, or holding objects

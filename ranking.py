@@ -69,8 +69,9 @@ class Cosine(Order):
     def tile(self, images, captions, shape):
         """(images, captions) scores of two slices, in a block of memory that the next tile overwrites."""
         images, captions = self.images[images], self.captions[captions]
-        torch.mm(filled(images, shape[0]), filled(captions, shape[1]).t(), out=self.buffer.resize_(shape))
-        return self.buffer[:len(images), :len(captions)]
+        buffer = self.buffer.resize_(shape)
+        torch.mm(filled(images, shape[0]), filled(captions, shape[1]).t(), out=buffer)
+        return buffer[:len(images), :len(captions)]
 
     def across(self, side, targets):
         """(targets, queries) scores of a slice of targets with all queries."""

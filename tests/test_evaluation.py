@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import REFERENCE
 
+import evaluation
+import loss
 from data import get_test_loader
 from errors import InputError
 from evaluation import embed, encode_data, i2t, mean_metrics, metrics_of, recall_of, split_loss, t2i
@@ -299,6 +301,33 @@ def test_a_split_s_loss_is_the_mean_of_its_batches_in_file_order(batch_size, wit
                     global_alpha=40.0, global_beta=40.0, global_ep_nega=0.1, mb_k=3)
     found = split_loss(images, captions, ContrastiveLoss(opt), batch_size, bank if with_bank else None)
     assert found == pytest.approx(total / 10, abs=1e-11)
+
+
+def test_a_meter_that_is_reset_starts_anew():
+    meter = AverageMeter()
+    meter.update(8.0, 5)
+    meter.reset()
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
+    meter.update(2.0, 1)
+    assert meter.avg == 2.0
+
+
+@pytest.mark.parametrize("named, expected", [
+    ({}, [("Eit", 7, None), ("Loss", 0.25, None)]),
+    ({"prefix": "data/", "step": 7}, [("data/Eit", 7, 7), ("data/Loss", 0.25, 7)])], ids=["plain", "prefix and step"])
+def test_meters_log_their_latest_values(named, expected):
+    meters, logged = LogCollector(), []
+    meters.update("Eit", 7)
+    meters.update("Loss", 0.5, 4)
+    meters.update("Loss", 0.25, 4)
+    logger = Namespace(log_value=lambda tag, value, step: logged.append((tag, value, step)))
+    meters.tb_log(logger, **named)
+    assert logged == expected
+
+
+def test_the_family_s_names_are_importable_from_here():
+    assert evaluation.order_sim is loss.order_sim
+    assert evaluation.AverageMeter is AverageMeter and evaluation.LogCollector is LogCollector
 
 
 # Embedding --------------------------------------------------------------------------------------
