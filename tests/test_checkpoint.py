@@ -294,6 +294,11 @@ BROKEN = {
     "no batch at all": lambda: released(opt=options(batch_size=0)),
     "a negative batch_size": lambda: released(opt=options(batch_size=-4)),
     "an unknown measure": lambda: released(opt=options(measure="potato")),
+    "a crop_size of nothing": lambda: released(opt=options(crop_size=0)),
+    "a negative number of workers": lambda: released(opt=options(workers=-1)),
+    "a vocabulary of no words": lambda: released(opt=options(vocab_size=0), model=state(
+        1, **{"embed.weight": torch.ones(0, 3)})),
+    "no input weights": lambda: released(opt=options(num_layers=0), model=state(1, **{"rnn.weight_ih_l0": None})),
     "a switch of another type": lambda: released(opt=options(use_abs="no")),
 }
 
@@ -336,6 +341,16 @@ def test_batch_norm_s_counter_of_a_full_model_is_an_integer(tmp_path):
     torch.save(released(model=state(0, **{"cnn.module.bn1.num_batches_tracked": torch.tensor(7)})),
                tmp_path / "run.pth.tar")
     assert checkpoint.load(str(tmp_path / "run.pth.tar"))["model"][0]["cnn.module.bn1.num_batches_tracked"] == 7
+
+
+@pytest.mark.parametrize("changes", [
+    {"batch_size": 1, "crop_size": 1, "workers": 0}, {"margin": 1}, {"data_name": "f8k", "img_dim": 4096},
+    {"measure": "order"}], ids=str)
+def test_options_at_their_bounds_are_taken(tmp_path, changes):
+    """An int is a number where a float is expected; raw images' img_dim is not their CNN's width."""
+    torch.save(released(opt=options(**changes)), tmp_path / "run.pth.tar")
+    opt = checkpoint.load(str(tmp_path / "run.pth.tar"))["opt"]
+    assert {name: getattr(opt, name) for name in changes} == changes
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -488,6 +503,46 @@ def test_optimizer_moments_of_another_shape_are_refused(saved, name):
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match="--resume"):
         checkpoint.restore(content, path, model, optimizer, options(), print)
+
+
+def test_an_optimizer_whose_steps_are_not_one_number_is_refused(saved):
+    path = saved[0]
+    content = checkpoint.load(path)
+    content["optimizer"]["state"][0]["step"] = torch.ones(2)
+    model, optimizer = run_of(2)
+    with pytest.raises(InputError, match="--resume.*moments"):
+        checkpoint.restore(content, path, model, optimizer, options(), print)
+
+
+# The newest of a folder's -----------------------------------------------------------------------
+
+def write_at(path, when, **changes):
+    """A checkpoint that was written `when` seconds into the era."""
+    checkpoint.save(str(path), released(**changes))
+    os.utime(path, (when, when))
+
+
+def test_the_furthest_checkpoint_of_ours_is_taken_and_of_those_the_latest(tmp_path):
+    said, folder = [], tmp_path / "runs[1]"
+    assert checkpoint.newest(str(folder), said.append) == (None, "")
+    write_at(folder / "released.pth.tar", 9, Eiters=99)
+    assert checkpoint.newest(str(folder), said.append) == (None, "")
+    write_at(folder / "b.pth.tar", 3, Eiters=8, optimizer={})
+    write_at(folder / "c.pth.tar", 5, Eiters=7, optimizer={})
+    write_at(folder / "a.pth.tar", 4, Eiters=8, optimizer={}, epoch=11)
+    assert not said
+    (folder / "broken.pth.tar").write_bytes(b"broken")
+    content, path = checkpoint.newest(str(folder), said.append)
+    assert (path, content["epoch"]) == (str(folder / "a.pth.tar"), 11)
+    assert len(said) == 1 and said[0].startswith("Passed over: ") and "broken.pth.tar" in said[0]
+
+
+def test_when_a_file_was_written_is_seen_to_the_nanosecond(tmp_path):
+    path = tmp_path / "file"
+    assert checkpoint.written(path) is None
+    path.write_text("")
+    os.utime(path, ns=(1, 1_700_000_000_123_456_000))
+    assert checkpoint.written(path) == 1_700_000_000_123_456_000
 
 
 # A place within an epoch ------------------------------------------------------------------------
