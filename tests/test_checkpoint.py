@@ -176,10 +176,10 @@ def test_a_disk_that_fills_up_within_a_checkpoint_keeps_the_old_one(small_disk, 
 
 # Files that are refused -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["absent", "folder"])
-def test_a_file_that_is_not_there_is_named(tmp_path, name):
+@pytest.mark.parametrize("name, found", [("absent", "No such file"), ("folder", "not a regular file")])
+def test_a_file_that_is_not_there_is_named(tmp_path, name, found):
     (tmp_path / "folder").mkdir()
-    refused(tmp_path / name)
+    refused(tmp_path / name, found)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -300,6 +300,9 @@ BROKEN = {
         1, **{"embed.weight": torch.ones(0, 3)})),
     "no input weights": lambda: released(opt=options(num_layers=0), model=state(1, **{"rnn.weight_ih_l0": None})),
     "a switch of another type": lambda: released(opt=options(use_abs="no")),
+    "a switch that is a number": lambda: released(opt=options(use_abs=1)),
+    "another embed_size of raw images": lambda: released(opt=options(data_name="f8k", embed_size=5)),
+    "a tensor without memory": lambda: released(model=state(1, **{"embed.weight": torch.empty(9, 3, device="meta")})),
 }
 
 
@@ -418,6 +421,7 @@ def test_a_run_s_checkpoint_has_the_released_entries_and_ours(saved):
     assert content["opt"] == options(caption_reading="text")
     assert content["optimizer"].keys() == optimizer.state_dict().keys()
     assert content["random_states"].keys() == {"cpu", "cuda"}
+    assert content["float32_products"] == torch.get_float32_matmul_precision()
 
 
 def test_a_restored_run_goes_on_as_the_first_would_have(saved):
