@@ -52,7 +52,9 @@ def test_released_checkpoints_load(run):
     assert states_equal(content["model"], theirs["model"])
     assert (content["epoch"], content["Eiters"]) == (theirs["epoch"], theirs["Eiters"])
     assert checkpoint.caption_reading(content) == "released"
-    assert checkpoint.vocabulary(content, str(path)) is None
+    assert len(checkpoint.vocabulary(content, str(path), str(RELEASED / "vocab"))) == 62
+    with pytest.raises(InputError, match="carries no vocabulary.*--vocab_path"):
+        checkpoint.vocabulary(content, str(path), "nowhere")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -103,7 +105,9 @@ def test_options_that_an_older_checkpoint_lacks_take_their_defaults(tmp_path):
         "data_name": "tiny_precomp", "data_path": "/else", **SIZES, "vocab_path": "./vocab/", "measure": "cosine",
         "use_abs": False, "no_imgnorm": False, "finetune": False, "cnn_type": "vgg19", "crop_size": 224,
         "batch_size": 128, "workers": 10, "use_restval": False, "logger_name": "runs/runX", "margin": 0.2,
-        "max_violation": False, "sum_violation": False, "memory_bank": False}
+        "max_violation": False, "sum_violation": False, "memory_bank": False, "text_pooling": "last", "bi_gru": False,
+        "no_txtnorm": False, "precomp_enc_type": "basic", "drop_words": 0.0, "drop_regions": 0.0, "weight_decay": 0.0,
+        "image_pooling": None, "regions": None, "vocab_name": None}
     assert checkpoint.caption_reading(content) == "text"
 
 

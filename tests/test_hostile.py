@@ -93,7 +93,8 @@ def open_checkpoint(path):
     """Everything that evaluation takes from one."""
     content = checkpoint.load(path)
     checkpoint.caption_reading(content)
-    checkpoint.vocabulary(content, path)
+    if content.get("vocabulary") is not None:
+        checkpoint.vocabulary(content, path)
     checkpoint.load_weights(VSE(content["opt"]), content, path)
     return content
 
