@@ -1,0 +1,368 @@
+"""SCAN: the similarity of an image and a caption by cross attention between its regions and its words.
+
+Stacked Cross Attention (Lee et al., ECCV 2018), which HAL (Liu et al., AAAI 2020) also trains: losses are those
+of `loss.py`, functions of the similarity matrix that `cross_attention_similarities` gives. State names, the order
+of random draws and the calls are the released code's.
+
+One side asks (queries), the other answers (contexts): with t2i words ask and regions answer, with i2t regions ask
+and words answer. A query q attends to the contexts V with weights a; its relevance is the cosine of q and V'a.
+No such V'a is made: with the scores s = V q and the Gram matrix G = V V', q.V'a = a.s and |V'a|^2 = a' G a. So a
+batch is one product, a softmax and one small product. Captions of one length are taken together: nothing is padded.
+"""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import leaky_relu, linear
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
+
+from errors import InputError
+from gru import word_states
+from model import VSE, EncoderImagePrecomp, _init_fc
+
+EPS = 1e-8  # the released code's, wherever it divides
+SLOPE = 0.1  # "clipped" norms are leaky ones
+LARGEST = 2 ** 27  # scores region x word held at once; more images than that are taken in turns
+CACHED = 2 ** 18  # scores worked on at once on a CPU, whose caches they should fit
+ROUNDED = 64  # rows of the large product's captions, whose number would be another one for every batch (see gru.py)
+
+NORMS = ("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "no_norm", "softmax")
+AGGREGATIONS = {
+    "LogSumExp": lambda relevance, sharpness: (sharpness * relevance).logsumexp(1) / sharpness,
+    "Mean": lambda relevance, _: relevance.mean(1),
+    "Sum": lambda relevance, _: relevance.sum(1),
+    "Max": lambda relevance, _: relevance.max(1).values,
+}
+
+
+# Scores -----------------------------------------------------------------------------------------
+
+def _choice(opt, flag, choices):
+    """The option's value; raises InputError where it is none of the choices."""
+    value = getattr(opt, flag)
+    if value not in choices:
+        raise InputError(f"--{flag} is {value}: choose one of {', '.join(choices)}")
+    return value
+
+
+def _attention(scores, norm, smooth):
+    """Scores (a, contexts, queries, b) -> weights over the contexts, of the same shape; `norm` is over the queries."""
+    if norm.startswith("clipped"):
+        scores = leaky_relu(scores, SLOPE)
+    if norm == "softmax":
+        scores = smooth * scores.softmax(2)
+    elif norm.endswith("l1norm"):
+        scores = scores * (smooth / (scores.abs().sum(2, keepdim=True) + EPS))
+    elif norm.endswith("l2norm"):
+        squares = scores.square().sum(2, keepdim=True)
+        # A context of zeros has no direction: its scores stay zero, with a gradient that stays finite.
+        scores = scores * (smooth / (squares.masked_fill(squares == 0, 1).sqrt() + EPS))
+    else:
+        scores = smooth * scores
+    return scores.softmax(1)
+
+
+def func_attention(query, context, opt, smooth):
+    """(n, queries, D) and (n, contexts, D) -> attended contexts (n, queries, D), weights (n, contexts, queries).
+
+    opt: raw_feature_norm; smooth: the inverse temperature of the softmax over the contexts.
+    """
+    scores = context @ query.transpose(1, 2)
+    weights = _attention(scores.unsqueeze(3), _choice(opt, "raw_feature_norm", NORMS), smooth).squeeze(3)
+    return weights.transpose(1, 2) @ context, weights
+
+
+@contextmanager
+def _plain_products(device):
+    """Small products without oneDNN, which keeps code for each of their many shapes, and without autocast."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _terms(scores, gram, norm, smooth):
+    """Scores (a, K, Q, b) and Gram matrices (a, K, K) -> a.s and a' G a, each (a, Q, b)."""
+    weights = _attention(scores, norm, smooth)
+    mixed = (gram @ weights.flatten(2)).view_as(weights)
+    return (weights * scores).sum(1), (weights * mixed).sum(1)
+
+
+class _Block(NamedTuple):
+    """Owners of K contexts each, and askers of Q queries each, whose scores are worked on at once."""
+
+    scores: tuple  # rows and columns of the scores
+    terms: tuple  # the owners, and the same columns
+    gram: tuple  # (which group, which owners of it)
+    contexts: int  # K
+    queries: int  # Q
+
+    def of(self, scores):
+        """This block's part of scores: (owners, K, Q, askers)."""
+        return scores[self.scores].unflatten(0, (-1, self.contexts)).unflatten(2, (self.queries, -1))
+
+
+def _blocks(owners, askers, size):
+    """Every block of scores, none larger than `size` where one owner alone is not."""
+    row = owner = 0
+    for group, (contexts, count) in enumerate(owners):
+        column = 0
+        for queries, asking in askers:
+            columns = slice(column, column := column + queries * asking)
+            step = max(1, size // (contexts * queries * asking))
+            for start in range(0, count, step):
+                end = min(count, start + step)
+                yield _Block((slice(row + start * contexts, row + end * contexts), columns),
+                             (slice(owner + start, owner + end), columns), (group, slice(start, end)),
+                             contexts, queries)
+        row, owner = row + contexts * count, owner + count
+
+
+def _by_owner(contexts, owners):
+    """Views (count, K, D) of each group's rows."""
+    sizes = [length * count for length, count in owners]
+    return [rows.unflatten(0, (-1, length)) for rows, (length, _) in zip(contexts[:sum(sizes)].split(sizes), owners)]
+
+
+class _Terms(torch.autograd.Function):
+    """a.s and a' G a of every query towards every owner of contexts, each (owners, queries).
+
+    contexts, queries: (rows, D). owners: [(K, count)], the groups in which the contexts come, an owner's K rows
+    together; askers: [(Q, count)] likewise, but in a group all first queries come first, then all second ones, ...
+    So a block of scores is (owners, K, Q, askers), and its sums run over an outer dimension.
+    Backward computes each block again, where autograd would keep many times the scores.
+    """
+
+    @staticmethod
+    def forward(ctx, contexts, queries, owners, askers, norm, smooth, dtype):
+        """dtype: of the product of both sides, and of its gradients'."""
+        scores = contexts.to(dtype) @ queries.to(dtype).t()
+        shape = sum(count for _, count in owners), sum(length * count for length, count in askers)
+        dots, squares = contexts.new_empty(shape), contexts.new_empty(shape)
+        with _plain_products(contexts.device):
+            grams = [vectors @ vectors.mT for vectors in _by_owner(contexts, owners)]
+            for block in _blocks(owners, askers, _block_size(contexts.device)):
+                group, members = block.gram
+                terms = _terms(block.of(scores).to(contexts.dtype), grams[group][members], norm, smooth)
+                dots[block.terms], squares[block.terms] = (term.flatten(1) for term in terms)
+        ctx.save_for_backward(contexts, queries, scores, *grams)
+        ctx.shape, ctx.how = (owners, askers), (norm, smooth)
+        return dots, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_terms):
+        contexts, queries, scores, *grams = ctx.saved_tensors
+        grad_scores, grad_grams = torch.zeros_like(scores), [torch.zeros_like(gram) for gram in grams]
+        with _plain_products(contexts.device):
+            for block in _blocks(*ctx.shape, _block_size(contexts.device)):
+                group, members = block.gram
+                leaves = [part.detach().requires_grad_() for part in
+                          (block.of(scores).to(contexts.dtype), grams[group][members])]
+                with torch.enable_grad():
+                    terms = _terms(*leaves, *ctx.how)
+                grad_block, grad_gram = torch.autograd.grad(terms, leaves, [
+                    grad[block.terms].unflatten(1, (block.queries, -1)) for grad in grad_terms])
+                block.of(grad_scores).copy_(grad_block)
+                grad_grams[group][members] += grad_gram
+            grad_contexts = (grad_scores @ queries.to(scores.dtype)).to(contexts.dtype)
+            for grad, gram, vectors in zip(_by_owner(grad_contexts, ctx.shape[0]), grad_grams,
+                                           _by_owner(contexts, ctx.shape[0])):
+                grad.baddbmm_(gram + gram.mT, vectors)
+        grad_queries = (grad_scores.t() @ contexts.to(scores.dtype)).to(queries.dtype)
+        return grad_contexts, grad_queries, None, None, None, None, None
+
+
+def _block_size(device):
+    return CACHED if device.type == "cpu" else LARGEST
+
+
+def _by_length(lengths):
+    """The captions' order, longest first, and [(length, count)] in that order."""
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    values, counts = np.unique(-lengths, return_counts=True)
+    return order, list(zip((-values).tolist(), counts.tolist()))
+
+
+def _packed(words, order, groups, by_word):
+    """Words (C, T, D) -> (rows, D), a group after the other: each caption's words together, or all first ones, ..."""
+    places, start = [], 0
+    for length, count in groups:
+        grid = order[start:start + count, None] * words.shape[1] + np.arange(length)
+        places.append((grid.T if by_word else grid).ravel())
+        start += count
+    places = np.concatenate(places)
+    places = np.pad(places, (0, -len(places) % ROUNDED))  # any word will do: nothing looks at those scores
+    return words.flatten(0, 1).index_select(0, torch.from_numpy(places).to(words.device, non_blocking=True))
+
+
+def _similarities(images, words, lengths, opt, cross_attn):
+    """All at once: `cross_attention_similarities` of as many images as that may be."""
+    order, captions = _by_length(lengths)
+    packed = _packed(words, order, captions, by_word=cross_attn == "t2i")
+    regions = [(images.shape[1], len(images))]
+    if cross_attn == "t2i":
+        contexts, owners, queries, askers = images.flatten(0, 1), regions, packed, captions
+    else:
+        contexts, owners, queries, askers = packed, captions, images.transpose(0, 1).flatten(0, 1), regions
+    dtype = torch.bfloat16 if getattr(opt, "amp", "off") == "bf16" else images.dtype
+    dots, squares = _Terms.apply(contexts, queries, owners, askers, opt.raw_feature_norm, opt.lambda_softmax, dtype)
+    lengths_of_queries = torch.linalg.vector_norm(queries[:dots.shape[1]], dim=1)
+    # Rounding may make a square negative, and at zero the root has no gradient: EPS is larger than either.
+    attended = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+    relevance = dots / (lengths_of_queries * attended).clamp(min=EPS)
+    aggregate = AGGREGATIONS[opt.agg_func]
+    scores = torch.cat([aggregate(part.unflatten(1, shape), getattr(opt, "lambda_lse", None)) for part, shape in
+                        zip(relevance.split([length * count for length, count in askers], 1), askers)], 1)
+    scores = scores if cross_attn == "t2i" else scores.t()
+    return scores[:, torch.from_numpy(np.argsort(order)).to(scores.device, non_blocking=True)]
+
+
+def cross_attention_similarities(images, words, lengths, opt, cross_attn=None):
+    """Regions (I, R, D) and words (C, T, D), of which lengths (C,) count -> similarities S (I, C).
+
+    opt: cross_attn (t2i | i2t, unless given here), raw_feature_norm, lambda_softmax, agg_func, lambda_lse (of
+    LogSumExp) and, with bf16 for the large products, amp. LogSumExp is no mean: scores may exceed 1.
+    Raises InputError for an unknown name, or lengths that the words do not have.
+    """
+    cross_attn = cross_attn or _choice(opt, "cross_attn", ("t2i", "i2t"))
+    _choice(opt, "raw_feature_norm", NORMS), _choice(opt, "agg_func", AGGREGATIONS)
+    lengths = torch.as_tensor(lengths).tolist()
+    if len(lengths) != len(words) or min(lengths) < 1 or max(lengths) > words.shape[1]:
+        raise InputError(f"{len(words)} captions of at most {words.shape[1]} words came with {len(lengths)} lengths "
+                         f"from {min(lengths)} to {max(lengths)}: give each caption's own number of words")
+    tiles = images.split(max(1, LARGEST // (images.shape[1] * sum(lengths))))
+    if len(tiles) == 1:
+        return _similarities(images, words, lengths, opt, cross_attn)
+    return torch.cat([checkpoint(_similarities, tile, words, lengths, opt, cross_attn, use_reentrant=False,
+                                 preserve_rng_state=False) for tile in tiles])
+
+
+def xattn_score_t2i(images, captions, cap_lens, opt):
+    """Words ask, regions answer: (I, R, D), (C, T, D), (C,) -> (I, C). opt: as above, without cross_attn."""
+    return cross_attention_similarities(images, captions, cap_lens, opt, "t2i")
+
+
+def xattn_score_i2t(images, captions, cap_lens, opt):
+    """Regions ask, words answer: (I, R, D), (C, T, D), (C,) -> (I, C). opt: as above, without cross_attn."""
+    return cross_attention_similarities(images, captions, cap_lens, opt, "i2t")
+
+
+def _sharded(images, captions, caplens, opt, shard_size, cross_attn):
+    images, captions = torch.as_tensor(images), torch.as_tensor(captions)
+    caplens = np.asarray(caplens)
+    order = np.argsort(-caplens, kind="stable")  # captions of one length belong together
+    scores = np.empty((len(images), len(captions)), images.numpy(force=True).dtype)
+    with torch.no_grad():
+        for start in range(0, len(captions), shard_size):
+            chosen = order[start:start + shard_size]
+            words = captions[torch.from_numpy(chosen)][:, :caplens[chosen].max()]
+            for first in range(0, len(images), shard_size):
+                part = cross_attention_similarities(images[first:first + shard_size], words, caplens[chosen], opt,
+                                                    cross_attn)
+                scores[first:first + shard_size, chosen] = part.numpy(force=True)
+    return scores
+
+
+def shard_xattn_t2i(images, captions, caplens, opt, shard_size=128):
+    """`xattn_score_t2i` without gradients, in shards of images and captions; arrays or tensors -> a NumPy array."""
+    return _sharded(images, captions, caplens, opt, shard_size, "t2i")
+
+
+def shard_xattn_i2t(images, captions, caplens, opt, shard_size=128):
+    """`xattn_score_i2t` without gradients, in shards of images and captions; arrays or tensors -> a NumPy array."""
+    return _sharded(images, captions, caplens, opt, shard_size, "i2t")
+
+
+# The model --------------------------------------------------------------------------------------
+
+def l2norm(X):
+    """Vectors (..., D) scaled to length 1 as released, X / (|X| + eps); zero stays zero, its gradient finite."""
+    lengths = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+    return X / (lengths.masked_fill(lengths == 0, 1) + EPS)
+
+
+class _WeightNormLinear(nn.Module):
+    """A linear layer of weight g V / |V|, |V| over the whole matrix, with the released code's state names."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        drawn = nn.Linear(in_features, out_features)
+        self.bias, self.weight_g = drawn.bias, nn.Parameter(drawn.weight.detach().norm())
+        self.weight_v = drawn.weight
+
+    def forward(self, X):
+        return linear(X, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+
+
+class RegionEncoder(EncoderImagePrecomp):
+    """Region features (B, R, img_dim) -> regions (B, R, embed_size); precomp_enc_type: basic or weight_norm."""
+
+    def __init__(self, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False):
+        nn.Module.__init__(self)
+        self.no_imgnorm = no_imgnorm
+        self.fc = {"basic": _init_fc, "weight_norm": _WeightNormLinear}[precomp_enc_type](img_dim, embed_size)
+
+    def forward(self, images):
+        """images: (B, R, img_dim); a region of zeros is mapped like every other."""
+        regions = self.fc(images)
+        regions = regions.to(self.fc.bias.dtype)  # autocast's products may be in bf16
+        return regions if self.no_imgnorm else l2norm(regions)
+
+
+class WordEncoder(nn.Module):
+    """Word ids -> every word's state of the GRU's top layer, with bi_gru the mean of both directions'."""
+
+    def __init__(self, vocab_size, word_dim, embed_size, num_layers, bi_gru=False, no_txtnorm=False):
+        super().__init__()
+        self.no_txtnorm = no_txtnorm
+        self.embed = nn.Embedding(vocab_size, word_dim)
+        self.rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=bi_gru)
+        with torch.no_grad():
+            self.embed.weight.uniform_(-0.1, 0.1)
+
+    def forward(self, captions, lengths):
+        """captions: (B, T) word ids, longest caption first; lengths: (B,) -> (B, T, embed_size), 0 past a length."""
+        lengths = torch.as_tensor(lengths).cpu()
+        if captions.device.type == "cpu":
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            with torch.autocast("cpu", enabled=False):  # word_states casts what it multiplies, and nothing else
+                states = word_states(self.rnn, self.embed, captions, lengths, dtype)
+        else:
+            packed = self.rnn(pack_padded_sequence(self.embed(captions), lengths, batch_first=True))[0]
+            states = pad_packed_sequence(packed, batch_first=True, total_length=captions.shape[1])[0]
+            if self.rnn.bidirectional:
+                states = states.unflatten(2, (2, -1)).mean(2)
+        states = states.to(self.embed.weight.dtype)
+        return states if self.no_txtnorm else l2norm(states)
+
+
+class SCAN(VSE):
+    """Both encoders, as `VSE` has them, of which `img_enc` gives every region and `txt_enc` every word.
+
+    opt needs what builds them: img_dim, embed_size, precomp_enc_type, no_imgnorm, vocab_size, word_dim, num_layers,
+    bi_gru, no_txtnorm; and amp, as in `VSE`. Raises InputError for an unknown precomp_enc_type.
+    """
+
+    def __init__(self, opt):
+        nn.Module.__init__(self)
+        self.amp = getattr(opt, "amp", "off") == "bf16"
+        self.img_enc = RegionEncoder(opt.img_dim, opt.embed_size,
+                                     _choice(opt, "precomp_enc_type", ("basic", "weight_norm")), opt.no_imgnorm)
+        self.txt_enc = WordEncoder(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru,
+                                   opt.no_txtnorm)
+
+    def forward_emb(self, images, captions, lengths):
+        """A batch, longest caption first -> regions (B, R, D), words (B, T, D), and the lengths as they came."""
+        return *super().forward_emb(images, captions, lengths), lengths
+
+    forward = forward_emb
