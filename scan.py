@@ -89,11 +89,10 @@ def _plain_products(device):
         torch.set_float32_matmul_precision(precision)
 
 
-def _terms(scores, gram, norm, smooth):
-    """Scores (a, K, Q, b) and Gram matrices (a, K, K) -> a.s and a' G a, each (a, Q, b)."""
-    weights = _attention(scores, norm, smooth)
-    mixed = (gram @ weights.flatten(2)).view_as(weights)
-    return (weights * scores).sum(1), (weights * mixed).sum(1)
+def _product(one, other, dtype):
+    """In this type, whatever autocast says."""
+    with torch.autocast(one.device.type, enabled=False):
+        return one.to(dtype) @ other.to(dtype)
 
 
 class _Block(NamedTuple):
@@ -109,9 +108,14 @@ class _Block(NamedTuple):
         """This block's part of scores: (owners, K, Q, askers)."""
         return scores[self.scores].unflatten(0, (-1, self.contexts)).unflatten(2, (self.queries, -1))
 
+    def gram_of(self, grams):
+        """Its owners' Gram matrices (owners, K, K)."""
+        return grams[self.gram[0]][self.gram[1]]
 
-def _blocks(owners, askers, size):
-    """Every block of scores, none larger than `size` where one owner alone is not."""
+
+def _blocks(owners, askers, device):
+    """Every block of scores, none larger than the device's best size where one owner alone is not."""
+    size = CACHED if device.type == "cpu" else LARGEST
     row = owner = 0
     for group, (contexts, count) in enumerate(owners):
         column = 0
@@ -144,45 +148,45 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, contexts, queries, owners, askers, norm, smooth, dtype):
         """dtype: of the product of both sides, and of its gradients'."""
-        scores = contexts.to(dtype) @ queries.to(dtype).t()
+        scores = _product(contexts, queries.t(), dtype)
         shape = sum(count for _, count in owners), sum(length * count for length, count in askers)
         dots, squares = contexts.new_empty(shape), contexts.new_empty(shape)
         with _plain_products(contexts.device):
             grams = [vectors @ vectors.mT for vectors in _by_owner(contexts, owners)]
-            for block in _blocks(owners, askers, _block_size(contexts.device)):
-                group, members = block.gram
-                terms = _terms(block.of(scores).to(contexts.dtype), grams[group][members], norm, smooth)
-                dots[block.terms], squares[block.terms] = (term.flatten(1) for term in terms)
+            for block in _blocks(owners, askers, contexts.device):
+                part = block.of(scores).to(contexts.dtype)
+                weights = _attention(part, norm, smooth)
+                mixed = block.gram_of(grams) @ weights.flatten(2)
+                dots[block.terms] = (weights * part).sum(1).flatten(1)
+                squares[block.terms] = mixed.mul_(weights.flatten(2)).sum(1)
         ctx.save_for_backward(contexts, queries, scores, *grams)
         ctx.shape, ctx.how = (owners, askers), (norm, smooth)
         return dots, squares
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_terms):
+    def backward(ctx, grad_dots, grad_squares):
         contexts, queries, scores, *grams = ctx.saved_tensors
+        owners, askers = ctx.shape
         grad_scores, grad_grams = torch.zeros_like(scores), [torch.zeros_like(gram) for gram in grams]
         with _plain_products(contexts.device):
-            for block in _blocks(*ctx.shape, _block_size(contexts.device)):
-                group, members = block.gram
-                leaves = [part.detach().requires_grad_() for part in
-                          (block.of(scores).to(contexts.dtype), grams[group][members])]
+            for block in _blocks(owners, askers, contexts.device):
+                part = block.of(scores).to(contexts.dtype).detach().requires_grad_()
                 with torch.enable_grad():
-                    terms = _terms(*leaves, *ctx.how)
-                grad_block, grad_gram = torch.autograd.grad(terms, leaves, [
-                    grad[block.terms].unflatten(1, (block.queries, -1)) for grad in grad_terms])
-                block.of(grad_scores).copy_(grad_block)
-                grad_grams[group][members] += grad_gram
-            grad_contexts = (grad_scores @ queries.to(scores.dtype)).to(contexts.dtype)
-            for grad, gram, vectors in zip(_by_owner(grad_contexts, ctx.shape[0]), grad_grams,
-                                           _by_owner(contexts, ctx.shape[0])):
-                grad.baddbmm_(gram + gram.mT, vectors)
-        grad_queries = (grad_scores.t() @ contexts.to(scores.dtype)).to(queries.dtype)
+                    weights = _attention(part, *ctx.how)
+                grad_dot = grad_dots[block.terms].unflatten(1, (block.queries, -1)).unsqueeze(1)
+                with torch.no_grad():
+                    flat = weights.flatten(2)
+                    scaled = flat * grad_squares[block.terms].unsqueeze(1)
+                    block.gram_of(grad_grams).baddbmm_(scaled, flat.mT)
+                    grad_weights = (part * grad_dot).flatten(2).baddbmm_(block.gram_of(grams), scaled, alpha=2)
+                    grad, = torch.autograd.grad(weights, part, grad_weights.view_as(weights))
+                    block.of(grad_scores).copy_(grad.addcmul_(weights, grad_dot))
+            grad_contexts = _product(grad_scores, queries, scores.dtype).to(contexts.dtype)
+            for grad, gram, vectors in zip(_by_owner(grad_contexts, owners), grad_grams, _by_owner(contexts, owners)):
+                grad.baddbmm_(gram, vectors, alpha=2)  # the gradient of a symmetric matrix V V' is symmetric
+        grad_queries = _product(grad_scores.t(), contexts, scores.dtype).to(queries.dtype)
         return grad_contexts, grad_queries, None, None, None, None, None
-
-
-def _block_size(device):
-    return CACHED if device.type == "cpu" else LARGEST
 
 
 def _by_length(lengths):
@@ -237,9 +241,9 @@ def cross_attention_similarities(images, words, lengths, opt, cross_attn=None):
     cross_attn = cross_attn or _choice(opt, "cross_attn", ("t2i", "i2t"))
     _choice(opt, "raw_feature_norm", NORMS), _choice(opt, "agg_func", AGGREGATIONS)
     lengths = torch.as_tensor(lengths).tolist()
-    if len(lengths) != len(words) or min(lengths) < 1 or max(lengths) > words.shape[1]:
-        raise InputError(f"{len(words)} captions of at most {words.shape[1]} words came with {len(lengths)} lengths "
-                         f"from {min(lengths)} to {max(lengths)}: give each caption's own number of words")
+    if len(lengths) != len(words) or not all(1 <= length <= words.shape[1] for length in lengths):
+        raise InputError(f"the words of {len(words)} captions, at most {words.shape[1]} each, came with the lengths "
+                         f"{', '.join(map(str, lengths[:9])) or '(none)'}: give each caption's own number of words")
     tiles = images.split(max(1, LARGEST // (images.shape[1] * sum(lengths))))
     if len(tiles) == 1:
         return _similarities(images, words, lengths, opt, cross_attn)
