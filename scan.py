@@ -29,6 +29,7 @@ EPS = 1e-8  # the released code's, wherever it divides
 SLOPE = 0.1  # "clipped" norms are leaky ones
 LARGEST = 2 ** 27  # scores region x word held at once; more images than that are taken in turns
 CACHED = 2 ** 18  # scores worked on at once on a CPU, whose caches they should fit
+FEW, PAIRS = 0.1, 16  # where this part of all pairs has gradients, theirs alone are computed, so many at a time
 ROUNDED = 64  # rows of the large product's captions, whose number would be another one for every batch (see gru.py)
 
 NORMS = ("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "no_norm", "softmax")
@@ -95,53 +96,65 @@ def _product(one, other, dtype):
         return one.to(dtype) @ other.to(dtype)
 
 
-class _Block(NamedTuple):
-    """Owners of K contexts each, and askers of Q queries each, whose scores are worked on at once."""
+class _Group(NamedTuple):
+    """Owners, or askers, of equally many vectors each."""
 
-    scores: tuple  # rows and columns of the scores
-    terms: tuple  # the owners, and the same columns
-    gram: tuple  # (which group, which owners of it)
-    contexts: int  # K
-    queries: int  # Q
+    length: int  # vectors each
+    count: int
+    rows: slice  # of all vectors: an owner's vectors together; of askers all first ones, then all second ones, ...
+    members: slice  # of all owners or askers
 
-    def of(self, scores):
-        """This block's part of scores: (owners, K, Q, askers)."""
-        return scores[self.scores].unflatten(0, (-1, self.contexts)).unflatten(2, (self.queries, -1))
 
-    def gram_of(self, grams):
-        """Its owners' Gram matrices (owners, K, K)."""
-        return grams[self.gram[0]][self.gram[1]]
+def _grouped(shapes):
+    """[(length, count)] -> groups that follow each other."""
+    groups, row, member = [], 0, 0
+    for length, count in shapes:
+        groups.append(_Group(length, count, slice(row, row + length * count), slice(member, member + count)))
+        row, member = row + length * count, member + count
+    return groups
+
+
+def _vectors(contexts, group):
+    """The group's contexts: (owners, K, D)."""
+    return contexts[group.rows].unflatten(0, (-1, group.length))
+
+
+def _scores(scores, group, asking):
+    """The scores of two groups: (owners, K, Q, askers), so that every sum runs over an outer dimension."""
+    return scores[group.rows, asking.rows].unflatten(0, (-1, group.length)).unflatten(2, (asking.length, -1))
+
+
+def _terms(terms, group, asking):
+    """The terms of two groups: (owners, Q, askers)."""
+    return terms[group.members, asking.rows].unflatten(1, (asking.length, -1))
 
 
 def _blocks(owners, askers, device):
-    """Every block of scores, none larger than the device's best size where one owner alone is not."""
+    """Pieces of the scores: which group of owners and of askers, and which of the owners (one, or what may be)."""
     size = CACHED if device.type == "cpu" else LARGEST
-    row = owner = 0
-    for group, (contexts, count) in enumerate(owners):
-        column = 0
-        for queries, asking in askers:
-            columns = slice(column, column := column + queries * asking)
-            step = max(1, size // (contexts * queries * asking))
-            for start in range(0, count, step):
-                end = min(count, start + step)
-                yield _Block((slice(row + start * contexts, row + end * contexts), columns),
-                             (slice(owner + start, owner + end), columns), (group, slice(start, end)),
-                             contexts, queries)
-        row, owner = row + contexts * count, owner + count
+    for number, group in enumerate(owners):
+        for asking in askers:
+            step = max(1, size // (group.length * asking.length * asking.count))
+            for start in range(0, group.count, step):
+                yield number, group, asking, slice(start, start + step)
 
 
-def _by_owner(contexts, owners):
-    """Views (count, K, D) of each group's rows."""
-    sizes = [length * count for length, count in owners]
-    return [rows.unflatten(0, (-1, length)) for rows, (length, _) in zip(contexts[:sum(sizes)].split(sizes), owners)]
+def _gradients(scores, gram, grad_dots, grad_squares, norm, smooth):
+    """Of scores (a, K, Q, b) and Gram matrices (a, K, K), given those of both terms (a, Q, b)."""
+    scores, grad_dots = scores.detach().requires_grad_(), grad_dots.unsqueeze(1)
+    with torch.enable_grad():
+        weights = _attention(scores, norm, smooth)
+    flat = weights.detach().flatten(2)
+    scaled = flat * grad_squares.flatten(1).unsqueeze(1)
+    grad_weights = (scores.detach() * grad_dots).flatten(2).baddbmm_(gram, scaled, alpha=2)
+    grad, = torch.autograd.grad(weights, scores, grad_weights.view_as(weights))
+    return grad.addcmul_(weights.detach(), grad_dots), scaled @ flat.mT
 
 
 class _Terms(torch.autograd.Function):
     """a.s and a' G a of every query towards every owner of contexts, each (owners, queries).
 
-    contexts, queries: (rows, D). owners: [(K, count)], the groups in which the contexts come, an owner's K rows
-    together; askers: [(Q, count)] likewise, but in a group all first queries come first, then all second ones, ...
-    So a block of scores is (owners, K, Q, askers), and its sums run over an outer dimension.
+    contexts, queries: (rows, D), in the groups that owners and askers list; rows beyond these count for nothing.
     Backward computes each block again, where autograd would keep many times the scores.
     """
 
@@ -149,61 +162,90 @@ class _Terms(torch.autograd.Function):
     def forward(ctx, contexts, queries, owners, askers, norm, smooth, dtype):
         """dtype: of the product of both sides, and of its gradients'."""
         scores = _product(contexts, queries.t(), dtype)
-        shape = sum(count for _, count in owners), sum(length * count for length, count in askers)
-        dots, squares = contexts.new_empty(shape), contexts.new_empty(shape)
+        dots = contexts.new_empty(owners[-1].members.stop, askers[-1].rows.stop)
+        squares = torch.empty_like(dots)
         with _plain_products(contexts.device):
-            grams = [vectors @ vectors.mT for vectors in _by_owner(contexts, owners)]
-            for block in _blocks(owners, askers, contexts.device):
-                part = block.of(scores).to(contexts.dtype)
+            grams = [vectors @ vectors.mT for vectors in (_vectors(contexts, group) for group in owners)]
+            for number, group, asking, some in _blocks(owners, askers, contexts.device):
+                part = _scores(scores, group, asking)[some].to(contexts.dtype)
                 weights = _attention(part, norm, smooth)
-                mixed = block.gram_of(grams) @ weights.flatten(2)
-                dots[block.terms] = (weights * part).sum(1).flatten(1)
-                squares[block.terms] = mixed.mul_(weights.flatten(2)).sum(1)
+                mixed = (grams[number][some] @ weights.flatten(2)).view_as(weights)
+                _terms(dots, group, asking)[some] = (weights * part).sum(1)
+                _terms(squares, group, asking)[some] = mixed.mul_(weights).sum(1)
         ctx.save_for_backward(contexts, queries, scores, *grams)
-        ctx.shape, ctx.how = (owners, askers), (norm, smooth)
+        ctx.groups, ctx.how = (owners, askers), (norm, smooth)
         return dots, squares
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_dots, grad_squares):
+    def backward(ctx, *grad_terms):
         contexts, queries, scores, *grams = ctx.saved_tensors
-        owners, askers = ctx.shape
-        grad_scores, grad_grams = torch.zeros_like(scores), [torch.zeros_like(gram) for gram in grams]
         with _plain_products(contexts.device):
-            for block in _blocks(owners, askers, contexts.device):
-                part = block.of(scores).to(contexts.dtype).detach().requires_grad_()
-                with torch.enable_grad():
-                    weights = _attention(part, *ctx.how)
-                grad_dot = grad_dots[block.terms].unflatten(1, (block.queries, -1)).unsqueeze(1)
-                with torch.no_grad():
-                    flat = weights.flatten(2)
-                    scaled = flat * grad_squares[block.terms].unsqueeze(1)
-                    block.gram_of(grad_grams).baddbmm_(scaled, flat.mT)
-                    grad_weights = (part * grad_dot).flatten(2).baddbmm_(block.gram_of(grams), scaled, alpha=2)
-                    grad, = torch.autograd.grad(weights, part, grad_weights.view_as(weights))
-                    block.of(grad_scores).copy_(grad.addcmul_(weights, grad_dot))
-            grad_contexts = _product(grad_scores, queries, scores.dtype).to(contexts.dtype)
-            for grad, gram, vectors in zip(_by_owner(grad_contexts, owners), grad_grams, _by_owner(contexts, owners)):
-                grad.baddbmm_(gram, vectors, alpha=2)  # the gradient of a symmetric matrix V V' is symmetric
+            pairs = _few_pairs(grad_terms, *ctx.groups)
+            if pairs:
+                gradients = _gradients_of_pairs(contexts, queries, scores, grams, pairs, grad_terms, ctx.how)
+                return *gradients, None, None, None, None, None
+            grad_scores, grad_grams = torch.zeros_like(scores), [torch.empty_like(gram).zero_() for gram in grams]
+            for number, group, asking, some in _blocks(*ctx.groups, contexts.device):
+                part = _scores(scores, group, asking)[some].to(contexts.dtype)
+                grads = (_terms(grad, group, asking)[some] for grad in grad_terms)
+                grad_part, grad_gram = _gradients(part, grams[number][some], *grads, *ctx.how)
+                _scores(grad_scores, group, asking)[some] = grad_part
+                grad_grams[number][some] += grad_gram
+        grad_contexts = _product(grad_scores, queries, scores.dtype).to(contexts.dtype)
         grad_queries = _product(grad_scores.t(), contexts, scores.dtype).to(queries.dtype)
+        with _plain_products(contexts.device):
+            for group, grad_gram in zip(ctx.groups[0], grad_grams):  # symmetric, as V V' is
+                _vectors(grad_contexts, group).baddbmm_(grad_gram, _vectors(contexts, group), alpha=2)
         return grad_contexts, grad_queries, None, None, None, None, None
 
 
+def _few_pairs(grad_terms, owners, askers):
+    """[(number, group, asking, which owners, which askers)] with a gradient, or None: many, or not to be counted here.
+
+    A max-margin loss has at most three pairs a batch's pair. To count them a GPU would have to be waited for.
+    """
+    if grad_terms[0].device.type != "cpu":
+        return None
+    touched = (grad_terms[0] != 0) | (grad_terms[1] != 0)
+    pairs = [(number, group, asking, *_terms(touched, group, asking).any(1).nonzero(as_tuple=True))
+             for number, group in enumerate(owners) for asking in askers]
+    found = sum(len(pair[-1]) for pair in pairs)
+    return pairs if found < FEW * owners[-1].members.stop * askers[-1].members.stop else None
+
+
+def _gradients_of_pairs(contexts, queries, scores, grams, pairs, grad_terms, how):
+    """Gradients of contexts and queries, where only these pairs of an owner and an asker have any."""
+    grad_contexts, grad_queries = torch.zeros_like(contexts), torch.zeros_like(queries)
+    rows = torch.arange(len(queries))
+    for number, group, asking, all_owners, all_askers in pairs:
+        for owner, asker in zip(all_owners.split(PAIRS), all_askers.split(PAIRS)):
+            part = _scores(scores, group, asking)[owner, :, :, asker].unsqueeze(3).to(contexts.dtype)
+            grads = (_terms(grad, group, asking)[owner, :, asker].unsqueeze(2) for grad in grad_terms)
+            grad_part, grad_gram = _gradients(part, grams[number][owner], *grads, *how)
+            grad_part, vectors = grad_part.squeeze(3), _vectors(contexts, group)[owner]
+            places = rows[asking.rows].unflatten(0, (asking.length, -1))[:, asker].t().flatten()
+            asked = queries.index_select(0, places).unflatten(0, (-1, asking.length))
+            grad_owner = (grad_part @ asked).baddbmm_(grad_gram, vectors, alpha=2)
+            _vectors(grad_contexts, group).index_add_(0, owner, grad_owner)
+            grad_queries.index_add_(0, places, (grad_part.mT @ vectors).flatten(0, 1))
+    return grad_contexts, grad_queries
+
+
 def _by_length(lengths):
-    """The captions' order, longest first, and [(length, count)] in that order."""
+    """The captions' order, longest first, and their groups."""
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(-lengths, return_counts=True)
-    return order, list(zip((-values).tolist(), counts.tolist()))
+    return order, _grouped(zip((-values).tolist(), counts.tolist()))
 
 
 def _packed(words, order, groups, by_word):
     """Words (C, T, D) -> (rows, D), a group after the other: each caption's words together, or all first ones, ..."""
-    places, start = [], 0
-    for length, count in groups:
-        grid = order[start:start + count, None] * words.shape[1] + np.arange(length)
+    places = []
+    for group in groups:
+        grid = order[group.members, None] * words.shape[1] + np.arange(group.length)
         places.append((grid.T if by_word else grid).ravel())
-        start += count
     places = np.concatenate(places)
     places = np.pad(places, (0, -len(places) % ROUNDED))  # any word will do: nothing looks at those scores
     return words.flatten(0, 1).index_select(0, torch.from_numpy(places).to(words.device, non_blocking=True))
@@ -213,7 +255,7 @@ def _similarities(images, words, lengths, opt, cross_attn):
     """All at once: `cross_attention_similarities` of as many images as that may be."""
     order, captions = _by_length(lengths)
     packed = _packed(words, order, captions, by_word=cross_attn == "t2i")
-    regions = [(images.shape[1], len(images))]
+    regions = _grouped([(images.shape[1], len(images))])
     if cross_attn == "t2i":
         contexts, owners, queries, askers = images.flatten(0, 1), regions, packed, captions
     else:
@@ -225,8 +267,8 @@ def _similarities(images, words, lengths, opt, cross_attn):
     attended = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
     relevance = dots / (lengths_of_queries * attended).clamp(min=EPS)
     aggregate = AGGREGATIONS[opt.agg_func]
-    scores = torch.cat([aggregate(part.unflatten(1, shape), getattr(opt, "lambda_lse", None)) for part, shape in
-                        zip(relevance.split([length * count for length, count in askers], 1), askers)], 1)
+    scores = torch.cat([aggregate(relevance[:, asking.rows].unflatten(1, (asking.length, -1)),
+                                  getattr(opt, "lambda_lse", None)) for asking in askers], 1)
     scores = scores if cross_attn == "t2i" else scores.t()
     return scores[:, torch.from_numpy(np.argsort(order)).to(scores.device, non_blocking=True)]
 
