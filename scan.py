@@ -33,11 +33,11 @@ FEW, PAIRS = 0.1, 16  # where this part of all pairs has gradients, theirs alone
 ROUNDED = 64  # rows of the large product's captions, whose number would be another one for every batch (see gru.py)
 
 NORMS = ("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "no_norm", "softmax")
-AGGREGATIONS = {
-    "LogSumExp": lambda relevance, sharpness: (sharpness * relevance).logsumexp(1) / sharpness,
-    "Mean": lambda relevance, _: relevance.mean(1),
-    "Sum": lambda relevance, _: relevance.sum(1),
-    "Max": lambda relevance, _: relevance.max(1).values,
+AGGREGATIONS = {  # of (images, captions, queries)
+    "LogSumExp": lambda relevance, sharpness: (sharpness * relevance).logsumexp(2) / sharpness,
+    "Mean": lambda relevance, _: relevance.mean(2),
+    "Sum": lambda relevance, _: relevance.sum(2),
+    "Max": lambda relevance, _: relevance.max(2).values,
 }
 
 
@@ -52,15 +52,15 @@ def _choice(opt, flag, choices):
 
 
 def _attention(scores, norm, smooth):
-    """Scores (a, contexts, queries, b) -> weights over the contexts, of the same shape; `norm` is over the queries."""
+    """Scores (n, contexts, ..., queries) -> weights over the contexts, of that shape; the norm is over the queries."""
     if norm.startswith("clipped"):
         scores = leaky_relu(scores, SLOPE)
     if norm == "softmax":
-        scores = smooth * scores.softmax(2)
+        scores = smooth * scores.softmax(-1)
     elif norm.endswith("l1norm"):
-        scores = scores * (smooth / (scores.abs().sum(2, keepdim=True) + EPS))
+        scores = scores * (smooth / (scores.abs().sum(-1, keepdim=True) + EPS))
     elif norm.endswith("l2norm"):
-        squares = scores.square().sum(2, keepdim=True)
+        squares = scores.square().sum(-1, keepdim=True)
         # A context of zeros has no direction: its scores stay zero, with a gradient that stays finite.
         scores = scores * (smooth / (squares.masked_fill(squares == 0, 1).sqrt() + EPS))
     else:
@@ -73,9 +73,8 @@ def func_attention(query, context, opt, smooth):
 
     opt: raw_feature_norm; smooth: the inverse temperature of the softmax over the contexts.
     """
-    scores = context @ query.transpose(1, 2)
-    weights = _attention(scores.unsqueeze(3), _choice(opt, "raw_feature_norm", NORMS), smooth).squeeze(3)
-    return weights.transpose(1, 2) @ context, weights
+    weights = _attention(context @ query.mT, _choice(opt, "raw_feature_norm", NORMS), smooth)
+    return weights.mT @ context, weights
 
 
 @contextmanager
@@ -97,12 +96,12 @@ def _product(one, other, dtype):
 
 
 class _Group(NamedTuple):
-    """Owners, or askers, of equally many vectors each."""
+    """Images, or captions, of equally many vectors each."""
 
     length: int  # vectors each
     count: int
-    rows: slice  # of all vectors: an owner's vectors together; of askers all first ones, then all second ones, ...
-    members: slice  # of all owners or askers
+    rows: slice  # of all vectors
+    members: slice  # of all images or captions
 
 
 def _grouped(shapes):
@@ -114,19 +113,19 @@ def _grouped(shapes):
     return groups
 
 
-def _vectors(contexts, group):
-    """The group's contexts: (owners, K, D)."""
-    return contexts[group.rows].unflatten(0, (-1, group.length))
+def _vectors(rows, group):
+    """The group's vectors: (members, vectors each, D)."""
+    return rows[group.rows].unflatten(0, (-1, group.length))
 
 
 def _scores(scores, group, asking):
-    """The scores of two groups: (owners, K, Q, askers), so that every sum runs over an outer dimension."""
-    return scores[group.rows, asking.rows].unflatten(0, (-1, group.length)).unflatten(2, (asking.length, -1))
+    """The scores of two groups: (owners, K, askers, Q)."""
+    return scores[group.rows, asking.rows].unflatten(0, (-1, group.length)).unflatten(2, (-1, asking.length))
 
 
 def _terms(terms, group, asking):
-    """The terms of two groups: (owners, Q, askers)."""
-    return terms[group.members, asking.rows].unflatten(1, (asking.length, -1))
+    """The terms of two groups: (owners, askers, Q)."""
+    return terms[group.members, asking.rows].unflatten(1, (-1, asking.length))
 
 
 def _blocks(owners, askers, device):
@@ -140,7 +139,7 @@ def _blocks(owners, askers, device):
 
 
 def _gradients(scores, gram, grad_dots, grad_squares, norm, smooth):
-    """Of scores (a, K, Q, b) and Gram matrices (a, K, K), given those of both terms (a, Q, b)."""
+    """Of scores (n, K, ..., Q) and Gram matrices (n, K, K), given those of both terms (n, ..., Q)."""
     scores, grad_dots = scores.detach().requires_grad_(), grad_dots.unsqueeze(1)
     with torch.enable_grad():
         weights = _attention(scores, norm, smooth)
@@ -208,7 +207,7 @@ def _few_pairs(grad_terms, owners, askers):
     if grad_terms[0].device.type != "cpu":
         return None
     touched = (grad_terms[0] != 0) | (grad_terms[1] != 0)
-    pairs = [(number, group, asking, *_terms(touched, group, asking).any(1).nonzero(as_tuple=True))
+    pairs = [(number, group, asking, *_terms(touched, group, asking).any(2).nonzero(as_tuple=True))
              for number, group in enumerate(owners) for asking in askers]
     found = sum(len(pair[-1]) for pair in pairs)
     return pairs if found < FEW * owners[-1].members.stop * askers[-1].members.stop else None
@@ -217,18 +216,15 @@ def _few_pairs(grad_terms, owners, askers):
 def _gradients_of_pairs(contexts, queries, scores, grams, pairs, grad_terms, how):
     """Gradients of contexts and queries, where only these pairs of an owner and an asker have any."""
     grad_contexts, grad_queries = torch.zeros_like(contexts), torch.zeros_like(queries)
-    rows = torch.arange(len(queries))
     for number, group, asking, all_owners, all_askers in pairs:
         for owner, asker in zip(all_owners.split(PAIRS), all_askers.split(PAIRS)):
-            part = _scores(scores, group, asking)[owner, :, :, asker].unsqueeze(3).to(contexts.dtype)
-            grads = (_terms(grad, group, asking)[owner, :, asker].unsqueeze(2) for grad in grad_terms)
+            part = _scores(scores, group, asking)[owner, :, asker].to(contexts.dtype)
+            grads = (_terms(grad, group, asking)[owner, asker] for grad in grad_terms)
             grad_part, grad_gram = _gradients(part, grams[number][owner], *grads, *how)
-            grad_part, vectors = grad_part.squeeze(3), _vectors(contexts, group)[owner]
-            places = rows[asking.rows].unflatten(0, (asking.length, -1))[:, asker].t().flatten()
-            asked = queries.index_select(0, places).unflatten(0, (-1, asking.length))
-            grad_owner = (grad_part @ asked).baddbmm_(grad_gram, vectors, alpha=2)
-            _vectors(grad_contexts, group).index_add_(0, owner, grad_owner)
-            grad_queries.index_add_(0, places, (grad_part.mT @ vectors).flatten(0, 1))
+            owned, asked = _vectors(contexts, group)[owner], _vectors(queries, asking)[asker]
+            grad_owned = (grad_part @ asked).baddbmm_(grad_gram, owned, alpha=2)
+            _vectors(grad_contexts, group).index_add_(0, owner, grad_owned)
+            _vectors(grad_queries, asking).index_add_(0, asker, grad_part.mT @ owned)
     return grad_contexts, grad_queries
 
 
@@ -240,13 +236,10 @@ def _by_length(lengths):
     return order, _grouped(zip((-values).tolist(), counts.tolist()))
 
 
-def _packed(words, order, groups, by_word):
-    """Words (C, T, D) -> (rows, D), a group after the other: each caption's words together, or all first ones, ..."""
-    places = []
-    for group in groups:
-        grid = order[group.members, None] * words.shape[1] + np.arange(group.length)
-        places.append((grid.T if by_word else grid).ravel())
-    places = np.concatenate(places)
+def _packed(words, order, groups):
+    """Words (C, T, D) -> (rows, D): the groups' captions one after the other."""
+    places = np.concatenate([(order[group.members, None] * words.shape[1] + np.arange(group.length)).ravel()
+                             for group in groups])
     places = np.pad(places, (0, -len(places) % ROUNDED))  # any word will do: nothing looks at those scores
     return words.flatten(0, 1).index_select(0, torch.from_numpy(places).to(words.device, non_blocking=True))
 
@@ -254,12 +247,10 @@ def _packed(words, order, groups, by_word):
 def _similarities(images, words, lengths, opt, cross_attn):
     """All at once: `cross_attention_similarities` of as many images as that may be."""
     order, captions = _by_length(lengths)
-    packed = _packed(words, order, captions, by_word=cross_attn == "t2i")
-    regions = _grouped([(images.shape[1], len(images))])
-    if cross_attn == "t2i":
-        contexts, owners, queries, askers = images.flatten(0, 1), regions, packed, captions
-    else:
-        contexts, owners, queries, askers = packed, captions, images.transpose(0, 1).flatten(0, 1), regions
+    owners, askers = _grouped([(images.shape[1], len(images))]), captions
+    contexts, queries = images.flatten(0, 1), _packed(words, order, captions)
+    if cross_attn == "i2t":
+        owners, askers, contexts, queries = askers, owners, queries, contexts
     dtype = torch.bfloat16 if getattr(opt, "amp", "off") == "bf16" else images.dtype
     dots, squares = _Terms.apply(contexts, queries, owners, askers, opt.raw_feature_norm, opt.lambda_softmax, dtype)
     lengths_of_queries = torch.linalg.vector_norm(queries[:dots.shape[1]], dim=1)
@@ -267,7 +258,7 @@ def _similarities(images, words, lengths, opt, cross_attn):
     attended = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
     relevance = dots / (lengths_of_queries * attended).clamp(min=EPS)
     aggregate = AGGREGATIONS[opt.agg_func]
-    scores = torch.cat([aggregate(relevance[:, asking.rows].unflatten(1, (asking.length, -1)),
+    scores = torch.cat([aggregate(relevance[:, asking.rows].unflatten(1, (-1, asking.length)),
                                   getattr(opt, "lambda_lse", None)) for asking in askers], 1)
     scores = scores if cross_attn == "t2i" else scores.t()
     return scores[:, torch.from_numpy(np.argsort(order)).to(scores.device, non_blocking=True)]
