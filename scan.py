@@ -28,7 +28,7 @@ from model import VSE, EncoderImagePrecomp, _init_fc
 EPS = 1e-8  # the released code's, wherever it divides
 SLOPE = 0.1  # "clipped" norms are leaky ones
 LARGEST = 2 ** 27  # scores region x word held at once; more images than that are taken in turns
-CACHED = 2 ** 18  # scores worked on at once on a CPU, whose caches they should fit
+CACHED = 2 ** 20  # scores worked on in turn on a CPU, whose caches they should fit
 FEW, PAIRS = 0.1, 16  # where this part of all pairs has gradients, theirs alone are computed, so many at a time
 ROUNDED = 64  # rows of the large product's captions, whose number would be another one for every batch (see gru.py)
 
@@ -132,9 +132,9 @@ def _blocks(owners, askers, device):
     """Pieces of the scores: which group of owners and of askers, and which of the owners (one, or what may be)."""
     size = CACHED if device.type == "cpu" else LARGEST
     for number, group in enumerate(owners):
-        for asking in askers:
-            step = max(1, size // (group.length * asking.length * asking.count))
-            for start in range(0, group.count, step):
+        step = max(1, size // (group.length * askers[-1].rows.stop))
+        for start in range(0, group.count, step):
+            for asking in askers:
                 yield number, group, asking, slice(start, start + step)
 
 
@@ -184,7 +184,8 @@ class _Terms(torch.autograd.Function):
             if pairs:
                 gradients = _gradients_of_pairs(contexts, queries, scores, grams, pairs, grad_terms, ctx.how)
                 return *gradients, None, None, None, None, None
-            grad_scores, grad_grams = torch.zeros_like(scores), [torch.empty_like(gram).zero_() for gram in grams]
+            grad_scores, grad_grams = torch.empty_like(scores), [torch.zeros_like(gram) for gram in grams]
+            grad_scores[ctx.groups[0][-1].rows.stop:] = grad_scores[:, ctx.groups[1][-1].rows.stop:] = 0
             for number, group, asking, some in _blocks(*ctx.groups, contexts.device):
                 part = _scores(scores, group, asking)[some].to(contexts.dtype)
                 grads = (_terms(grad, group, asking)[some] for grad in grad_terms)
@@ -295,19 +296,16 @@ def xattn_score_i2t(images, captions, cap_lens, opt):
 
 
 def _sharded(images, captions, caplens, opt, shard_size, cross_attn):
-    images, captions = torch.as_tensor(images), torch.as_tensor(captions)
-    caplens = np.asarray(caplens)
+    images, captions, caplens = torch.as_tensor(images), torch.as_tensor(captions), np.asarray(caplens)
     order = np.argsort(-caplens, kind="stable")  # captions of one length belong together
-    scores = np.empty((len(images), len(captions)), images.numpy(force=True).dtype)
+    scores = torch.empty(len(images), len(captions), dtype=images.dtype)
     with torch.no_grad():
-        for start in range(0, len(captions), shard_size):
-            chosen = order[start:start + shard_size]
+        for chosen in np.split(order, range(shard_size, len(order), shard_size)):
             words = captions[torch.from_numpy(chosen)][:, :caplens[chosen].max()]
-            for first in range(0, len(images), shard_size):
-                part = cross_attention_similarities(images[first:first + shard_size], words, caplens[chosen], opt,
-                                                    cross_attn)
-                scores[first:first + shard_size, chosen] = part.numpy(force=True)
-    return scores
+            for rows in (slice(start, start + shard_size) for start in range(0, len(images), shard_size)):
+                scores[rows, torch.from_numpy(chosen)] = cross_attention_similarities(
+                    images[rows], words, caplens[chosen], opt, cross_attn).cpu()
+    return scores.numpy()
 
 
 def shard_xattn_t2i(images, captions, caplens, opt, shard_size=128):
