@@ -49,7 +49,9 @@ class RegionEncoder(EncoderImagePrecomp):
     def __init__(self, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False):
         nn.Module.__init__(self)
         self.no_imgnorm = no_imgnorm
-        self.fc = {"basic": _init_fc, "weight_norm": _WeightNormLinear}[precomp_enc_type](img_dim, embed_size)
+        self.fc = {"basic": nn.Linear, "weight_norm": _WeightNormLinear}[precomp_enc_type](img_dim, embed_size)
+        if precomp_enc_type == "basic":
+            _init_fc(self.fc)
 
     def forward(self, images):
         """images: (B, R, img_dim); a region of zeros is mapped like every other."""
@@ -100,8 +102,8 @@ class SCAN(VSE):
         self.txt_enc = WordEncoder(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru,
                                    opt.no_txtnorm)
 
-    def forward_emb(self, images, captions, lengths):
+    def forward_emb(self, images, captions, lengths, *rest, volatile=False):
         """A batch, longest caption first -> regions (B, R, D), words (B, T, D), and the lengths as they came."""
-        return *super().forward_emb(images, captions, lengths), lengths
+        return *super().forward_emb(images, captions, lengths, *rest, volatile=volatile), lengths
 
     forward = forward_emb
