@@ -53,20 +53,23 @@ def shares(lengths, n, words=None):
 def shared_batches(loader, batches, micro_batch=None):
     """For each (B,) tensor of caption indices this process's Share, in pieces of at most `micro_batch` pairs."""
     dataset, rank, n = loader.dataset, distributed.rank(), distributed.size()
-    plans = []
+    plans, words = [], dataset.word_ids
+    if hasattr(dataset, "augment"):
+        words, _ = dataset.epoch_words(loader.epoch, augmented=True)
+    all_lengths = words.lengths
     for indices in batches:
-        lengths = dataset.word_ids.lengths[indices]
+        lengths = all_lengths[indices]
         longest_first = by_length(lengths)
         indices, lengths = indices[longest_first], lengths[longest_first]
         alike = n > 1 and _shares_states(dataset)
-        places = shares(lengths, n, dataset.word_ids.padded(indices, int(lengths[0])) if alike else None)
+        places = shares(lengths, n, words.padded(indices, int(lengths[0])) if alike else None)
         plans.append((indices, places, _pieces(places, rank, micro_batch)))
     if not plans:
         return
     device, sizes = getattr(dataset, "device", torch.device("cpu")), [len(indices) for indices, *_ in plans]
     everyone = torch.cat([indices for indices, *_ in plans]).to(device).split(sizes)
     orders = torch.cat([torch.cat(places).argsort() for _, places, _ in plans]).to(device).split(sizes)
-    own = loader.load([indices[piece] for indices, _, pieces in plans for piece in pieces if len(piece)])
+    own = loader.load([indices[piece] for indices, _, pieces in plans for piece in pieces if len(piece)], augmented=True)
     for (_, places, pieces), indices, order in zip(plans, everyone, orders):
         loaded, error = [], None
         try:
