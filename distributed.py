@@ -143,8 +143,8 @@ def _call(collective, *arguments):
     try:
         collective(*arguments)
     except RuntimeError as error:
-        raise RunBroken(f"another one is gone, or too slow for --dist_timeout ({str(error).splitlines()[0]})"
-                        ) from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise RunBroken(f"another one is gone, or too slow for --dist_timeout ({reason})") from error
 
 
 def device_name(name):

@@ -69,7 +69,8 @@ def shared_batches(loader, batches, micro_batch=None):
     device, sizes = getattr(dataset, "device", torch.device("cpu")), [len(indices) for indices, *_ in plans]
     everyone = torch.cat([indices for indices, *_ in plans]).to(device).split(sizes)
     orders = torch.cat([torch.cat(places).argsort() for _, places, _ in plans]).to(device).split(sizes)
-    own = loader.load([indices[piece] for indices, _, pieces in plans for piece in pieces if len(piece)], augmented=True)
+    own = loader.load([indices[piece] for indices, _, pieces in plans for piece in pieces if len(piece)],
+                      augmented=True)
     for (_, places, pieces), indices, order in zip(plans, everyone, orders):
         loaded, error = [], None
         try:

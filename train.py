@@ -225,8 +225,8 @@ def _check(opt):
     if opt.cnn_type != "vgg19" and opt.cnn_type not in cnn_types():
         raise InputError(f"--cnn_type is {opt.cnn_type}: choose one of {', '.join(cnn_types())}")
     if opt.cross_attn and (opt.micro_batch or distributed.launched()):
-        raise InputError(f"--cross_attn does not go {'with --micro_batch' if opt.micro_batch else 'under torchrun'}: leave "
-                         "that out, and give a smaller --batch_size where memory is short")
+        raise InputError(f"--cross_attn does not go {'with --micro_batch' if opt.micro_batch else 'under torchrun'}: "
+                         "leave that out, and give a smaller --batch_size where memory is short")
     if opt.batch_size < distributed.size():
         raise InputError(f"--batch_size {opt.batch_size} for {distributed.size()} processes: it is the size of the one "
                          "batch that they share, so give at least as many pairs, or start fewer processes")

@@ -57,7 +57,7 @@ class Pairs(data.PrecompDataset):
         self.placed_word_ids, self.lengths = self.word_ids, self.word_ids.lengths
         self.images = torch.randn(pairs, *shape, generator=generator).double()
         self.placed_row_of = torch.arange(pairs)
-        self.device = torch.device("cpu")
+        self.device, self.drops_words, self.drops_regions = torch.device("cpu"), None, None
 
     def _rows(self, rows):
         return self.images[rows]
