@@ -274,3 +274,9 @@ def test_without_parameters_a_correction_takes_the_documented_ones(name, expecte
 
 def test_parameters_are_the_defaults_but_for_what_is_given():
     assert parameters_of("qbnorm", k=None, temperature=0.1, alpha=3) == {"temperature": 0.1, "k": 1}
+
+
+@pytest.mark.parametrize("i2t, t2i, words", [
+    ({"k": 3, "alpha": 0.5}, {"k": 3, "alpha": 0.5}, "k=3 alpha=0.5"), ({"k": 3}, {"k": 4}, "i2t k=3, t2i k=4")])
+def test_parameters_in_words_are_said_once_where_they_are_the_same(i2t, t2i, words):
+    assert corrections.in_words({"i2t": i2t, "t2i": t2i}) == words
