@@ -112,6 +112,16 @@ def test_corrections_agree_with_their_papers_formula_in_a_loop(name, parameters,
     assert not torch.allclose(ours, up_to_a_constant_a_query(QUERIES @ TARGETS.T), atol=1e-3)
 
 
+def test_corrections_in_one_pass_are_those_of_each_alone():
+    targets, bank = torch.as_tensor(TARGETS), torch.as_tensor(BANK)
+    source = bank_source("i2t", targets, bank)
+    alone = [corrections_of("i2t", source, [case])[0] for case in CASES]
+    for one, together in zip(alone, corrections_of("i2t", source, CASES), strict=True):
+        assert torch.equal(one.shift, together.shift)
+        assert (one.activation is None) == (together.activation is None)
+        assert one.activation is None or torch.equal(one.activation, together.activation)
+
+
 @pytest.mark.parametrize("block", [1, 40])
 @pytest.mark.parametrize("name, parameters", CASES, ids=str)
 def test_the_block_size_changes_nothing(monkeypatch, name, parameters, block):
