@@ -122,6 +122,22 @@ def test_corrections_in_one_pass_are_those_of_each_alone():
         assert one.activation is None or torch.equal(one.activation, together.activation)
 
 
+def test_a_source_may_use_its_memory_again(monkeypatch):
+    class Thrifty(Cosine):
+        """Scores that the next ones overwrite."""
+
+        def across(self, side, targets):
+            scores = super().across(side, targets)
+            return self.buffer.resize_(scores.shape).copy_(scores)
+
+    sinkhorn = [("sinkhorn", {"temperature": 0.1, "iterations": 3})]
+    bank, targets = torch.as_tensor(BANK), torch.as_tensor(TARGETS)
+    (expected,) = corrections_of("i2t", Cosine(bank, targets), sinkhorn)
+    monkeypatch.setattr(corrections, "BLOCK", 5 * len(BANK))
+    (found,) = corrections_of("i2t", Thrifty(bank, targets), sinkhorn)
+    assert torch.allclose(found.shift, expected.shift, atol=1e-12)
+
+
 @pytest.mark.parametrize("block", [1, 40])
 @pytest.mark.parametrize("name, parameters", CASES, ids=str)
 def test_the_block_size_changes_nothing(monkeypatch, name, parameters, block):
