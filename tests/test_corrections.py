@@ -250,7 +250,7 @@ def test_a_shift_of_nothing_changes_nothing():
 
 
 def test_tuning_takes_what_has_the_best_recalls_of_each_direction():
-    images, captions = evaluation(60, nearness=0.5)
+    images, captions = evaluation(60, seed=8, nearness=0.5)
     bank_images, bank_captions = evaluation(50, seed=3)
     source, banks = Cosine(images, captions), (Cosine(bank_images, captions), Cosine(images, bank_captions))
     chosen = tune(["nnn"], source, banks, {})[0]
@@ -263,7 +263,7 @@ def test_tuning_takes_what_has_the_best_recalls_of_each_direction():
     for side in (0, 1):
         tried = [recalls({"k": k, "alpha": alpha}, side) for k in corrections.GRIDS["nnn"]["k"]
                  for alpha in corrections.GRIDS["nnn"]["alpha"]]
-        assert recalls(chosen[side], side) == max(tried) > min(tried)
+        assert recalls(chosen[side], side) == max(tried) > recalls(chosen[1 - side], side)
 
 
 def test_tuning_leaves_what_is_given():
