@@ -27,18 +27,19 @@ OPTION_DEFAULTS = {
     "workers": 10, "use_restval": False, "data_path": "data", "data_name": "precomp", "vocab_path": "./vocab/",
     "logger_name": "runs/runX", "margin": 0.2, "max_violation": False, "sum_violation": False, "memory_bank": False,
     "text_pooling": "last", "bi_gru": False, "no_txtnorm": False, "precomp_enc_type": "basic", "drop_words": 0.0,
-    "drop_regions": 0.0, "weight_decay": 0.0,
+    "drop_regions": 0.0, "weight_decay": 0.0, "raw_feature_norm": "clipped_l2norm", "agg_func": "LogSumExp",
+    "lambda_lse": 6.0, "lambda_softmax": 9.0,
 }
-# The same of those that vectors do not have: what pools regions, and how many there are; and a vocabulary's own name.
-REGION_OPTIONS = ("image_pooling", "regions", "vocab_name")
+# Those that may be None: what pools regions, how many there are, a vocabulary's own name, and SCAN's direction.
+REGION_OPTIONS = ("image_pooling", "regions", "vocab_name", "cross_attn")
 # What a resumed run may change; whatever else differs would make another model of it.
 FREE_OPTIONS = {
     "data_path", "vocab_path", "cache_dir", "features_on_device", "logger_name", "resume", "init_from", "cnn_weights",
     "num_epochs", "learning_rate", "lr_update", "workers", "device", "amp", "log_step", "val_step", "save_step",
-    "save_all", "keep", "record_val", "reset_train", "skip_bad_steps", "collapse_patience", "on_collapse"}
+    "save_all", "keep", "record_val", "reset_train", "model_name", "skip_bad_steps", "collapse_patience", "on_collapse"}
 # What the weights of one model share with another's.
 MODEL_OPTIONS = ("img_dim", "embed_size", "word_dim", "num_layers", "vocab_size", "measure", "use_abs", "no_imgnorm",
-                 "cnn_type", "image_pooling", "text_pooling", "bi_gru", "precomp_enc_type", "no_txtnorm")
+                 "cnn_type", "image_pooling", "text_pooling", "bi_gru", "precomp_enc_type", "no_txtnorm", "cross_attn")
 WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SCALARS = [argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
             np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
@@ -138,8 +139,8 @@ def _complete(opt, sizes, path):
             raise InputError(f"checkpoint {path} has a {type(getattr(opt, name)).__name__} for the option {name}, "
                              f"which should be like {value!r}")
     if not all(getattr(opt, name) is None or type(getattr(opt, name)) is kind
-               for name, kind in zip(REGION_OPTIONS, (str, int, str))):
-        raise InputError(f"checkpoint {path} has options of another kind: image_pooling, regions or vocab_name")
+               for name, kind in zip(REGION_OPTIONS, (str, int, str, str))):
+        raise InputError(f"checkpoint {path} has options of another kind: {', '.join(REGION_OPTIONS)}")
     for name, value in sizes.items():
         if getattr(opt, name) != value and not (name == "img_dim" and not is_precomputed(opt.data_name)):
             given = getattr(opt, name) if type(getattr(opt, name)) is int else "something else"
@@ -168,12 +169,12 @@ def _check(content, path):
             raise InputError(f"checkpoint {path}: {name} has NaN or infinity, so its model is broken: take an earlier "
                              "checkpoint")
     content["model"] = states = [_bare_names(state) for state in states]
-    needed = {("fc.weight", 0): 2, ("embed.weight", 1): 2, ("rnn.weight_hh_l0", 1): 2}
+    needed = {(_image_weight(states[0]), 0): 2, ("embed.weight", 1): 2, ("rnn.weight_hh_l0", 1): 2}
     for (name, part), dimensions in needed.items():
         if name not in states[part] or states[part][name].dim() != dimensions:
             raise InputError(f"checkpoint {path} has no {name} of {dimensions} dimensions: it is not of this family")
     sizes = _sizes(states)
-    if min(sizes.values()) < 1 or len(states[0]["fc.weight"]) != sizes["embed_size"]:
+    if min(sizes.values()) < 1 or len(states[0][_image_weight(states[0])]) != sizes["embed_size"]:
         raise InputError(f"checkpoint {path}: its weights do not fit each other ({sizes})")
     if not isinstance(content["opt"], argparse.Namespace):
         raise InputError(f"checkpoint {path}: 'opt' is not an argparse.Namespace")
@@ -201,7 +202,12 @@ def _sizes(states):
     vocab_size, word_dim = text_state["embed.weight"].shape
     return {"vocab_size": vocab_size, "word_dim": word_dim, "embed_size": text_state["rnn.weight_hh_l0"].shape[1],
             "num_layers": sum(bool(re.fullmatch(r"rnn\.weight_ih_l\d+", str(name))) for name in text_state),
-            "img_dim": image_state["fc.weight"].shape[1]}
+            "img_dim": image_state[_image_weight(image_state)].shape[1]}
+
+
+def _image_weight(state):
+    """The name of the image encoder's linear weight: SCAN may have it in two parts."""
+    return "fc.weight_v" if "fc.weight_v" in state else "fc.weight"
 
 
 def load_weights(model, content, path):

@@ -300,7 +300,8 @@ def get_loaders(data_name, vocab, crop_size, batch_size, workers, opt):
         opt.img_dim = train.images.shape[-1] if precomputed else FULL_IMG_DIM
     if precomputed and train.images.dim() == 3:
         opt.regions = train.images.shape[1]
-        opt.image_pooling = getattr(opt, "image_pooling", None) or "mean"
+        if not getattr(opt, "cross_attn", None):
+            opt.image_pooling = getattr(opt, "image_pooling", None) or "mean"
     check_form(train, opt)
     if getattr(opt, "drop_words", 0) or getattr(opt, "drop_regions", 0):
         if not precomputed:
@@ -314,13 +315,15 @@ def get_loaders(data_name, vocab, crop_size, batch_size, workers, opt):
 def check_form(dataset, opt):
     """Raise InputError where a data set has regions and the model that the options describe has none, or other ones."""
     shape, expected = getattr(getattr(dataset, "images", None), "shape", ()), getattr(opt, "regions", None)
-    over_regions = bool(getattr(opt, "image_pooling", None)) or getattr(opt, "precomp_enc_type", "basic") == "mlp"
+    over_regions = (bool(getattr(opt, "image_pooling", None) or getattr(opt, "cross_attn", None))
+                    or getattr(opt, "precomp_enc_type", "basic") == "mlp")
     if len(shape) == 3 and not over_regions:
         raise InputError(f"the model is over vectors, and the features are {shape[1]} regions an image, of shape "
                          f"{tuple(shape)}: evaluate it on those that it was trained on")
     if len(shape) != 3 and (over_regions or getattr(opt, "drop_regions", 0)):
-        raise InputError("the model is over regions (--image_pooling, --precomp_enc_type mlp, --drop_regions), and the "
-                         f"features are of shape {tuple(shape)}: it needs (images, regions, width)")
+        raise InputError("the model is over regions (--image_pooling, --precomp_enc_type mlp, --drop_regions or "
+                         f"--cross_attn), and the features are of shape {tuple(shape)}: it needs (images, regions, "
+                         "width)")
     if len(shape) == 3 and expected not in (None, shape[1]):
         raise InputError(f"the features have {shape[1]} regions an image, and the model was trained on {expected}: "
                          "evaluate it on those that it was trained on")

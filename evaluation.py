@@ -21,6 +21,7 @@ from loss import order_sim  # noqa: F401 (handed on: the family imports it from 
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
 from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
+from scan import CrossAttention, Words, build
 from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
 
 FOLDS = 5
@@ -29,7 +30,8 @@ FOLDS = 5
 # Embedding --------------------------------------------------------------------------------------
 
 def embed(model, loader, stride=1):
-    """A split's embeddings on the model's device: (N, D), each image once, and (C, D), one a caption.
+    """A split's embeddings on the model's device: (N, D), each image once, and (C, D), one a caption; of SCAN,
+    regions (N, R, D) and `scan.Words`.
 
     Equal captions are encoded once, so that they get equal embeddings to the bit. With a stride only
     each so manieth image is taken, with its captions.
@@ -44,17 +46,30 @@ def embed(model, loader, stride=1):
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
-    captions = torch.cat([model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
-                          for batch in order.split(batch_size)])
+    batches = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
+               for batch in order.split(batch_size)]
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
-    return images, captions[place_of[caption_of].to(captions.device)]
+    if batches[0].dim() == 3:
+        return images, Words.joined(batches, lengths[order], place_of[caption_of])
+    return images, torch.cat(batches)[place_of[caption_of].to(images.device)]
+
+
+def similarity_source(opt, images, captions):
+    """The source of similarities (see `ranking`) of what `embed` gives; opt: measure, or SCAN's options."""
+    if getattr(opt, "cross_attn", None):
+        return CrossAttention(images, captions, opt)
+    return SOURCES[opt.measure](images, captions)
 
 
 def encode_data(model, data_loader, log_step=10, logging=print):
-    """The family's call: image and caption embeddings as arrays (C, D), one row a caption each."""
+    """The family's call: image and caption embeddings as arrays (C, D), one row a caption each; of SCAN (C, R, D),
+    (C, longest, D) and the lengths (C,)."""
     images, captions = embed(model, data_loader)
     logging(f"Images: {len(images)}, Captions: {len(captions)}")
+    if isinstance(captions, Words):
+        return (images.cpu()[data_loader.dataset.image_of].numpy(), captions.padded().cpu().numpy(),
+                captions.lengths.numpy())
     return images.cpu()[data_loader.dataset.image_of].numpy(), captions.cpu().numpy()
 
 
@@ -161,8 +176,13 @@ def split_loss(images, captions, criterion, batch_size, bank=None, image_of=None
     """
     image_of = image_numbers(image_of, len(images), len(captions)).to(captions.device)
     batches = torch.arange(len(captions), device=captions.device).split(batch_size)
-    losses = [criterion(images[image_of[indices]], captions[indices], *(bank or (None,) * 3), indices)
-              for indices in batches]
+    if isinstance(captions, Words):
+        source = CrossAttention(images, captions, criterion.opt)
+        losses = [criterion.of_similarities(source.of(images[image_of[indices]], captions[indices.cpu()]), None, None)
+                  for indices in batches]
+    else:
+        losses = [criterion(images[image_of[indices]], captions[indices], *(bank or (None,) * 3), indices)
+                  for indices in batches]
     return sum(loss * len(indices) for loss, indices in zip(torch.stack(losses).tolist(), batches)) / len(captions)
 
 
@@ -186,7 +206,7 @@ class Checkpoint(NamedTuple):
 
     def similarities(self, images, captions):
         """The source of similarities of what `embed` gives, for `ranking` and `corrections`."""
-        return SOURCES[self.opt.measure](images, captions)
+        return similarity_source(self.opt, images, captions)
 
     def loader(self, split):
         """The loader of a split of its data set."""
@@ -217,7 +237,7 @@ def load_for_evaluation(opt_eval):
         raise InputError(f"--data_name {data_name}: the checkpoint {path} was trained on {opt.data_name}, and one of "
                          "them is of photos, the other of features: name a data set of the same kind")
     opt.data_name = data_name
-    model = VSE(opt)
+    model = build(opt)
     checkpoint.load_weights(model, content, path)
     device = choose_device(getattr(opt_eval, "device", "auto"))
     choose_matmul_precision(device, content.get("float32_products"))
@@ -247,6 +267,9 @@ def evaluate(opt_eval, split, top=1):
     opt_eval: as for `load_for_evaluation`, and fold5.
     """
     loaded = load_for_evaluation(opt_eval)
+    if loaded.opt.cross_attn and getattr(opt_eval, "save_embeddings", False):
+        raise InputError("--save_embeddings is for models with one vector an item, and this one is SCAN, with one for "
+                         "each region and word: leave it out")
     loader, opt, n_folds = loaded.loader(split), loaded.opt, FOLDS if getattr(opt_eval, "fold5", False) else 1
     n_images = loader.dataset.n_images
     if n_folds > 1 and not five_each(loader.dataset.image_of):

@@ -5,6 +5,9 @@ Stacked Cross Attention (Lee et al., ECCV 2018). Similarities are those of `cros
 load here, ours load there, and one seed gives the same initial weights.
 """
 
+from argparse import Namespace
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -49,7 +52,14 @@ class RegionEncoder(EncoderImagePrecomp):
     def __init__(self, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False):
         nn.Module.__init__(self)
         self.no_imgnorm = no_imgnorm
-        self.fc = {"basic": _init_fc, "weight_norm": _WeightNormLinear}[precomp_enc_type](img_dim, embed_size)
+        self.fc = {"basic": nn.Linear, "weight_norm": _WeightNormLinear}[precomp_enc_type](img_dim, embed_size)
+        if precomp_enc_type == "basic":
+            _init_fc(self.fc)
+
+    def load_state_dict(self, state_dict, strict=True):
+        """Load the state; PyTorch 0.3's files have the one scalar of weight_norm as (1,)."""
+        scalar = {name: value.reshape(()) for name, value in state_dict.items() if name == "fc.weight_g"}
+        return super().load_state_dict({**state_dict, **scalar}, strict)
 
     def forward(self, images):
         """images: (B, R, img_dim); a region of zeros is mapped like every other."""
@@ -100,8 +110,83 @@ class SCAN(VSE):
         self.txt_enc = WordEncoder(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru,
                                    opt.no_txtnorm)
 
-    def forward_emb(self, images, captions, lengths):
+    def forward_emb(self, images, captions, lengths, *rest, volatile=False):
         """A batch, longest caption first -> regions (B, R, D), words (B, T, D), and the lengths as they came."""
-        return *super().forward_emb(images, captions, lengths), lengths
+        return *super().forward_emb(images, captions, lengths, *rest, volatile=volatile), lengths
 
     forward = forward_emb
+
+
+def build(opt):
+    """The model that options describe, SCAN with cross_attn, else VSE."""
+    return (SCAN if getattr(opt, "cross_attn", None) else VSE)(opt)
+
+
+class Words(NamedTuple):
+    """n captions by their words' embeddings, in one flat array: vectors[starts[c]:starts[c] + lengths[c]]."""
+
+    vectors: torch.Tensor  # (words of distinct captions, D)
+    starts: torch.Tensor  # (n,) on the CPU
+    lengths: torch.Tensor  # (n,) on the CPU
+
+    @classmethod
+    def joined(cls, batches, lengths, places):
+        """Of batches (B, T, D) of distinct captions with these lengths in all; places: for each caption which it is."""
+        counts = iter(lengths.tolist())
+        vectors = torch.cat([caption[:next(counts)] for batch in batches for caption in batch])
+        return cls(vectors, (lengths.cumsum(0) - lengths)[places], lengths[places])
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, chosen):
+        """Some of the captions."""
+        return Words(self.vectors, self.starts[chosen], self.lengths[chosen])
+
+    @property
+    def device(self):
+        """Where the vectors are."""
+        return self.vectors.device
+
+    def chunk(self, n):
+        """In n parts."""
+        return [Words(self.vectors, *part) for part in zip(self.starts.chunk(n), self.lengths.chunk(n))]
+
+    def padded(self):
+        """(n, longest, D): what stands past a caption's end is not its own."""
+        places = self.starts.unsqueeze(1) + torch.arange(int(self.lengths.max()))
+        return self.vectors[places.clamp_(max=len(self.vectors) - 1).to(self.device)]
+
+
+class CrossAttention:
+    """Cross-attention scores of (N, R, D) images and Words, as a source of similarities (see `ranking`).
+
+    opt: as for `cross_attention_similarities`; products are in the embeddings' own precision, whatever amp says.
+    """
+
+    tile_images, width = 64, 64
+
+    def __init__(self, images, captions, opt):
+        self.images, self.captions, self.opt = images, captions, Namespace(**{**vars(opt), "amp": "off"})
+        self.n_images, self.n_captions = len(images), len(captions)
+
+    def of(self, images, captions):
+        """(n, m) scores of some regions (n, R, D) with some Words."""
+        with torch.no_grad():
+            return cross_attention_similarities(images, captions.padded(), captions.lengths, self.opt)
+
+    def tile(self, images, captions, shape):
+        """(images, captions) scores of two slices."""
+        return self.of(self.images[images], self.captions[captions])
+
+    def across(self, side, targets):
+        """(targets, queries) scores of a slice of targets with all queries."""
+        if side == "i2t":
+            return self.of(self.images, self.captions[targets]).t().contiguous()
+        return self.of(self.images[targets], self.captions)
+
+    def pairs(self, images, captions):
+        """(n,) scores of pairs, given by the numbers of their images and captions."""
+        scores = [self.of(self.images[i:i + 1], self.captions[c:c + 1]) for i, c in zip(images.tolist(),
+                                                                                      captions.tolist())]
+        return torch.cat(scores).flatten()
