@@ -107,7 +107,8 @@ def test_options_that_an_older_checkpoint_lacks_take_their_defaults(tmp_path):
         "batch_size": 128, "workers": 10, "use_restval": False, "logger_name": "runs/runX", "margin": 0.2,
         "max_violation": False, "sum_violation": False, "memory_bank": False, "text_pooling": "last", "bi_gru": False,
         "no_txtnorm": False, "precomp_enc_type": "basic", "drop_words": 0.0, "drop_regions": 0.0, "weight_decay": 0.0,
-        "image_pooling": None, "regions": None, "vocab_name": None}
+        "raw_feature_norm": "clipped_l2norm", "agg_func": "LogSumExp", "lambda_lse": 6.0, "lambda_softmax": 9.0,
+        "image_pooling": None, "regions": None, "vocab_name": None, "cross_attn": None}
     assert checkpoint.caption_reading(content) == "text"
 
 
@@ -477,7 +478,7 @@ def test_what_does_not_make_another_model_may_change_and_is_said(saved):
     content = checkpoint.load(path)
     names = ("data_path vocab_path cache_dir features_on_device logger_name resume init_from cnn_weights num_epochs "
              "learning_rate lr_update workers device amp log_step val_step save_step save_all keep record_val "
-             "reset_train skip_bad_steps collapse_patience on_collapse").split()
+             "reset_train model_name skip_bad_steps collapse_patience on_collapse").split()
     for name in names:
         setattr(content["opt"], name, "then")
     now = options(**{name: "now" for name in names}, newly_made="now")  # an option of a later version, too

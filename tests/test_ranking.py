@@ -150,8 +150,8 @@ def test_mixed_and_whole_numbers_rank_as_numpy_s_products(kinds):
 
 
 def test_large_whole_numbers_are_told_apart():
-    """Products beyond float32's 2^24."""
-    images, captions = np.array([[5001], [5000]]), np.full((10, 1), 5000)
+    """Products beyond what float32 tells apart: 2^26 + 1 and 2^26."""
+    images, captions = np.array([[2**26 + 1], [2**26]]), np.ones((10, 1), int)
     assert both_ranks(images, captions)[1] == [0] * 5 + [1] * 5
 
 

@@ -475,12 +475,15 @@ def test_two_stages_may_differ_in_loss(workdir):
 
 @pytest.mark.parametrize("name, value", [
     ("img_dim", 6), ("embed_size", 5), ("word_dim", 4), ("num_layers", 2), ("vocab_size", 8), ("measure", "order"),
-    ("use_abs", True), ("no_imgnorm", True), ("cnn_type", "resnet152")])
+    ("use_abs", True), ("no_imgnorm", True), ("cnn_type", "resnet152"), ("image_pooling", "mean"),
+    ("text_pooling", "gpo"), ("bi_gru", True), ("precomp_enc_type", "mlp"), ("no_txtnorm", True),
+    ("cross_attn", "t2i")])
 def test_weights_of_another_model_are_not_started_from(name, value):
     """Those options that leave the weights' shapes alone are told apart, too."""
     opt = Namespace(data_name="tiny_precomp", img_dim=5, embed_size=4, word_dim=3, num_layers=1, vocab_size=9, seed=0,
                     measure="cosine", use_abs=False, no_imgnorm=False, cnn_type="vgg19", finetune=False,
-                    cnn_weights="none", init_from="start.pth.tar")
+                    image_pooling=None, text_pooling="last", bi_gru=False, precomp_enc_type="basic", no_txtnorm=False,
+                    cross_attn=None, cnn_weights="none", init_from="start.pth.tar")
     with pytest.raises(InputError, match=f"--init_from start.pth.tar has --{name} {value}, this run"):
         train.build_model(opt, {"opt": Namespace(**{**vars(opt), name: value}), "model": None}, torch.device("cpu"))
 
