@@ -110,6 +110,8 @@ def run_script(main, outlasts_reader=False):
         for output in outputs:
             output.leave()
         sys.stdout, sys.stderr = streams
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may still let go of tensors, which aborts an ending Python
+        os._exit(code)
     if code:
         sys.exit(code)
 
