@@ -70,7 +70,7 @@ def test_several_shifts_at_once_are_those_of_the_shifted_matrices(monkeypatch, t
         assert pair[1].ranks.tolist() == loop_ranks(scores - off_images[:, None], image_of)[1]
 
 
-@pytest.mark.parametrize("top, kept", [(0, (0, 0)), (1, (1, 1)), (7, (7, 4)), (99, (20, 4))])
+@pytest.mark.parametrize("top, kept", [(1, (1, 1)), (7, (7, 4)), (99, (20, 4))])
 def test_as_many_items_are_kept_as_asked_for_or_as_there_are(top, kept):
     images, captions = np.eye(4), np.eye(4).repeat(5, axis=0)
     ranked, plain = rank_both_ways(images, captions, top=top), rank_both_ways(images, captions)
@@ -104,21 +104,6 @@ def test_the_items_are_the_best_in_their_order(monkeypatch, top, tile):
     to_text, to_image = rank_both_ways(images, captions, top=top, image_of=image_of)
     assert np.array_equal(to_text.items, np.argsort(-images @ captions.T, axis=1)[:, :top])
     assert np.array_equal(to_image.items, np.argsort(-captions @ images.T, axis=1)[:, :top])
-
-
-def test_several_shifts_give_the_rankings_of_each():
-    rng = np.random.default_rng(6)
-    *_, image_of = uneven(12, seed=9)
-    images, captions = rng.standard_normal((12, 6)), rng.standard_normal((len(image_of), 6))
-    shifts = [None, *((torch.from_numpy(rng.standard_normal(len(captions))), torch.from_numpy(rng.standard_normal(12)))
-                      for _ in range(2))]
-    found = rank_shifted(Cosine(images, captions), shifts, image_of=image_of)
-    assert len(found) == 3
-    for pair, shift in zip(found, shifts):
-        off_captions, off_images = (0, np.zeros(12)) if shift is None else (part.numpy() for part in shift)
-        scores = images @ captions.T
-        assert pair[0].ranks.tolist() == loop_ranks(scores - off_captions, image_of)[0]
-        assert pair[1].ranks.tolist() == loop_ranks(scores - off_images[:, None], image_of)[1]
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
