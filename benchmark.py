@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import distributed
 from benchmark_scan import bench_scan
 from caption_files import read_captions
 from corrections import METHODS, corrections_of, parameters_of, rank_corrected
@@ -38,12 +40,13 @@ from memory_bank import build_bank, draw_batches, in_batch
 from model import VSE, l2norm
 from ranking import Cosine, rank_both_ways
 from run_record import Log
+from shares import gradients, shared_batches
 from timing import Timer, machine_speeds, peak_extra_memory, ratio, resident_memory, row, spread
 from vocab import SPECIAL_WORDS, nltk_words, tokenize, vocabulary_of
 from watch import StepFigures, figures_of
 from word_ids import CAPTIONS_PER_IMAGE, number_words
 
-PARTS = ["loader", "step", "bank", "evaluation", "hubs"]
+PARTS = ["loader", "step", "distributed", "bank", "evaluation", "hubs"]
 WORDS = 3000  # of the made-up captions
 HARD_SCORES = 1e-6  # float64 scores further apart than this must be ranked alike
 BANK_ENTRIES = 28_000  # about 5 % of COCO's training pairs
@@ -253,6 +256,86 @@ def step_lines(options, kinds, floor):
     return lines
 
 
+# Parts of a batch -------------------------------------------------------------------------------
+
+def timed_steps(options, timer, dataset, model, micro_batch=None, plain=False):
+    """[seconds of each step]: plain ones, or those of the processes' shares, of `micro_batch` pairs a piece."""
+    criterion, parameters = ContrastiveLoss(options), list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=2e-4, fused=timer.device.type in ("cpu", "cuda"))
+    loader = Loader(dataset, options.step_batch, shuffle=True)
+    batches = [batch for batch in loader.batches() if len(batch) == options.step_batch]
+    batches = (batches * (timer.repeats + 1))[:timer.repeats + 1]
+    no_image = dataset.images[:0].float().to(timer.device)
+
+    def step(batch):
+        optimizer.zero_grad()
+        if plain:
+            criterion(*model.forward_emb(*batch[:3])).backward()
+        else:
+            gradients(model, batch, criterion, None, 1, parameters, no_image)
+        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+        optimizer.step()
+    loaded = loader.load(batches) if plain else shared_batches(loader, batches, micro_batch)
+    return [timer.seconds(partial(step, batch)) for batch in loaded][1:]
+
+
+class Traffic:
+    """What `distributed` hands to collectives within the block: bytes, and seconds, waits for each other included."""
+
+    def __enter__(self):
+        self.bytes, self.seconds, self.true_call = 0, 0.0, distributed._call
+        distributed._call = self.call
+        return self
+
+    def call(self, collective, *arguments):
+        """One collective."""
+        start = time.perf_counter()
+        self.true_call(collective, *arguments)
+        self.seconds += time.perf_counter() - start
+        sent = next(argument for argument in reversed(arguments) if isinstance(argument, torch.Tensor))
+        self.bytes += sent.numel() * sent.element_size()
+
+    def __exit__(self, *_):
+        distributed._call = self.true_call
+
+
+def as_one_of_many(options, timer, dataset, model):
+    """What each process that `bench_distributed` starts does; the first one prints its figures as JSON."""
+    distributed.sync()
+    with Traffic() as traffic:
+        seconds = timed_steps(options, timer, dataset, model)
+    if distributed.is_first():
+        steps = len(seconds) + 1
+        print(json.dumps({"seconds": seconds, "bytes": traffic.bytes / steps,
+                          "share": traffic.seconds / steps / median(seconds)}))
+
+
+def bench_distributed(options, timer, dataset, model):
+    """A step of one process with two threads against two with one each, on CPUs, and one in pieces against whole."""
+    size = f"step, batch of {options.step_batch}"
+    flags = ["--parts", "distributed", "--device", "cpu", "--repeats", str(timer.repeats)]
+    for name in ("images", "captions_per_image", "img_dim", "embed_size", "batch_size", "step_batch"):
+        flags += [f"--{name}", str(getattr(options, name))]
+    flags += ["--captions", options.captions] if options.captions else []
+    lines, threads = {}, torch.get_num_threads()
+    if timer.device.type == "cpu":
+        torch.set_num_threads(2)
+        one = timed_steps(options, timer, dataset, model, plain=True)
+        child = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                                os.path.abspath(__file__), *flags], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(child.stdout.splitlines()[-1])
+        torch.set_num_threads(threads)
+        lines = {f"{size}, two processes of one thread (ms; reference: one process of two)": row(
+                     found["seconds"], one, 1e-3),
+                 f"{size}, two processes: bytes handed to collectives (MB)": {"ours": spread([found["bytes"]], 1e6)},
+                 f"{size}, two processes: share of a step in collectives": {"ours": spread([found["share"]])}}
+    piece = -(-options.step_batch // 4)
+    whole, pieces = (timed_steps(options, timer, dataset, model, plain=plain, micro_batch=None if plain else piece)
+                     for plain in (True, False))
+    return lines | {f"{size}, --micro_batch {piece} (ms; reference: the whole batch)": row(pieces, whole, 1e-3)}
+
+
 def bench_watch(options, timer):
     """What watching and recording add to a step: its figures, and one line of log.jsonl."""
     loss, norm = torch.zeros((), device=timer.device), torch.ones((), device=timer.device)
@@ -430,7 +513,7 @@ def measure(options, timer):
     speeds, lines, rng = machine_speeds(timer), {}, np.random.default_rng(0)
     captions, vocab = captions_and_words(options, rng)
     with tempfile.TemporaryDirectory() as folder:
-        if {"loader", "step", "bank"} & set(options.parts):
+        if {"loader", "step", "distributed", "bank"} & set(options.parts):
             make_data(folder, captions, options.images, options.img_dim, rng)
             dataset = PrecompDataset(folder, "train", vocab)
             dataset.place(timer.device)
@@ -439,6 +522,9 @@ def measure(options, timer):
             lines |= bench_loader(options, timer, dataset, vocab, speeds)
         if "step" in options.parts:
             lines |= bench_step(options, timer, dataset, vocab, model, speeds) | bench_watch(options, timer)
+        if "distributed" in options.parts:
+            lines |= (as_one_of_many if distributed.launched() else bench_distributed)(
+                options, timer, dataset, model) or {}
         if "bank" in options.parts:
             lines |= bench_bank(options, timer, dataset, model)
     if "evaluation" in options.parts:
@@ -469,7 +555,12 @@ def print_table(result):
 
 def main(argv=None):
     """Measure, print, and keep."""
-    options = parse_args(argv)
+    with distributed.session():
+        carry_out(parse_args(argv))
+
+
+def carry_out(options):
+    """Measure as the options say."""
     device = choose_device(options.device)
     precision = choose_matmul_precision(device).kind
     result = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
@@ -478,6 +569,8 @@ def main(argv=None):
               "options": {name: value for name, value in vars(options).items() if name != "json"}}
     print(", ".join(f"{name}: {value}" for name, value in result["machine"].items()), file=sys.stderr)
     result |= measure(options, Timer(device, options.repeats))
+    if distributed.launched():  # as_one_of_many has printed what is wanted
+        return
     print_table(result)
     if options.json:
         with replacing(options.json, "w", encoding="utf-8") as file:

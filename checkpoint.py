@@ -36,12 +36,14 @@ REGION_OPTIONS = ("image_pooling", "regions", "vocab_name", "cross_attn")
 FREE_OPTIONS = {
     "data_path", "vocab_path", "cache_dir", "features_on_device", "logger_name", "resume", "init_from", "cnn_weights",
     "num_epochs", "learning_rate", "lr_update", "workers", "device", "amp", "log_step", "val_step", "save_step",
-    "save_all", "keep", "record_val", "reset_train", "model_name", "skip_bad_steps", "collapse_patience", "on_collapse"}
+    "save_all", "keep", "record_val", "reset_train", "model_name", "skip_bad_steps", "collapse_patience", "on_collapse",
+    "micro_batch", "dist_timeout"}
 # What the weights of one model share with another's.
 MODEL_OPTIONS = ("img_dim", "embed_size", "word_dim", "num_layers", "vocab_size", "measure", "use_abs", "no_imgnorm",
                  "cnn_type", "image_pooling", "text_pooling", "bi_gru", "precomp_enc_type", "no_txtnorm", "cross_attn")
 WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_SCALARS = [argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+# What a checkpoint may hold beside tensors and plain containers.
+ADMITTED = [argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
             np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
 
 
@@ -97,7 +99,7 @@ def _read(path):
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise InputError(f"checkpoint {path} is refused: it is compressed, which torch.save never does, "
                                      "and could fill the memory")
-        with torch.serialization.safe_globals(_SCALARS):
+        with torch.serialization.safe_globals(ADMITTED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise

@@ -16,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import os
 
 import corrections
+import distributed
 import report
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
@@ -234,8 +235,13 @@ def hubness_as_dict(hubs):
 
 
 def main(argv=None):
-    """Evaluate what the flags name."""
-    options = parse_args(argv)
+    """Evaluate what the flags name, on this process or on all that torchrun has started."""
+    with distributed.session():
+        carry_out(parse_args(argv))
+
+
+def carry_out(options):
+    """Evaluate what the options name."""
     look_at_hubs = options.hubness or options.correction or options.report
     result = evaluate(options, options.split, top=max(DEPTHS) if look_at_hubs else 1)
     more, words, outcome = {}, "", {}
@@ -250,8 +256,9 @@ def main(argv=None):
         more["correction_bank"] = words
         more["corrections"] = {name: {"parameters": one["parameters"], **as_dict(one["metrics"]),
                                       "hubness": hubness_as_dict(one["hubness"])} for name, one in outcome.items()}
-    write_results(options, options.split, result, more)
-    if options.report:
+    if distributed.is_first():
+        write_results(options, options.split, result, more)
+    if options.report and distributed.is_first():
         report.write_report(options, options.split, result, hubs, words, outcome)
 
 

@@ -94,7 +94,7 @@ class PrecompDataset:
             self.drops_regions = drop_regions, seed
             self.region_counts = torch.cat([region_lengths(block) for block in self.images.split(_block(self.images))])
 
-    def _epoch_words(self, epoch, augmented):
+    def epoch_words(self, epoch, augmented):
         """(WordIds on the CPU, the same on the device) of an epoch."""
         if not augmented or not self.drops_words:
             return self.word_ids, self.placed_word_ids
@@ -128,7 +128,7 @@ class PrecompDataset:
         """
         if not len(batches):
             return
-        (words, placed_words), draws = self._epoch_words(epoch, augmented), self._region_draws(epoch, augmented)
+        (words, placed_words), draws = self.epoch_words(epoch, augmented), self._region_draws(epoch, augmented)
         all_lengths = words.lengths
         batches = [indices[by_length(all_lengths[indices])] for indices in batches]
         placed = torch.cat(batches).to(self.device)  # at once: a copy a step would wait for the GPU each time
@@ -138,10 +138,11 @@ class PrecompDataset:
             dropped = () if draws is None else (self.region_counts[self.row_of[indices]], draws[indices])
             yield self._rows(rows, *dropped), placed_words.padded(there, int(lengths[0])), lengths, there, there
 
-    def load_images(self, batch_size, workers=0, stride=1):
-        """The features of each image (each so manieth, with a stride) once, in order, in batches."""
+    def load_images(self, batch_size, workers=0, stride=1, part=(0, 1)):
+        """The features of each image (each so manieth, with a stride) once, in order, in batches; part: (the first
+        batch, the distance to the next), where other processes load the others."""
         first = torch.searchsorted(self.image_of, torch.arange(0, self.n_images, stride))
-        for batch in self.row_of[first].split(batch_size):
+        for batch in self.row_of[first].split(batch_size)[part[0]::part[1]]:
             yield self._rows(batch)
 
 

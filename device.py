@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+import distributed
 from errors import InputError
 
 CPU_KINDS = ("highest", "medium")  # of float32 products; the first is PyTorch's default, and exact everywhere
@@ -63,6 +64,14 @@ def choose_matmul_precision(device, kept=None, amp="off", rows=128, width=1024):
         kind = exact[1]
     torch.set_float32_matmul_precision(kind)
     return Products(kind, seconds)
+
+
+def choose_products(device, kept=None, *options):
+    """As `choose_matmul_precision`, the first process's choice on all of them."""
+    products = distributed.from_first(lambda: tuple(choose_matmul_precision(device, kept, *options)))
+    if not distributed.is_first():
+        choose_matmul_precision(device, products[0])
+    return Products(*products)
 
 
 def amp_in_words(amp, device, products):

@@ -110,6 +110,8 @@ def run_script(main, outlasts_reader=False):
         for output in outputs:
             output.leave()
         sys.stdout, sys.stderr = streams
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may still let go of tensors, which aborts an ending Python
+        os._exit(code)
     if code:
         sys.exit(code)
 
@@ -120,7 +122,8 @@ def _exit_code(main):
         main()
         return 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # else another process of the run says it
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

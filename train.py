@@ -16,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import glob
+import hashlib
 import math
 import os
 import sys
@@ -27,24 +28,27 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import run_record
 import sample_data
 from cross_attention import AGGREGATIONS, NORMS, cross_attention_similarities
 from data import get_loaders
-from device import amp_in_words, choose_device, choose_matmul_precision
+from device import amp_in_words, choose_device, choose_products
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import append, embed, metrics_of, similarity_source, split_loss
 from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, loss_kind
-from memory_bank import MemoryBank, build_bank, draw_batches
+from memory_bank import MemoryBank, draw_batches
 from meters import LogCollector
 from model import ENC_TYPES, IMAGE_POOLINGS, TEXT_POOLINGS, cnn_types
 from ranking import rank_shifted
 from scan import build
+from shares import gradients, own_draws, share_batch_norm, shared_bank, shared_batches
 from vocab import MASK, READINGS, build_vocab, find_vocabulary, vocabulary_of, vocabulary_path, write_vocabulary
 from watch import GaveUp, StepFigures, Watch, figures_of
 from word_ids import seed_for
 
+LOCAL_FLAGS = {"data_path", "vocab_path", "cache_dir", "workers", "features_on_device"}  # may differ between machines
 BANK_DRAW = 1  # the bank's order of an epoch, beside training's 0
 KEEP_DRAW = 2
 VSE_EPOCHS, SCAN_EPOCHS = {"num_epochs": 15, "lr_update": 8}, {"num_epochs": 30, "lr_update": 15}  # released defaults
@@ -146,6 +150,8 @@ def add_training_flags(group):
     rate = number(float, 0, 1)
     group.add_argument("--num_epochs", type=number(int, 0), help="epochs in all (default: 15, with --cross_attn 30)")
     group.add_argument("--batch_size", default=128, type=count, help="pairs a step")
+    group.add_argument("--micro_batch", type=count, help="pairs encoded at a time: a large batch's exact loss in the "
+                       "memory of a small one, for one more pass through the encoders (default: the whole batch)")
     group.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
     group.add_argument("--weight_decay", default=0.0, type=share, help="AdamW's (0: Adam)")
     group.add_argument("--drop_regions", default=0.0, type=rate, help="share of regions left out of a training batch")
@@ -169,10 +175,13 @@ def add_training_flags(group):
 
 def add_start_flags(group):
     """Where a run computes, and from what it starts."""
+    count = number(int, 1)
     group.add_argument("--seed", default=0, type=number(int, 0, 2**63 - 1), help="decides weights, order and bank")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
     group.add_argument("--amp", default="off", choices=["off", "bf16"],
                        help="bf16: the encoders' matrix products in bf16; on CUDA the GRU computes in float16")
+    group.add_argument("--dist_timeout", default=distributed.TIMEOUT, type=count,
+                       help="under torchrun, seconds after which a process that does not answer is given up")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
                        help="continue this run where it stopped; auto: from the run folder's newest checkpoint, if any")
@@ -215,6 +224,12 @@ def _check(opt):
         raise InputError("--precomp_enc_type weight_norm is SCAN's: add --cross_attn, or choose basic or mlp")
     if opt.cnn_type != "vgg19" and opt.cnn_type not in cnn_types():
         raise InputError(f"--cnn_type is {opt.cnn_type}: choose one of {', '.join(cnn_types())}")
+    if opt.cross_attn and (opt.micro_batch or distributed.launched()):
+        raise InputError(f"--cross_attn does not go {'with --micro_batch' if opt.micro_batch else 'under torchrun'}: "
+                         "leave that out, and give a smaller --batch_size where memory is short")
+    if opt.batch_size < distributed.size():
+        raise InputError(f"--batch_size {opt.batch_size} for {distributed.size()} processes: it is the size of the one "
+                         "batch that they share, so give at least as many pairs, or start fewer processes")
 
 
 # Setting up -------------------------------------------------------------------------------------
@@ -292,14 +307,19 @@ class Stop:
     """Remembers that SIGTERM or SIGINT came; a second one acts at once."""
 
     def __init__(self):
-        self.signal = None
+        self.came = self.signal = None  # the latter, once all processes know
 
     def __call__(self, number, frame):
-        if self.signal:
+        if self.came and distributed.launched():  # torchrun sends Ctrl-C once more, and kills after half a minute
+            return
+        if self.came:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.signal = number
-        log(f"{signal.Signals(number).name}: saving after this step; once more stops at once")
+        self.came = number
+        if not distributed.launched():
+            self.signal = number
+        again = "" if distributed.launched() else "; once more stops at once"
+        log(f"{signal.Signals(number).name}: saving after this step{again}")
 
 
 @contextmanager
@@ -334,6 +354,7 @@ class Run:
         self.bank, self.meters, self.pending, self.watch = None, LogCollector(), [], Watch(opt, log)
         self.path = os.path.join(opt.logger_name, "checkpoint.pth.tar")
         self.scalars = self.log = None  # opened when everything else has been found good
+        self.stop, self.shared = Stop(), distributed.launched() or opt.micro_batch
 
     def progress(self):
         """Where within the epoch the run is, for its checkpoint."""
@@ -374,7 +395,7 @@ def draw_bank(run):
         return None
     generator = torch.Generator().manual_seed(seed_for(run.opt.seed, run.epoch, KEEP_DRAW))
     batches = draw_batches(run.train_loader.batches(BANK_DRAW), run.opt.mb_rate, generator)
-    bank = build_bank(run.model, run.train_loader.load(batches))
+    bank = shared_bank(run.model, run.train_loader, batches)
     log(f"Memory bank: {len(bank.indices)} pairs")
     return bank
 
@@ -398,14 +419,40 @@ def backward(loss, parameters, scale=1):
         gradient /= scale
 
 
-def train_step(run, batch, criterion):
-    """One update, left out where loss or gradient is not finite; returns its StepFigures, still on their device."""
+def batches_of(run):
+    """The rest of this epoch's batches, whole or as Shares."""
+    batches = run.train_loader.batches()[run.step_in_epoch:]
+    if run.shared:
+        return shared_batches(run.train_loader, batches, run.opt.micro_batch)
+    return run.train_loader.load(batches, augmented=True)
+
+
+def whole_gradients(run, batch, criterion):
+    """A batch's loss and similarities; leaves its gradients in the parameters."""
     images, captions, lengths, _, indices = batch
     embeddings = run.model.forward_emb(images, captions, lengths)
     similarities = run.similarity(*embeddings)
     loss = criterion.of_similarities(similarities, *embeddings[:2], *(run.bank or (None,) * 3), indices)
     run.optimizer.zero_grad()
     backward(loss, run.parameters, backward_scale(run, loss_kind(criterion.opt), len(indices)))
+    return loss, similarities
+
+
+def shared_gradients(run, share, criterion):
+    """As `whole_gradients` of the same batch, of which this is one process's Share; what all say, too."""
+    own_draws(run.opt.seed, run.steps)
+    run.optimizer.zero_grad()
+    dataset, crop = run.train_loader.dataset, run.opt.crop_size
+    shape = dataset.images.shape[1:] if hasattr(dataset, "images") else (3, crop, crop)
+    no_image = torch.empty(0, *shape, device=run.model.device, dtype=run.model.img_enc.fc.weight.dtype)
+    return gradients(run.model, share, criterion, run.bank,
+                     backward_scale(run, loss_kind(criterion.opt), len(share.indices)), run.parameters, no_image,
+                     run.stop.came or 0)
+
+
+def train_step(run, batch, criterion):
+    """One update, left out where loss or gradient is not finite; returns its StepFigures, still on their device."""
+    loss, similarities, *flags = (shared_gradients if run.shared else whole_gradients)(run, batch, criterion)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.opt.grad_clip or torch.inf)
     figures = figures_of(loss, norm, similarities)
     if run.optimizer.defaults["fused"]:
@@ -415,18 +462,21 @@ def train_step(run, batch, criterion):
         run.optimizer.step()
     run.steps += 1
     run.step_in_epoch += 1
+    if distributed.launched():
+        run.stop.signal = distributed.agree(*flags, batch.error) or None
     return figures
 
 
 def train_epoch(run, stop):
     """The rest of an epoch's batches; validates every `val_step` steps, saves every `save_step` and when stopped."""
     criterion, steps = epoch_criterion(run), len(run.train_loader)
-    batches, end = run.train_loader.load(run.train_loader.batches()[run.step_in_epoch:], augmented=True), time.time()
+    batches, end = batches_of(run), time.time()
     for batch in tqdm(batches, f"Epoch {run.epoch}", steps, initial=run.step_in_epoch, leave=False, disable=None):
         run.model.train_start()
         data_time, lr = time.time() - end, adjust_learning_rate(run)
         figures = train_step(run, batch, criterion)
-        run.pending.append((run.steps, run.step_in_epoch - 1, lr, figures, len(batch[1]), time.time() - end, data_time))
+        size, seconds = len(batch[-1]), time.time() - end  # both kinds of batch end with all indices
+        run.pending.append((run.steps, run.step_in_epoch - 1, lr, figures, size, seconds, data_time))
         end = time.time()
         logged = run.steps % run.opt.log_step == 0
         if logged or run.step_in_epoch == steps:
@@ -473,6 +523,7 @@ def record(run, kind):
 def validate(run):
     """Recalls on the dev split, written to log.jsonl and TensorBoard; returns rsum and the lines to print."""
     started = time.time()
+    check_weights(run.model)
     images, captions = embed(run.model, run.val_loader)
     image_of = run.val_loader.dataset.image_of
     loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank, image_of)
@@ -505,6 +556,12 @@ def show(rsum, lines):
 
 def save(run, must_succeed):
     """Write checkpoint.pth.tar; where it can't be and `must_succeed` is not set, say so and go on. True if written."""
+    written = distributed.is_first() and _save(run, must_succeed)
+    distributed.sync()
+    return written
+
+
+def _save(run, must_succeed):
     try:
         run.log.sync()
         checkpoint.save(run.path, checkpoint.content_of(run.model, run.optimizer, run.opt, run.vocabulary, run.epoch,
@@ -524,6 +581,8 @@ def end_epoch(run, rsum):
     folder, last = run.opt.logger_name, run.epoch >= run.opt.num_epochs
     copies = {"model_best.pth.tar": best, f"Epoch-{run.epoch}-model.pth.tar": run.opt.save_all}
     saved = save(run, must_succeed=last)
+    if not distributed.is_first():
+        return
     try:
         for name in (name for name, wanted in copies.items() if wanted and saved):
             checkpoint.copy(run.path, os.path.join(folder, name))
@@ -544,24 +603,80 @@ def end_epoch(run, rsum):
 # ------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    """Train as the flags say."""
-    opt = parse_args(argv)
-    device = choose_device(opt.device)
+    """Train as the flags say, on this process or on all that torchrun has started."""
+    with distributed.session():
+        opt = parse_args(argv)
+        distributed.wait_at_most(opt.dist_timeout)
+        check_flags(opt)
+        carry_out(opt)
+
+
+def check_flags(opt):
+    """Raise InputError where processes were given different flags, but for where things lie on their machines."""
+    distributed.check_alike({f"--{name}": digest(repr(value)) for name, value in sorted(vars(opt).items())
+                             if name not in LOCAL_FLAGS})
+
+
+def check_data(loaders, vocabulary):
+    """Raise InputError where processes have read different data, or number words differently."""
+    if distributed.launched():
+        distributed.check_alike({"training data": digest(run_record.fingerprint(loaders[0].dataset)),
+                                 "dev data": digest(run_record.fingerprint(loaders[1].dataset)),
+                                 "vocabulary": digest("\n".join(vocabulary.words))})
+
+
+def check_weights(model):
+    """Raise RunBroken where the processes' weights are not the same to the bit."""
+    if distributed.launched():
+        total = torch.stack([value.contiguous().view(torch.uint8).sum(dtype=torch.int64)
+                             for value in model.state_dict().values()])
+        totals = distributed.gather(total.unsqueeze(0), [1] * distributed.size())
+        if (totals != totals[0]).any():
+            raise distributed.RunBroken("the processes' weights have come apart: are the machines of one kind? Go on "
+                                        "from the last checkpoint with --resume auto")
+
+
+def digest(text):
+    """A number that tells texts apart: 63 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+class Nowhere:
+    """In place of TensorBoard and log.jsonl on processes that write no files."""
+
+    def log_value(self, *_):
+        """Nothing."""
+
+    def write(self, **_):
+        """Nothing."""
+
+
+def carry_out(opt):
+    """Train as the options say."""
+    device = choose_device(distributed.device_name(opt.device))
     if opt.data_name in sample_data.WRITERS:
-        sample_data.draw(opt.data_path)
+        distributed.machine_by_machine(lambda: sample_data.draw(opt.data_path))
     last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"
     written = checkpoint.written(last)
-    start = load_start(opt)
-    products = choose_matmul_precision(device, start and opt.resume and start.get("float32_products"), opt.amp,
-                                       opt.batch_size, opt.embed_size)
+    start, opt.resume, opt.caption_reading = distributed.from_first(
+        lambda: (load_start(opt), opt.resume, opt.caption_reading), checkpoint.ADMITTED)
+    products = choose_products(device, start and opt.resume and start.get("float32_products"), opt.amp, opt.batch_size,
+                               opt.embed_size)
     vocabulary, is_new = get_vocabulary(opt, start)
-    loaders = get_loaders(opt.data_name, vocabulary, opt.crop_size, opt.batch_size,
-                          min(opt.workers, os.cpu_count()), opt)
+    loaders = distributed.machine_by_machine(lambda: get_loaders(
+        opt.data_name, vocabulary, opt.crop_size, opt.batch_size, min(opt.workers, os.cpu_count()), opt))
+    check_data(loaders, vocabulary)
     for loader in loaders:
         loader.dataset.place(device, opt.features_on_device)
     run = Run(opt, build_model(opt, start, device), loaders, vocabulary)
+    share_batch_norm(run.model)
     if opt.resume:
         run.restore(start)
+    if not distributed.is_first():
+        run.scalars = run.log = Nowhere()
+        with stoppable() as stop:
+            train(run, stop)
+        return
     if is_new:  # written now that the data it was built from has been found good
         path = vocabulary_path(opt.vocab_path, opt.data_name)
         write_vocabulary(vocabulary_of([word for word in vocabulary.words if word != MASK]), path)
@@ -586,11 +701,14 @@ def main(argv=None):
         held.close()
     if stop.signal:
         log(f"Stopped. Go on with: --resume {run.path}")
-        sys.exit(128 + stop.signal)
+        if not distributed.launched():  # which starts processes again that end with anything but 0
+            sys.exit(128 + stop.signal)
 
 
 def train(run, stop):
     """Epoch after epoch, until the last or a signal."""
+    run.stop = stop
+    distributed.sync()  # the first process has opened its files
     while run.epoch < run.opt.num_epochs and not stop.signal:
         run.train_loader.epoch = run.epoch
         if run.step_in_epoch == 0:
@@ -602,6 +720,7 @@ def train(run, stop):
                 end_epoch(run, rsum)  # first the files, so that nothing is lost where it cannot be printed
             finally:
                 show(rsum, lines)
+            stop.signal = distributed.sync(flag=stop.came or 0) or stop.signal
 
 
 if __name__ == "__main__":

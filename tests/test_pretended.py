@@ -27,6 +27,9 @@ COMMANDS = {
                           "--logger_name", "runs/order", "--save_step", "2"],
     "resumed": ["train.py", *TINY, "--max_violation", "--measure", "order", "--use_abs", "--num_layers", "2",
                 "--logger_name", "runs/order", "--num_epochs", "3", "--resume", "auto"],
+    "bf16 in pieces": ["train.py", *TINY, *BANK, "--amp", "bf16", "--micro_batch", "5", "--logger_name", "runs/pieces"],
+    "photos in pieces": ["train.py", *RAW, "--data_name", "f8k", "--finetune", "--micro_batch", "3", "--logger_name",
+                         "runs/photos"],
     "sum-margin, photos and a CNN": ["train.py", *RAW, "--data_name", "f8k", "--finetune", "--sum_violation",
                                      "--logger_name", "runs/raw"],
     "regions, every pooling": ["train.py", *TINY, *REGIONS, "--logger_name", "runs/regions", *BANK, "--image_pooling",
@@ -49,7 +52,7 @@ COMMANDS = {
 # What a training step goes through. It may wait where figures are logged, and on MPS, where the fused Adam passes over
 # found_inf, for whether they are finite.
 STEP = {"train.py", "data.py", "images.py", "word_ids.py", "model.py", "gru.py", "loss.py", "memory_bank.py",
-        "watch.py", "meters.py", "pooling.py", "scan.py", "cross_attention.py"}
+        "watch.py", "meters.py", "shares.py", "distributed.py", "pooling.py", "scan.py", "cross_attention.py"}
 MAY_WAIT = {"cuda": {"record"}, "mps": {"record", "train_step"}}
 
 
@@ -87,4 +90,4 @@ def test_no_step_waits_for_the_device(outcome):
 
 def test_a_split_s_loss_waits_once_a_validation(outcome):
     waits = [times for *_, function, _, times in of(outcome, "wait") if function == "split_loss"]
-    assert waits == [2 + 2 + 2 + 1 + 1 + 2 + 2 + 2]  # one an epoch of the first eight commands
+    assert waits == [2 + 2 + 2 + 1 + 2 + 1 + 1 + 2 + 2 + 2]  # one an epoch of the first ten commands

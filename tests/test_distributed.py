@@ -1,0 +1,268 @@
+"""Several processes against one, on this machine: gradients, whole runs, faults. A launch of torchrun takes seconds."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import together
+import torch
+from conftest import RELEASED, ROOT, load
+
+import distributed
+import reproduce
+import train
+from errors import InputError
+from shares import shares
+
+TOGETHER = str(ROOT / "tests" / "together.py")
+TRAIN = ["--data_name", "f8k_precomp", "--embed_size", "32", "--word_dim", "16", "--batch_size", "60",
+         "--learning_rate", "0.002", "--num_epochs", "3", "--log_step", "1", "--val_step", "50",
+         "--device", "cpu", "--caption_reading", "text"]  # 20 steps an epoch
+BANK = ["--memory_bank", "--mb_rate", "0.3", "--mb_k", "40"]
+RUN = "runs/runX/checkpoint.pth.tar"
+
+
+def torchrun(n, script, *flags, restarts=0):
+    """A running torchrun of n processes on this machine."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "--max-restarts",
+         str(restarts), str(ROOT / script), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def ended(process):
+    """(exit code of torchrun, stdout, stderr)."""
+    said = process.communicate(timeout=300)
+    return process.returncode, *said
+
+
+def workers(process):
+    """The process ids of torchrun's workers, in the order of their ranks."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    return sorted(int(pid) for pid in found if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+
+
+def read_until(process, words):
+    """What torchrun's stderr says up to a line with these words."""
+    said = ""
+    for line in process.stderr:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(f"never said {words!r}:\n{said}")
+
+
+def log_of(folder):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def furthest(one, other):
+    """The largest difference of two checkpoints' weights, relative to the largest weight of each tensor."""
+    return max(float((value - theirs[name]).abs().max() / value.abs().max())
+               for state, theirs in zip(one["model"], other["model"]) for name, value in state.items())
+
+
+def check_same_run(one, other, weights, losses):
+    """Two run folders tell of the same run, to rounding."""
+    contents = [load(Path(folder, "checkpoint.pth.tar")) for folder in (one, other)]
+    assert furthest(*contents) <= weights
+    logs = [log_of(folder) for folder in (one, other)]
+    assert [(line["kind"], line["step"], line["epoch"]) for line in logs[0]] == [
+        (line["kind"], line["step"], line["epoch"]) for line in logs[1]]
+    recalls = ["r1", "r5", "r10", "r1i", "r5i", "r10i", "rsum"]
+    for mine, theirs in zip(*logs):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=losses)
+        assert [mine.get(name) for name in recalls] == [theirs.get(name) for name in recalls]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current folder with the released code's data, vocabulary and runs."""
+    for name in ("data", "vocab", "runs"):
+        shutil.copytree(RELEASED / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Shares -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("alike", [False, True])
+def test_each_pair_is_in_one_share_and_shares_are_balanced(n, alike):
+    generator = torch.Generator().manual_seed(n)
+    lengths = torch.randint(3, 20, (60,), generator=generator).sort(descending=True).values
+    words = torch.randint(1, 50, (60, 20), generator=generator) * (torch.arange(20) < lengths.unsqueeze(1))
+    found = shares(lengths, n, words if alike else None)
+    assert sorted(torch.cat(found).tolist()) == list(range(60)) and len(found) == n
+    assert all(places.tolist() == sorted(places.tolist()) for places in found)
+    loads = [int(lengths[places].sum()) for places in found]
+    assert max(loads) - min(loads) <= 2 * 20
+
+
+def test_captions_that_begin_alike_go_to_one_process():
+    words = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 9], [5, 6, 7, 1]])
+    one, other = shares(torch.tensor([4, 4, 4, 4]), 2, words)
+    assert {tuple(one.tolist()), tuple(other.tolist())} == {(0, 2), (1, 3)}
+
+
+def test_fewer_pairs_than_processes():
+    assert [len(one) for one in shares(torch.tensor([3]), 3)] == [1, 0, 0]
+    assert sum(len(one) for one in shares(torch.tensor([3]), 3, torch.tensor([[1, 2, 3]]))) == 1
+
+
+# Gradients --------------------------------------------------------------------------------------
+
+def whole(name):
+    """As together.gradients_of, by one plain backward pass over the whole batch, sorted by length as a loader does."""
+    model, loader, criterion, bank, _ = together.case(name)
+    indices = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(3))
+    indices = torch.tensor(sorted(indices.tolist(), key=lambda i: -int(loader.dataset.lengths[i])))
+    words = torch.zeros(len(indices), int(loader.dataset.lengths.max()), dtype=torch.int64)
+    for row, index in enumerate(indices.tolist()):
+        words[row, :loader.dataset.lengths[index]] = loader.dataset.word_ids[index]
+    pair = model.forward_emb(loader.dataset.images[indices], words, loader.dataset.lengths[indices])
+    loss = criterion(*pair, *(bank or (None,) * 3), indices)
+    loss.backward()
+    return ({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers()),
+            loss.detach())
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory):
+    """What four processes found for each of together.CASES."""
+    out = tmp_path_factory.mktemp("gradients") / "found"
+    code, _, said = ended(torchrun(4, TOGETHER, "gradients", str(out)))
+    assert code == 0, said
+    return torch.load(out, weights_only=False)
+
+
+def check_same_gradients(found, expected, limit):
+    assert found[0].keys() == expected[0].keys()
+    largest = max(float(value.abs().max()) for value in expected[0].values())
+    for key, value in expected[0].items():
+        assert float((found[0][key] - value).abs().max()) <= limit * largest, key
+    for key, value in expected[1].items():
+        torch.testing.assert_close(found[1][key], value, rtol=limit, atol=limit)
+    assert float(found[2]) == pytest.approx(float(expected[2]), rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", together.CASES)
+def test_four_processes_have_one_s_gradients(name, of_four):
+    check_same_gradients(of_four[name], whole(name), 1e-10 if "cnn" in name else 1e-12)
+
+
+def test_all_processes_have_the_same_gradients_to_the_bit(of_four):
+    assert of_four["equal"]
+
+
+@pytest.mark.parametrize("name", [name for name in together.CASES if "micro" in name])
+def test_pieces_have_the_whole_batch_s_gradients(name):
+    check_same_gradients(together.gradients_of(name), whole(name), 1e-12)
+
+
+# Runs -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A folder with runs of one process: the bank, in float32; max-margin by order, in float64."""
+    folder, here = tmp_path_factory.mktemp("one"), os.getcwd()
+    shutil.copytree(RELEASED / "data", folder / "data")
+    os.chdir(folder)
+    try:
+        train.main([*TRAIN, *BANK, "--logger_name", "bank"])
+    finally:
+        os.chdir(here)
+    return folder
+
+
+def test_two_processes_train_as_one_with_the_bank(folder, one_process):
+    code, out, said = ended(torchrun(2, "train.py", *TRAIN, *BANK))
+    assert code == 0, said
+    check_same_run(one_process / "bank", "runs/runX", 3e-5, 1e-6)
+    assert out.count("rsum") == 4 and said.count("Memory bank: ") == 2  # one process speaks
+    record = json.loads(Path("runs/runX/run.json").read_text())
+    assert (record["processes"], record["backend"], record["result"]["outcome"]) == (2, "gloo", "finished")
+
+
+def test_four_processes_train_as_one_in_double(folder, monkeypatch):
+    flags = [*TRAIN, "--num_epochs", "1", "--max_violation", "--measure", "order", "--use_abs", "--batch_size", "109"]
+    code, _, said = ended(torchrun(4, TOGETHER, "double", *flags))  # 1200 pairs: the last batch has one
+    assert code == 0, said
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_model", train.build_model)
+        patch.setattr(together.data.PrecompDataset, "_rows", together.data.PrecompDataset._rows)
+        together.in_double()
+        train.main([*flags, "--logger_name", "runs/one"])
+    check_same_run("runs/one", "runs/runX", 1e-10, 1e-12)
+    assert load(RUN)["model"][0]["fc.weight"].dtype == torch.float64
+
+
+def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_go_on(folder, one_process):
+    process = torchrun(3, "train.py", *TRAIN, *BANK)
+    read_until(process, "Epoch: [1][3/20]")
+    os.kill(workers(process)[1], signal.SIGTERM)
+    code, _, said = ended(process)
+    assert code == 0 and said.count("Stopped. Go on with") == 1, said
+    stopped_at = load(RUN)["Eiters"]
+    assert 23 < stopped_at < 60 and log_of("runs/runX")[-1]["step"] == stopped_at
+    train.main([*TRAIN, *BANK, "--resume", "auto", "--num_epochs", "2", "--micro_batch", "25"])
+    code, _, said = ended(torchrun(2, "train.py", *TRAIN, *BANK, "--resume", "auto", "--dist_timeout", "60"))
+    assert code == 0, said
+    check_same_run(one_process / "bank", "runs/runX", 3e-5, 1e-6)
+
+
+def test_a_process_that_is_killed_is_started_again_and_the_run_ends_the_same(folder, one_process):
+    process = torchrun(2, "train.py", *TRAIN, *BANK, "--resume", "auto", "--save_step", "1", restarts=1)
+    read_until(process, "Epoch: [1][5/20]")
+    os.kill(workers(process)[1], signal.SIGKILL)
+    code, _, said = ended(process)
+    assert code == 0 and "Resumed" in said, said
+    assert re.search(r"error: process 0 of 2: another one is gone", said)
+    check_same_run(one_process / "bank", "runs/runX", 3e-5, 1e-6)
+
+
+@pytest.mark.parametrize("run", ["local", "mb"])
+def test_an_evaluation_by_three_processes_prints_the_released_lines_once(folder, run):
+    code, out, said = ended(torchrun(3, "compute_results.py", "--model_path", f"runs/{run}/model_best.pth.tar",
+                                     "--data_path", "data", "--vocab_path", "vocab", "--device", "cpu"))
+    assert code == 0, said
+    assert out.splitlines() == json.loads((RELEASED / "expected.json").read_text())[run]["printed"]
+    assert Path("ranks.pth.tar").exists()
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, flags, sentence", [
+    ("train.py", [*TRAIN, "--batch_size", "1"], "--batch_size 1 for 2 processes"),
+    (TOGETHER, ["differing", "--margin", "0.3", *TRAIN], "the processes differ in --margin: give all the same"),
+])
+def test_bad_input_ends_all_processes_with_one_sentence(folder, script, flags, sentence):
+    code, out, said = ended(torchrun(2, script, *flags))
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code and not out and len(errors) == 1 and sentence in errors[0], said
+    assert re.findall(r"exitcode +: (-?\d+)", said) == ["2", "2"], said
+    assert not Path("runs/runX").exists()
+
+
+@pytest.mark.parametrize("name, reason", [("cuda:3", "each process takes the GPU of its number"), ("mps", "torchrun")])
+def test_a_device_that_processes_cannot_share_is_refused(name, reason, monkeypatch):
+    assert distributed.device_name(name) == name
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    with pytest.raises(InputError, match=reason):
+        distributed.device_name(name)
+    assert distributed.device_name("cpu") == "cpu"
+
+
+def test_reproduce_is_refused_under_torchrun(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"TORCHELASTIC_RUN_ID": "some", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="starts its runs itself"):
+        reproduce.main([])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,129 @@
+"""What a process of torchrun does in tests of distributed.py:
+
+    torchrun --standalone --nproc_per_node 4 tests/together.py gradients OUT   # into OUT.<number of processes>
+    torchrun --standalone --nproc_per_node 3 tests/together.py double <train.py's flags>
+    torchrun --standalone --nproc_per_node 2 tests/together.py differing <flag> <value> <train.py's flags>
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import distributed  # noqa: E402
+import train  # noqa: E402
+from data import Loader  # noqa: E402
+from errors import run_script  # noqa: E402
+from loss import ContrastiveLoss  # noqa: E402
+from memory_bank import MemoryBank  # noqa: E402
+from model import VSE, l2norm  # noqa: E402
+from shares import gradients, share_batch_norm, shared_batches  # noqa: E402
+from word_ids import WordIds  # noqa: E402
+
+OPTIONS = {"data_name": "some_precomp", "img_dim": 8, "embed_size": 12, "word_dim": 6, "vocab_size": 9, "num_layers": 1,
+           "finetune": True, "cnn_type": "resnet18", "cnn_weights": "none", "use_abs": False, "no_imgnorm": False,
+           "measure": "cosine", "margin": 0.2, "max_violation": False, "sum_violation": False, "local_alpha": 30.0,
+           "local_ep": 0.3, "global_alpha": 40.0, "global_beta": 40.0, "global_ep_nega": 0.1, "mb_k": 5}
+# Changes of the options, pairs of the batch, and --micro_batch.
+CASES = {
+    "hal": ({}, 23, None),
+    "hal with the bank": ({"bank": 30}, 23, None),
+    "sum-margin": ({"sum_violation": True}, 23, None),
+    "max-margin": ({"max_violation": True}, 23, None),
+    "order": ({"max_violation": True, "measure": "order", "use_abs": True}, 23, None),
+    "seven pairs": ({}, 7, None),
+    "one pair": ({"sum_violation": True}, 1, None),
+    "micro": ({}, 23, 4),
+    "micro, seven pairs": ({"bank": 30}, 7, 1),
+    "cnn": ({"data_name": "photos"}, 6, None),
+    "cnn, fewer pairs than processes": ({"data_name": "photos"}, 3, None),
+    "cnn that is frozen": ({"data_name": "photos", "finetune": False}, 6, None),
+}
+
+
+class Pairs(data.PrecompDataset):
+    """Random images (features, or 64 x 64 pixels) in float64 and captions, some of which begin alike."""
+
+    def __init__(self, pairs, shape):
+        generator = torch.Generator().manual_seed(pairs)
+        lengths = torch.randint(2, 7, (pairs,), generator=generator)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        self.word_ids = WordIds(torch.randint(1, 3, (int(offsets[-1]),), generator=generator).int(), offsets)
+        self.placed_word_ids, self.lengths = self.word_ids, self.word_ids.lengths
+        self.images = torch.randn(pairs, *shape, generator=generator).double()
+        self.placed_row_of = torch.arange(pairs)
+        self.device, self.drops_words, self.drops_regions = torch.device("cpu"), None, None
+
+    def _rows(self, rows):
+        return self.images[rows]
+
+
+def case(name):
+    """(model, loader, criterion, bank, pieces' size) of one of CASES, the same on every process."""
+    changes, pairs, micro_batch = CASES[name]
+    opt = Namespace(**{**OPTIONS, **changes})
+    torch.manual_seed(1)
+    model = VSE(opt).double().train()
+    bank = None
+    if changes.get("bank"):
+        images, captions = (l2norm(torch.randn(changes["bank"], opt.embed_size).double()) for _ in range(2))
+        bank = MemoryBank(images, captions, torch.arange(changes["bank"]))
+    photos = opt.data_name == "photos"
+    loader = Loader(Pairs(pairs, (3, 64, 64) if photos else (opt.img_dim,)), pairs)
+    return model, loader, ContrastiveLoss(opt), bank, micro_batch
+
+
+def gradients_of(name):
+    """{parameter: gradient} and {buffer: value} of a case, of the loss of the whole batch, and that loss."""
+    model, loader, criterion, bank, micro_batch = case(name)
+    share_batch_norm(model)
+    share, = shared_batches(loader, [torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(3))],
+                            micro_batch)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    no_image = loader.dataset.images[:0]
+    loss, _, flags = gradients(model, share, criterion, bank, 1, parameters, no_image)
+    if flags is not None:
+        distributed.agree(flags)
+    return ({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers()),
+            loss.detach())
+
+
+def all_gradients(out):
+    """The first process writes what all have computed; the others, whether theirs are the same to the bit."""
+    found = {name: gradients_of(name) for name in CASES}
+    found["equal"] = True
+    for name in CASES:
+        flat = torch.cat([value.flatten().double() for value in (*found[name][0].values(), *found[name][1].values())])
+        everyone = distributed.gather(flat.unsqueeze(0), [1] * distributed.size())
+        found["equal"] &= bool((everyone == everyone[0]).all())
+    if distributed.is_first():
+        torch.save(found, out)
+
+
+def in_double():
+    """train.py's models and features are in float64 from now on."""
+    build, rows = train.build_model, data.PrecompDataset._rows
+    train.build_model = lambda *arguments: build(*arguments).double()
+    data.PrecompDataset._rows = lambda dataset, wanted: rows(dataset, wanted).double()
+
+
+def main():
+    """Do as the arguments say."""
+    what, *rest = sys.argv[1:]
+    if what == "gradients":
+        with distributed.session():
+            all_gradients(rest[0])
+    elif what == "double":
+        in_double()
+        train.main(rest)
+    elif what == "differing":
+        train.main([*rest[2:], *rest[:2]] if distributed.rank() else rest[2:])
+
+
+if __name__ == "__main__":
+    run_script(main)
