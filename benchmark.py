@@ -2,6 +2,7 @@
 
     python3 benchmark.py                       # made-up data of COCO's shape, a few minutes on two cores
     python3 benchmark.py --json benchmark.json --coco_memory
+    python3 benchmark.py --parts scan --repeats 5    # SCAN's scores and training step, six minutes on two cores
 
 Each part is timed in turn with its reference, after a warm-up; figures are medians with minimum and
 maximum. The floor of a part is what its operations would take at the speed of one large
@@ -9,7 +10,6 @@ product, or its bytes at the speed of one large copy, both measured here.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import distributed
+from benchmark_scan import bench_scan
 from caption_files import read_captions
 from corrections import METHODS, corrections_of, parameters_of, rank_corrected
 from data import Loader, PrecompDataset
@@ -40,6 +41,7 @@ from model import VSE, l2norm
 from ranking import Cosine, rank_both_ways
 from run_record import Log
 from shares import gradients, shared_batches
+from timing import Timer, machine_speeds, peak_extra_memory, ratio, resident_memory, row, spread
 from vocab import SPECIAL_WORDS, nltk_words, tokenize, vocabulary_of
 from watch import StepFigures, figures_of
 from word_ids import CAPTIONS_PER_IMAGE, number_words
@@ -49,72 +51,6 @@ WORDS = 3000  # of the made-up captions
 HARD_SCORES = 1e-6  # float64 scores further apart than this must be ranked alike
 BANK_ENTRIES = 28_000  # about 5 % of COCO's training pairs
 COCO_IMAGES, COCO_CAPTIONS, COCO_WIDTH = 113_287, 566_435, 2048
-
-
-# Timing -----------------------------------------------------------------------------------------
-
-class Timer:
-    """Times functions in turn: `repeats` rounds after one to warm up."""
-
-    def __init__(self, device, repeats):
-        self.device, self.repeats = device, repeats
-
-    def wait(self):
-        """Let the GPU finish."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def seconds(self, function):
-        """Of one call."""
-        self.wait()
-        start = time.perf_counter()
-        function()
-        self.wait()
-        return time.perf_counter() - start
-
-    def turns(self, *functions):
-        """[[seconds of each round] of each function], A B A B ..."""
-        for function in functions:
-            function()
-        rounds = [[self.seconds(function) for function in functions] for _ in range(self.repeats)]
-        return [list(times) for times in zip(*rounds)]
-
-
-def spread(times, unit=1.0):
-    """The median, minimum and maximum of some seconds, in `unit`s."""
-    return {"median": median(times) / unit, "min": min(times) / unit, "max": max(times) / unit}
-
-
-def ratio(slow, fast):
-    """How many times slower, round by round."""
-    return spread([a / b for a, b in zip(slow, fast)])
-
-
-def peak_extra_memory(function):
-    """Bytes of resident memory a call takes at its peak beyond what was there before; None where it cannot be read."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still held would hide what the call takes
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts again from what is resident now
-        before = _status("VmRSS")
-        function()
-        return _status("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def _status(name):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
-
-
-def machine_speeds(timer):
-    """Operations a second of a large float32 product as the scripts use it, and bytes a second of a large copy."""
-    a, b = (torch.randn(4096, 1024, device=timer.device) for _ in range(2))
-    copied = torch.empty_like(source := torch.zeros(64 * 1024 * 1024, device=timer.device))
-    products, copies = timer.turns(lambda: a @ b.t(), lambda: copied.copy_(source))
-    return {"operations_per_second": 2 * 4096 * 4096 * 1024 / median(products),
-            "copied_bytes_per_second": 2 * source.numel() * 4 / median(copies)}
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -178,8 +114,8 @@ def reference_batches(dataset, vocab, batch_size):
         images, captions, indices = zip(*samples)
         lengths = [len(caption) for caption in captions]
         padded = torch.zeros(len(captions), max(lengths)).long()
-        for row, caption in enumerate(captions):
-            padded[row, :lengths[row]] = caption[:lengths[row]]
+        for place, caption in enumerate(captions):
+            padded[place, :lengths[place]] = caption[:lengths[place]]
         yield torch.stack(images, 0), padded, lengths, indices, indices
 
 
@@ -214,8 +150,8 @@ def reference_ranks(images, captions):
     unique = images[::CAPTIONS_PER_IMAGE]
     for i in range(n):
         scores = captions[CAPTIONS_PER_IMAGE * i:CAPTIONS_PER_IMAGE * (i + 1)] @ unique.T
-        for c, row in enumerate(scores):
-            to_image[CAPTIONS_PER_IMAGE * i + c] = np.where(np.argsort(row)[::-1] == i)[0][0]
+        for c, own_scores in enumerate(scores):
+            to_image[CAPTIONS_PER_IMAGE * i + c] = np.where(np.argsort(own_scores)[::-1] == i)[0][0]
     return to_text, to_image
 
 
@@ -251,16 +187,6 @@ def list_nothing(iterable):
     """Walk through it."""
     for _ in iterable:
         pass
-
-
-def row(ours, reference=None, unit=1.0, floor=None):
-    """A line of the table: our times, the reference's, their ratio, and how near the floor is."""
-    line = {"ours": spread(ours, unit)}
-    if reference:
-        line |= {"reference": spread(reference, unit), "ratio": ratio(reference, ours)}
-    if floor:
-        line |= {"floor": floor / unit, "floor share": floor / median(ours)}
-    return line
 
 
 def step_parts(timer, loader, forward, optimizer, parameters, criterion):
@@ -526,7 +452,7 @@ def bench_coco_memory(options, timer, vocab):
         step_parts(Timer(timer.device, 3), Loader(dataset, options.batch_size, shuffle=True), model.forward_emb,
                    optimizer, parameters, ContrastiveLoss(options))
         return {"COCO-sized training: resident memory beyond the features (MB)": {
-                    "ours": spread([_status("RssAnon")], 1e6)},
+                    "ours": spread([resident_memory("RssAnon")], 1e6)},
                 "COCO-sized training: first start, captions tokenized (s)": {"ours": spread([opened])}}
 
 
@@ -545,7 +471,8 @@ def parse_args(argv=None):
     parser = ArgumentParser("Measure training and evaluation on this machine, in ratios to the original style.")
     count = number(int, 1)
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--parts", default=PARTS, nargs="+", choices=PARTS, help="only these")
+    what.add_argument("--parts", default=PARTS, nargs="+", choices=[*PARTS, "scan"],
+                      help="only these (default: all but scan, SCAN's scores and training step, over regions)")
     what.add_argument("--amp", default=["off", "bf16"], nargs="+", choices=["off", "bf16"],
                       help="kinds of training step")
     what.add_argument("--coco_memory", action="store_true",
@@ -577,8 +504,8 @@ def check_sizes(options):
     """Raise InputError where folds or batches do not fit the made-up data."""
     if any(images % FOLDS for images in options.eval_images):
         raise InputError(f"--eval_images must be multiples of {FOLDS}, for the folds")
-    if options.images * options.captions_per_image < options.batch_size:
-        raise InputError(f"--images {options.images} do not fill a batch of {options.batch_size}: give more")
+    if options.images * options.captions_per_image < (largest := max(options.batch_size, options.step_batch)):
+        raise InputError(f"--images {options.images} do not fill a batch of {largest}: give more")
 
 
 def measure(options, timer):
@@ -606,6 +533,8 @@ def measure(options, timer):
     if "hubs" in options.parts:
         for images in options.eval_images:
             lines |= bench_hubs(options, Timer(timer.device, min(timer.repeats, 3)), images)
+    if "scan" in options.parts:
+        lines |= bench_scan(options, timer, captions, vocab, speeds)
     if options.coco_memory:
         lines |= bench_coco_memory(options, timer, made_up_vocabulary())
     return {"speeds": speeds, "parts": lines}

@@ -270,7 +270,7 @@ def test_an_image_name_outside_its_folder_is_refused(tmp_path, words, name):
     content = json.loads(path.read_text())
     content["images"][0]["filename"] = name
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="outside"):
+    with pytest.raises(InputError, match="which lies outside"):
         FlickrDataset(str(tmp_path / "f8k" / "images"), str(path), "train", words)
 
 

@@ -10,6 +10,14 @@ WORDS = 4  # few, so that captions begin alike
 LENGTHS = [[1], [4], [5, 3, 3, 1], [2] * 6, [7, 1], [6] * 4 + [3] * 30]
 
 
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    """What torch.empty gives is NaN in here: nothing may depend on what lay in memory."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def batch(lengths):
     """Captions (B, T) of random words, 0 past their lengths."""
     captions = torch.randint(1, WORDS, (len(lengths), lengths[0]))
@@ -42,11 +50,11 @@ def all_of_theirs(rnn, embed, captions, lengths):
     return states.unflatten(2, (2, -1)).mean(2) if rnn.bidirectional else states
 
 
-@pytest.mark.parametrize("lengths", [*LENGTHS, [3, 2, 1, 1]], ids=str)
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("lengths, num_layers, dtype, tolerance", [
+    *((lengths, layers, torch.float64, 1e-10) for lengths in [*LENGTHS, [3, 2, 1, 1]] for layers in (1, 3)),
+    ([5, 3, 3, 1], 2, torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["ahead", "both ways"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_every_word_s_states_and_gradients_equal_pytorch_s(bidirectional, num_layers, lengths, dtype, tolerance):
+def test_every_word_s_states_and_gradients_equal_pytorch_s(bidirectional, lengths, num_layers, dtype, tolerance):
     torch.manual_seed(sum(lengths) + num_layers)
     rnn = torch.nn.GRU(3, 4, num_layers, batch_first=True, bidirectional=bidirectional).to(dtype)
     embed = torch.nn.Embedding(WORDS, 3, dtype=dtype)

@@ -311,7 +311,7 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
                                                                         zipfile.ZIP_DEFLATED) as packed:
         for entry in stored.namelist():
             packed.writestr(entry, stored.read(entry))
-    with pytest.raises(InputError, match="compressed"):
+    with pytest.raises(InputError, match="is refused: it is compressed"):
         checkpoint.load(str(tmp_path / "file"))
 
 

@@ -54,6 +54,30 @@ def test_tile_borders_change_nothing(monkeypatch, tile, measure):
     assert [side.ranks.tolist() for side in found] == loop_ranks(scores_of(images, captions, measure), image_of)
 
 
+@pytest.mark.parametrize("tile", [3, 1000])
+@pytest.mark.parametrize("measure", ["cosine", "order"])
+def test_several_shifts_at_once_are_those_of_the_shifted_matrices(monkeypatch, tile, measure):
+    images, captions, image_of = uneven(20, seed=8)
+    rng = np.random.default_rng(0)
+    shifts = [None, *([rng.integers(0, 3, n).astype(np.float32) for n in (len(captions), 20)] for _ in range(3))]
+    monkeypatch.setattr(SOURCES[measure], "tile_images", tile)
+    found = rank_shifted(SOURCES[measure](images, captions), [shift and list(map(torch.as_tensor, shift))
+                                                              for shift in shifts], image_of=image_of)
+    scores = scores_of(images, captions, measure)
+    assert len(found) == len(shifts)
+    for pair, (off_captions, off_images) in zip(found, (shift or (0, np.zeros(20)) for shift in shifts)):
+        assert pair[0].ranks.tolist() == loop_ranks(scores - off_captions, image_of)[0]
+        assert pair[1].ranks.tolist() == loop_ranks(scores - off_images[:, None], image_of)[1]
+
+
+@pytest.mark.parametrize("top, kept", [(1, (1, 1)), (7, (7, 4)), (99, (20, 4))])
+def test_as_many_items_are_kept_as_asked_for_or_as_there_are(top, kept):
+    images, captions = np.eye(4), np.eye(4).repeat(5, axis=0)
+    ranked, plain = rank_both_ways(images, captions, top=top), rank_both_ways(images, captions)
+    assert [side.items.shape for side in ranked] == [(4, kept[0]), (20, kept[1])]
+    assert all(torch.equal(one.ranks, other.ranks) for one, other in zip(ranked, plain))
+
+
 @pytest.mark.parametrize("broken", ["image", "caption"])
 @pytest.mark.parametrize("measure", ["cosine", "order"])
 def test_nan_among_uneven_captions_equals_the_loop(measure, broken):
@@ -80,21 +104,6 @@ def test_the_items_are_the_best_in_their_order(monkeypatch, top, tile):
     to_text, to_image = rank_both_ways(images, captions, top=top, image_of=image_of)
     assert np.array_equal(to_text.items, np.argsort(-images @ captions.T, axis=1)[:, :top])
     assert np.array_equal(to_image.items, np.argsort(-captions @ images.T, axis=1)[:, :top])
-
-
-def test_several_shifts_give_the_rankings_of_each():
-    rng = np.random.default_rng(6)
-    *_, image_of = uneven(12, seed=9)
-    images, captions = rng.standard_normal((12, 6)), rng.standard_normal((len(image_of), 6))
-    shifts = [None, *((torch.from_numpy(rng.standard_normal(len(captions))), torch.from_numpy(rng.standard_normal(12)))
-                      for _ in range(2))]
-    found = rank_shifted(Cosine(images, captions), shifts, image_of=image_of)
-    assert len(found) == 3
-    for pair, shift in zip(found, shifts):
-        off_captions, off_images = (0, np.zeros(12)) if shift is None else (part.numpy() for part in shift)
-        scores = images @ captions.T
-        assert pair[0].ranks.tolist() == loop_ranks(scores - off_captions, image_of)[0]
-        assert pair[1].ranks.tolist() == loop_ranks(scores - off_images[:, None], image_of)[1]
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
