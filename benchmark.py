@@ -275,7 +275,7 @@ def timed_steps(options, timer, dataset, model, micro_batch=None, plain=False):
             gradients(model, batch, criterion, None, 1, parameters, no_image)
         torch.nn.utils.clip_grad_norm_(parameters, 2.0)
         optimizer.step()
-    loaded = loader.load(batches) if plain else shared_batches(loader, batches, micro_batch)
+    loaded = loader.load(batches) if plain else shared_batches(loader, batches, micro_batch, timer.device)
     return [timer.seconds(partial(step, batch)) for batch in loaded][1:]
 
 

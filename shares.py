@@ -50,8 +50,11 @@ def shares(lengths, n, words=None):
     return [alike[owner == process].sort().values for process in range(n)]
 
 
-def shared_batches(loader, batches, micro_batch=None):
-    """For each (B,) tensor of caption indices this process's Share, in pieces of at most `micro_batch` pairs."""
+def shared_batches(loader, batches, micro_batch=None, device="cpu"):
+    """For each (B,) tensor of caption indices this process's Share, in pieces of at most `micro_batch` pairs.
+
+    device: that of the model, where the Share's order and indices are.
+    """
     dataset, rank, n = loader.dataset, distributed.rank(), distributed.size()
     plans, words = [], dataset.word_ids
     if hasattr(dataset, "augment"):
@@ -66,7 +69,7 @@ def shared_batches(loader, batches, micro_batch=None):
         plans.append((indices, places, _pieces(places, rank, micro_batch)))
     if not plans:
         return
-    device, sizes = getattr(dataset, "device", torch.device("cpu")), [len(indices) for indices, *_ in plans]
+    sizes = [len(indices) for indices, *_ in plans]
     everyone = torch.cat([indices for indices, *_ in plans]).to(device).split(sizes)
     orders = torch.cat([torch.cat(places).argsort() for _, places, _ in plans]).to(device).split(sizes)
     own = loader.load([indices[piece] for indices, _, pieces in plans for piece in pieces if len(piece)],

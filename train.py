@@ -423,7 +423,7 @@ def batches_of(run):
     """The rest of this epoch's batches, whole or as Shares."""
     batches = run.train_loader.batches()[run.step_in_epoch:]
     if run.shared:
-        return shared_batches(run.train_loader, batches, run.opt.micro_batch)
+        return shared_batches(run.train_loader, batches, run.opt.micro_batch, run.model.device)
     return run.train_loader.load(batches, augmented=True)
 
 
