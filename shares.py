@@ -94,8 +94,7 @@ def _pieces(places, rank, micro_batch):
     if not micro_batch:
         return [places[rank]]
     count = max(-(-len(one) // micro_batch) for one in places)
-    pieces = places[rank].split(micro_batch) if len(places[rank]) else ()
-    return [*pieces, *[places[rank][:0]] * (count - len(pieces))]
+    return list(places[rank].tensor_split(count))  # of nearly one size: a single image may be too few for batch norm
 
 
 def shared_bank(model, loader, batches):

@@ -218,6 +218,7 @@ def replace_torch_s_own():
     torch.cuda.is_available, torch.backends.mps.is_available = lambda: kind == "cuda", lambda: kind == "mps"
     torch.cuda.device_count, torch.cuda.mem_get_info = lambda: 1, lambda device=None: (10**11, 10**11)
     torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all = list, lambda states: None
+    torch.cuda.get_rng_state, torch.cuda.set_rng_state = lambda device=None: None, lambda state, device=None: None
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.get_device_name = lambda device=None: "pretended"
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True

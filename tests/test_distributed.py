@@ -246,7 +246,7 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_ends_the_same(fol
     check_same_run(one_process / "bank", "runs/runX", 3e-5, 1e-6)
 
 
-@pytest.mark.parametrize("run", ["local", "mb"])
+@pytest.mark.parametrize("run", ["mb"])
 def test_an_evaluation_by_three_processes_prints_the_released_lines_once(folder, run):
     code, out, said = ended(torchrun(3, "compute_results.py", "--model_path", f"runs/{run}/model_best.pth.tar",
                                      "--data_path", "data", "--vocab_path", "vocab", "--device", "cpu"))
