@@ -628,7 +628,7 @@ def check_data(loaders, vocabulary):
 def check_weights(model):
     """Raise RunBroken where the processes' weights are not the same to the bit."""
     if distributed.launched():
-        total = torch.stack([value.contiguous().view(torch.uint8).sum(dtype=torch.int64)
+        total = torch.stack([value.flatten().view(torch.int32).sum(dtype=torch.int64)
                              for value in model.state_dict().values()])
         totals = distributed.gather(total.unsqueeze(0), [1] * distributed.size())
         if (totals != totals[0]).any():

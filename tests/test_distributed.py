@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import together
 import torch
-from conftest import RELEASED, ROOT, load
+from conftest import RAW, RELEASED, ROOT, load, write_flickr
 
 import distributed
 import reproduce
@@ -190,17 +190,36 @@ def test_two_processes_train_as_one_with_the_bank(folder, one_process):
     assert (record["processes"], record["backend"], record["result"]["outcome"]) == (2, "gloo", "finished")
 
 
-def test_four_processes_train_as_one_in_double(folder, monkeypatch):
+@pytest.fixture
+def in_double(monkeypatch):
+    """train.py in this process computes in float64, as `together.py double` does."""
+    for where, name in ((train, "build_model"), (together.data.PrecompDataset, "_rows"),
+                        (together.data.ImageDataset, "image")):
+        monkeypatch.setattr(where, name, getattr(where, name))  # put back at the end
+    together.in_double()
+
+
+def test_four_processes_train_as_one_in_double(folder, in_double):
     flags = [*TRAIN, "--num_epochs", "1", "--max_violation", "--measure", "order", "--use_abs", "--batch_size", "109"]
     code, _, said = ended(torchrun(4, TOGETHER, "double", *flags))  # 1200 pairs: the last batch has one
     assert code == 0, said
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "build_model", train.build_model)
-        patch.setattr(together.data.PrecompDataset, "_rows", together.data.PrecompDataset._rows)
-        together.in_double()
-        train.main([*flags, "--logger_name", "runs/one"])
+    train.main([*flags, "--logger_name", "runs/one"])
     check_same_run("runs/one", "runs/runX", 1e-10, 1e-12)
     assert load(RUN)["model"][0]["fc.weight"].dtype == torch.float64
+
+
+def test_photos_train_on_three_processes_as_on_one(folder, in_double):
+    write_flickr(Path("data/f8k"))
+    flags = [*RAW, "--data_name", "f8k", "--finetune", "--crop_size", "64", "--batch_size", "9"]  # 20 captions: 9, 9, 2
+    code, _, said = ended(torchrun(3, TOGETHER, "double", *flags))
+    assert code == 0, said
+    train.main([*flags, "--logger_name", "runs/one"])
+    assert furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX"))) <= 1e-7
+    Path("data/f8k/images/2.png").write_bytes(b"broken")
+    code, _, said = ended(torchrun(3, "train.py", *flags, "--logger_name", "runs/broken"))
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code and len(errors) == 1 and "2.png cannot be read" in errors[0], said
+    assert re.findall(r"exitcode +: (-?\d+)", said) == ["2", "2", "2"], said
 
 
 def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_go_on(folder, one_process):

@@ -106,8 +106,9 @@ def all_gradients(out):
 
 
 def in_double():
-    """train.py's models and features are in float64 from now on."""
-    build, rows = train.build_model, data.PrecompDataset._rows
+    """train.py's models, features and photos are in float64 from now on."""
+    build, rows, image = train.build_model, data.PrecompDataset._rows, data.ImageDataset.image
+    data.ImageDataset.image = lambda dataset, number: image(dataset, number).double()
     train.build_model = lambda *arguments: build(*arguments).double()
     data.PrecompDataset._rows = lambda dataset, wanted: rows(dataset, wanted).double()
 
