@@ -110,7 +110,7 @@ def read_photo_captions(path):
 
 
 def read_caption_texts(folder, names):
-    """The CaptionedPhotos of those `names` that have a text file, `<folder>/a.txt` for `a.jpg`, a caption a line.
+    """The photos `names` as CaptionedPhotos, with the lines of `<folder>/a.txt` for `a.jpg`, where there is one.
 
     Raises InputError if a text file cannot be read or is not UTF-8.
     """
@@ -191,6 +191,6 @@ def _coco_rows(content, path):
 def _text_rows(folder, names):
     for name in names:
         path = os.path.join(folder, os.path.splitext(name)[0] + ".txt")
-        if os.path.isfile(path):
-            for caption in read_captions(path) if os.path.getsize(path) else [None]:
-                yield path, name, caption, None
+        found = os.path.isfile(path) and os.path.getsize(path)
+        for caption in read_captions(path) if found else [None]:
+            yield path, name, caption, None

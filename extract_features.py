@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -80,6 +81,8 @@ def main(argv=None):
     photos = find_photos(args)
     check_splits(args, photos)
     device = choose_device(own_device(args.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or every process would hold memory on the first
     encoder = build_encoder(args.encoder, args.encoder_weights, args.pooling, args.regions, device)
     description = {**encoder.description, "dtype": args.dtype, "amp": args.amp}
     check_output(args.output, description)
@@ -100,25 +103,29 @@ def find_photos(args):
         return gallery_of(photo_names(args.images))
     if args.captions is None:
         names = photo_names(args.images)
-        photos = read_caption_texts(args.images, names) or gallery_of(names)
+        photos = read_caption_texts(args.images, names)
+        if not any(photo.captions for photo in photos):
+            return gallery_of(names)
     elif os.path.isdir(args.captions):
         photos = read_caption_texts(args.captions, photo_names(args.images))
     else:
         photos = read_photo_captions(args.captions)
         if not os.path.isdir(args.images):
             raise InputError(f"photo folder {args.images} is not there: check --images")
-    bare = sum(not photo.captions and photo.split != GALLERY for photo in photos)
-    if bare:
-        tell(f"note: {bare} photos have no caption and are left out")
-    photos = [photo for photo in photos if photo.captions or photo.split == GALLERY]
-    if not photos:
-        raise InputError(f"no photo to encode: --images {args.images} and --captions {args.captions} give none")
-    for photo in photos:
+    captioned = [photo for photo in photos if photo.captions]
+    if not captioned:
+        raise InputError(f"{args.captions} has no caption of a photo: check --captions, or leave it out for a gallery")
+    if len(captioned) < len(photos):
+        tell(f"note: {len(photos) - len(captioned)} photos have no caption and are left out")
+    for photo in captioned:
         image_path(args.images, photo.name, args.captions)
-    return photos
+    return captioned
 
 
 def gallery_of(names):
+    """Photos without captions; raises InputError if there are none."""
+    if not names:
+        raise InputError("there is no photo in --images: its files must end in .jpg, .png, or such")
     return [CaptionedPhoto(name, [], GALLERY) for name in names]
 
 
@@ -154,10 +161,14 @@ def own_device(name):
 
 def meet_others():
     """This process's number and how many there are: 0 and 1, but for torchrun."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    try:
         torch.distributed.init_process_group("gloo", timeout=MEETING_TIME)
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot meet ({error}): start "
+                         "them with torchrun") from error
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def wait_for_others(processes):
@@ -170,7 +181,7 @@ def wait_for_others(processes):
 @contextlib.contextmanager
 def the_only_one(output, rank):
     """Keep other runs out of the output folder while the block runs; a killed run's hold is gone with it."""
-    path = os.path.join(output, BLOCKS)
+    path, was_there = os.path.join(output, BLOCKS), os.path.exists(output)
     try:
         os.makedirs(path, exist_ok=True)
         folder = os.open(path, os.O_RDONLY)
@@ -185,9 +196,10 @@ def the_only_one(output, rank):
         yield
     finally:
         os.close(folder)
-        with contextlib.suppress(OSError):  # where nothing has come of it
-            os.rmdir(path)
-            os.rmdir(output)
+        if rank == 0:
+            for made in [path] if was_there else [path, output]:
+                with contextlib.suppress(OSError):  # only an empty one goes: nothing has come of the run
+                    os.rmdir(made)
 
 
 def tell(line):
@@ -246,7 +258,8 @@ class Photos(torch.utils.data.Dataset):
             check_photo(picture)
             return index, self.transform(picture), min(picture.size) < self.resize
         except InputError as error:
-            return index, None, str(error.__cause__ or error)
+            reason = error.__cause__ or error
+            return index, None, getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
 
 
 def collate(items):
@@ -299,7 +312,8 @@ def load_photos(args, names, blocks, encoder):
     workers = min(args.workers, len(batches))
     return iter(torch.utils.data.DataLoader(
         Photos(args.images, names, encoder), batch_sampler=batches, collate_fn=collate,
-        pin_memory=torch.cuda.is_available(), prefetch_factor=AHEAD if workers else None, **worker_options(workers)))
+        prefetch_factor=AHEAD if workers else None, pin_memory=encoder.device.type == "cuda",
+        **worker_options(workers)))
 
 
 def next_part(loader, encoder, amp):
@@ -323,7 +337,7 @@ def write_block(block, parts, args, photos):
     numbers = [number for part in parts for number in part.numbers]
     with np.errstate(over="ignore"):
         rows = np.concatenate([part.rows for part in parts]).astype(args.dtype)
-    finite = np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
+    finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
     if not finite.all():
         raise InputError(f"photo {photos[numbers[finite.argmin()]].name}: {args.encoder} gives features that are not "
                          f"finite in {args.dtype}: choose --dtype float32 and --amp off, or other weights")
@@ -428,6 +442,9 @@ def write_texts(folder, split, photos):
 def write_features(folder, splits, blocks, row_shape, dtype):
     """All splits' features, in one pass over the blocks; returns the files' names."""
     names = {split: f"{split}_ims.npy" for split in splits}
+    split_of = np.empty(blocks[-1].end, f"<U{max(map(len, splits))}")
+    for split, photos in splits.items():
+        split_of[photos] = split
     with contextlib.ExitStack() as files:
         targets = {split: files.enter_context(replacing(os.path.join(folder, name))) for split, name in names.items()}
         for split, target in targets.items():
@@ -435,9 +452,9 @@ def write_features(folder, splits, blocks, row_shape, dtype):
                 "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
                 "shape": (len(splits[split]), *row_shape)})
         for block in blocks:
-            rows, numbers = read_rows(block), read_notes(block).numbers
+            rows, in_split = read_rows(block), split_of[read_notes(block).numbers]
             for split, target in targets.items():
-                target.write(rows[np.isin(numbers, splits[split])].tobytes())
+                target.write(rows[in_split == split].tobytes())
     return list(names.values())
 
 
@@ -449,8 +466,8 @@ def write_lines(folder, name, lines):
 
 
 def on_one_line(text):
-    """The text with its line breaks as \\n and \\r."""
-    return text.replace("\n", "\\n").replace("\r", "\\r")
+    """The text with its line breaks, and what no file name can hold, as \\n, \\r and \\ud800."""
+    return re.sub("[\n\r\ud800-\udc7f\udd00-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def report(args, photos, splits, broken, small, description):

@@ -39,7 +39,8 @@ class Encoder(NamedTuple):
     net: nn.Module  # pictures (B, ...) as `transform` gives them -> (B, width) or (B, regions, width)
     transform: Any  # PIL picture -> tensor
     description: dict  # what features.json says of it
-    batch_limit: int | None  # pictures it takes at once, where that is limited
+    device: torch.device
+    batch_limit: int | None = None  # pictures it takes at once, where that is limited
 
     @property
     def row_shape(self):
@@ -66,6 +67,7 @@ def build_encoder(name, weights="imagenet", pooling="pooled", regions=None, devi
     weights: imagenet (a detector's: COCO), none (random, the same every time), or a state dict file.
     Raises InputError if there is no such encoder, its weights are not to be had, or it can't pool like that.
     """
+    device = torch.device(device)
     if regions is not None:
         net, seen, pooling = _build_boxes(name, weights, pooling, regions)
     elif name == "sample":
@@ -86,7 +88,7 @@ def build_encoder(name, weights="imagenet", pooling="pooled", regions=None, devi
                    "pooling": pooling, "regions": GRID_SIDE**2 if pooling == "grid" else regions,
                    **seen._asdict(), "mean": list(seen.mean), "std": list(seen.std), "width": width,
                    "versions": _versions("torch", "torchvision", "pillow", *["timm"] * name.startswith(TIMM))}
-    return Encoder(net, _transform(seen, pooling), description, 1 if pooling == "boxes" else None)
+    return Encoder(net, _transform(seen, pooling), description, device, 1 if pooling == "boxes" else None)
 
 
 def encoder_from(description, device="cpu", weights=None):
@@ -180,7 +182,7 @@ def _sample_encoder(pooling):
                    "resize": side, "size": side, "interpolation": "bicubic", "mean": [], "std": [],
                    "width": int((standard[1] > sample_data.LEAST_DEVIATION).sum()),
                    "versions": _versions("numpy", "pillow")}
-    return Encoder(nn.Identity(), transform, description, None)
+    return Encoder(nn.Identity(), transform, description, torch.device("cpu"))
 
 
 def _fetched(name, build, weights):
@@ -334,9 +336,8 @@ def encode(encoder, pictures, amp="off"):
 
     amp "bf16": matrix products and convolutions are in bf16.
     """
-    device = next((buffer.device for buffer in encoder.net.buffers()), torch.device("cpu"))
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
-        return encoder.net(pictures.to(device, non_blocking=True)).float().cpu()
+    with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=amp == "bf16"):
+        return encoder.net(pictures.to(encoder.device, non_blocking=True)).float().cpu()
 
 
 def encode_photo(encoder, path):

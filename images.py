@@ -116,7 +116,9 @@ def _as_seen(picture):
     from PIL import Image, ImageOps
     picture.load()
     try:
-        picture = ImageOps.exif_transpose(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            picture = ImageOps.exif_transpose(picture)
     except Exception:  # EXIF data may be torn in a picture that is whole: it has no orientation then
         pass
     if picture.mode.startswith("I"):
