@@ -66,7 +66,7 @@ def parse_args(argv=None):
     encoder.add_argument("--dtype", default="float32", choices=["float16", "float32"], help="numbers of the features")
 
     computing = parser.add_argument_group("computing")
-    computing.add_argument("--batch_size", default=64, type=number(int, 1, BLOCK_PHOTOS),
+    computing.add_argument("--batch_size", default=32, type=number(int, 1, BLOCK_PHOTOS),
                            help="photos encoded at a time (detectors take one)")
     computing.add_argument("--workers", default=min(os.cpu_count(), 8), type=number(int, 0),
                            help="processes that decode photos")
@@ -132,8 +132,8 @@ def gallery_of(names):
 def check_splits(args, photos):
     """Raise InputError where --dev and --test are given for splits that are not drawn, or leave nothing to train on."""
     if photos[0].split is None:
-        return draw_splits(args, len(photos))
-    if args.dev is not None or args.test is not None:
+        draw_splits(args, len(photos))
+    elif args.dev is not None or args.test is not None:
         raise InputError("--dev and --test draw splits, but " + (
             "a gallery has none" if photos[0].split == GALLERY else f"{args.captions} gives them") + ": leave them out")
 
