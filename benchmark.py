@@ -35,7 +35,7 @@ from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, cosine_sim
 from memory_bank import build_bank, draw_batches, in_batch
 from model import VSE, l2norm
-from ranking import rank_both_ways
+from ranking import Cosine, rank_both_ways
 from run_record import Log
 from vocab import SPECIAL_WORDS, nltk_words, tokenize, vocabulary_of
 from watch import StepFigures, figures_of
@@ -146,17 +146,31 @@ def made_up_embeddings(images, size, device):
     return l2norm(base).to(device), l2norm(captions).to(device)
 
 
+def captions_and_words(options, rng):
+    """The training set's captions, made up or those of --captions, and their Vocabulary."""
+    count = options.images * options.captions_per_image
+    if not options.captions:
+        return make_captions(count, rng), made_up_vocabulary()
+    captions = read_captions(options.captions)[:count]
+    if len(captions) < count:
+        raise InputError(f"--captions {options.captions} has {len(captions)} captions, {count} are needed: give fewer "
+                         "--images")
+    words = Counter(word for caption in captions for word in tokenize(caption))
+    return captions, vocabulary_of([*SPECIAL_WORDS, *(word for word in words if words[word] >= 4)])
+
+
 # The original style -----------------------------------------------------------------------------
 
 def reference_batches(dataset, vocab, batch_size):
     """Batches as the original makes them: each caption tokenized when asked for, samples joined in Python."""
     order, features = torch.randperm(len(dataset)).tolist(), dataset.images.numpy()
+    captions_per_row = len(dataset) // len(features)
     for start in range(0, len(order), batch_size):
         samples = []
         for index in order[start:start + batch_size]:
             caption = nltk_words(dataset.captions[index].lower())
             words = [vocab("<start>"), *(vocab(word) for word in caption), vocab("<end>")]
-            samples.append((torch.Tensor(features[index // dataset.captions_per_row]), torch.Tensor(words), index))
+            samples.append((torch.Tensor(features[index // captions_per_row]), torch.Tensor(words), index))
         samples.sort(key=lambda sample: len(sample[1]), reverse=True)
         images, captions, indices = zip(*samples)
         lengths = [len(caption) for caption in captions]
@@ -297,6 +311,11 @@ def bench_step(options, timer, dataset, vocab, model, speeds):
             kinds[kind].append(parts[0])
     torch.set_float32_matmul_precision(chosen)
     model.amp = False
+    return step_lines(options, kinds, floor)
+
+
+def step_lines(options, kinds, floor):
+    """The table's lines of a step and its parts; kinds: {"reference" or --amp: parts' seconds of each round}."""
     lines = {}
     for kind in options.amp:
         name = f"step, batch of {options.step_batch}, {'float32' if kind == 'off' else 'bf16'}"
@@ -383,9 +402,9 @@ def bench_hubs(options, timer, n_images):
 
     def corrected(name):
         wanted = [(name, parameters_of(name))]
-        pairs = zip(corrections_of("i2t", captions, bank_images, wanted),
-                    corrections_of("t2i", images, bank_captions, wanted))
-        rank_corrected(images, captions, plain, list(pairs))
+        pairs = zip(corrections_of("i2t", Cosine(bank_images, captions), wanted),
+                    corrections_of("t2i", Cosine(images, bank_captions), wanted))
+        rank_corrected(Cosine(images, captions), plain, list(pairs))
     floor, table, *times = timer.turns(product, hubness, *(partial(corrected, name) for name in METHODS))
     memory, size = peak_extra_memory(hubness), f"{n_images} x {len(captions)}"
     peak = {"ours": spread([memory], 1e6)} if memory is not None else {}
@@ -442,46 +461,47 @@ def parse_args(argv=None):
     """The script's flags."""
     parser = ArgumentParser("Measure training and evaluation on this machine, in ratios to the original style.")
     count = number(int, 1)
-    parser.add_argument("--images", default=2048, type=count, help="images of the made-up training set")
-    parser.add_argument("--captions_per_image", default=CAPTIONS_PER_IMAGE, type=int, choices=[1, CAPTIONS_PER_IMAGE],
-                        help="captions a feature row")
-    parser.add_argument("--captions", metavar="FILE", help="take captions from this file instead of making them up: "
-                                                           "real ones begin more alike")
-    parser.add_argument("--img_dim", default=2048, type=count, help="width of the features")
-    parser.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
-    parser.add_argument("--batch_size", default=512, type=count, help="batch of the loader and the bank's exclusion")
-    parser.add_argument("--step_batch", default=128, type=count, help="batch of the training step")
-    parser.add_argument("--eval_images", default=[1000, 5000], type=number(int, FOLDS), nargs="+",
-                        help="images of the evaluations, a multiple of five")
-    parser.add_argument("--repeats", default=7, type=count, help="timed rounds of each part")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
-    parser.add_argument("--amp", default=["off", "bf16"], nargs="+", choices=["off", "bf16"],
-                        help="kinds of training step")
-    parser.add_argument("--coco_memory", action="store_true",
-                        help="also measure the memory of training on a set of COCO's size (1 GB of disk, minutes)")
-    parser.add_argument("--parts", default=PARTS, nargs="+", choices=PARTS, help="what to measure")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--parts", default=PARTS, nargs="+", choices=PARTS, help="only these")
+    what.add_argument("--amp", default=["off", "bf16"], nargs="+", choices=["off", "bf16"],
+                      help="kinds of training step")
+    what.add_argument("--coco_memory", action="store_true",
+                      help="also measure the memory of training on a set of COCO's size (1 GB of disk, minutes)")
+    size = parser.add_argument_group("its size")
+    size.add_argument("--images", default=2048, type=count, help="images of the made-up training set")
+    size.add_argument("--captions_per_image", default=CAPTIONS_PER_IMAGE, type=int, choices=[1, CAPTIONS_PER_IMAGE],
+                      help="captions a feature row")
+    size.add_argument("--captions", metavar="FILE", help="take captions from this file instead of making them up: "
+                                                         "real ones begin more alike")
+    size.add_argument("--img_dim", default=2048, type=count, help="width of the features")
+    size.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
+    size.add_argument("--batch_size", default=512, type=count, help="batch of the loader and the bank's exclusion")
+    size.add_argument("--step_batch", default=128, type=count, help="batch of the training step")
+    size.add_argument("--eval_images", default=[1000, 5000], type=number(int, FOLDS), nargs="+",
+                      help="images of the evaluations, a multiple of five")
+    how = parser.add_argument_group("how, and what to write")
+    how.add_argument("--repeats", default=7, type=count, help="timed rounds of each part")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    how.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     options = parser.parse_args(argv)
-    if any(images % FOLDS for images in options.eval_images):
-        raise InputError(f"--eval_images must be multiples of {FOLDS}, for the folds")
-    if options.images * options.captions_per_image < options.batch_size:
-        raise InputError(f"--images {options.images} do not fill a batch of {options.batch_size}: give more")
+    check_sizes(options)
     loss = {"measure": "cosine", "margin": 0.2, "max_violation": False, "sum_violation": False, "local_alpha": 30.0,
             "local_ep": 0.3}
     return argparse.Namespace(**vars(options), **loss)
 
 
+def check_sizes(options):
+    """Raise InputError where folds or batches do not fit the made-up data."""
+    if any(images % FOLDS for images in options.eval_images):
+        raise InputError(f"--eval_images must be multiples of {FOLDS}, for the folds")
+    if options.images * options.captions_per_image < options.batch_size:
+        raise InputError(f"--images {options.images} do not fill a batch of {options.batch_size}: give more")
+
+
 def measure(options, timer):
     """All parts that were asked for: {title: line}."""
-    vocab, speeds, lines, rng = made_up_vocabulary(), machine_speeds(timer), {}, np.random.default_rng(0)
-    count = options.images * options.captions_per_image
-    captions = read_captions(options.captions)[:count] if options.captions else make_captions(count, rng)
-    if len(captions) < count:
-        raise InputError(f"--captions {options.captions} has {len(captions)} captions, {count} are needed: give fewer "
-                         "--images")
-    if options.captions:
-        words = Counter(word for caption in captions for word in tokenize(caption))
-        vocab = vocabulary_of([*SPECIAL_WORDS, *(word for word in words if words[word] >= 4)])
+    speeds, lines, rng = machine_speeds(timer), {}, np.random.default_rng(0)
+    captions, vocab = captions_and_words(options, rng)
     with tempfile.TemporaryDirectory() as folder:
         if {"loader", "step", "bank"} & set(options.parts):
             make_data(folder, captions, options.images, options.img_dim, rng)
@@ -522,7 +542,7 @@ def main(argv=None):
     """Measure, print, and keep."""
     options = parse_args(argv)
     device = choose_device(options.device)
-    precision = choose_matmul_precision(device)
+    precision = choose_matmul_precision(device).kind
     result = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                           "device": str(device), "torch": torch.__version__, "python": platform.python_version(),
                           "float32 products": precision},

@@ -1,12 +1,13 @@
 """Reading captions of every layout: text files, tables, Karpathy's JSON, COCO's JSON."""
 
+import codecs
 import csv
 import json
 import os
 import re
 from typing import NamedTuple
 
-from errors import InputError
+from errors import InputError, check_regular
 
 ASCII_SPACE = " \t\n\r\x0b\x0c"
 # What a split may be called, and what the data set's files call it.
@@ -17,11 +18,13 @@ COCO_ANNOTATIONS = {"train": "annotations/captions_train2014.json", "val": "anno
 def read_captions(path):
     """The captions of a text file, one a line, split at newlines only and stripped of ASCII white space.
 
+    A byte order mark at the start, as Windows' editors write it, is no part of the first caption.
     Raises InputError if the file is missing, empty, or not UTF-8 (naming the line).
     """
+    check_regular(path)
     try:
         with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
+            lines = file.read().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise InputError(f"caption file {path} cannot be read ({error.strerror}): check --data_path and "
                          "--data_name") from error
@@ -39,11 +42,15 @@ def read_captions(path):
     return captions
 
 
-def read_json(path):
-    """A JSON file's content; raises InputError if it is missing or broken."""
+def read_json(path, pairs_hook=None):
+    """A JSON file's content, with or without a byte order mark; raises InputError if it is missing or broken.
+
+    pairs_hook: what makes an object of its (key, value) pairs, where a dict will not do.
+    """
+    check_regular(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file, object_pairs_hook=pairs_hook)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except (ValueError, RecursionError) as error:
@@ -141,6 +148,7 @@ def _collect(path, rows):
 
 def _table_rows(path):
     """Rows of a table with a header: columns image, caption and, where there is one, split."""
+    check_regular(path)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             first = file.readline()

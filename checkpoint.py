@@ -2,7 +2,8 @@
 
 A checkpoint is a dict: `epoch` (finished epochs), `model` = [image state, text state],
 `best_rsum`, `opt` (argparse.Namespace), `Eiters` (steps), as the released code writes it. Ours
-add `vocabulary` (words), `caption_reading`, `optimizer`, `random_states` and `progress` (within an epoch).
+add `vocabulary` (words), `caption_reading`, `optimizer`, `random_states`, `progress` (within an epoch) and
+`float32_products` (their kind on a CPU, see `device`).
 """
 
 import argparse
@@ -15,7 +16,7 @@ import zipfile
 import numpy as np
 import torch
 
-from errors import InputError, replacing
+from errors import InputError, check_regular, replacing
 from vocab import READINGS, vocabulary_of
 
 # What an older checkpoint (VSE++'s) may lack, with the released defaults.
@@ -33,6 +34,7 @@ FREE_OPTIONS = {
 # What the weights of one model share with another's.
 MODEL_OPTIONS = ("img_dim", "embed_size", "word_dim", "num_layers", "vocab_size", "measure", "use_abs", "no_imgnorm",
                  "cnn_type")
+WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SCALARS = [argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
             np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
 
@@ -61,6 +63,7 @@ def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progr
         "caption_reading": opt.caption_reading,
         "optimizer": optimizer.state_dict(),
         "progress": progress,
+        "float32_products": torch.get_float32_matmul_precision() if model.device.type == "cpu" else None,
         "random_states": {"cpu": torch.get_rng_state(),
                           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
     }
@@ -72,6 +75,15 @@ def load(path):
     Nothing but tensors, plain containers, NumPy scalars and argparse.Namespace is admitted.
     Raises InputError if the file is missing, torn, of another kind, or asks for anything else.
     """
+    content = _read(path)
+    _check(content, path)
+    _complete(content["opt"], _sizes(content["model"]), path)
+    return content
+
+
+def _read(path):
+    """What the file holds, whatever that is."""
+    check_regular(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -79,7 +91,7 @@ def load(path):
                     raise InputError(f"checkpoint {path} is refused: it is compressed, which torch.save never does, "
                                      "and could fill the memory")
         with torch.serialization.safe_globals(_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except OSError as error:
@@ -93,9 +105,11 @@ def load(path):
         detail = re.search(r"WeightsUnpickler error: (.+)", reason) or re.search(r"(.+)", reason)
         raise InputError(f"{path} is not a checkpoint, or is cut short ({detail[1]}): fetch or make it again"
                          ) from error
-    _check(content, path)
-    opt = content["opt"]
-    for name, value in {**OPTION_DEFAULTS, **_sizes(content["model"])}.items():
+
+
+def _complete(opt, sizes, path):
+    """Give the options what they lack; raises InputError where they are of another kind or deny the weights' sizes."""
+    for name, value in {**OPTION_DEFAULTS, **sizes}.items():
         if not hasattr(opt, name):
             setattr(opt, name, value)
     for name, value in OPTION_DEFAULTS.items():
@@ -103,7 +117,7 @@ def load(path):
                 isinstance(value, float) and isinstance(getattr(opt, name), int)):
             raise InputError(f"checkpoint {path} has a {type(getattr(opt, name)).__name__} for the option {name}, "
                              f"which should be like {value!r}")
-    for name, value in _sizes(content["model"]).items():
+    for name, value in sizes.items():
         if getattr(opt, name) != value and not (name == "img_dim" and not opt.data_name.endswith("_precomp")):
             given = getattr(opt, name) if type(getattr(opt, name)) is int else "something else"
             raise InputError(f"checkpoint {path} contradicts itself: its options give {name} as {given}, its weights "
@@ -111,7 +125,6 @@ def load(path):
     if opt.measure not in ("cosine", "order") or min(opt.batch_size, opt.crop_size, opt.workers + 1) < 1:
         raise InputError(f"checkpoint {path} has options out of range: measure {opt.measure}, batch_size "
                          f"{opt.batch_size}, crop_size {opt.crop_size}, workers {opt.workers}")
-    return content
 
 
 def _check(content, path):
@@ -125,6 +138,12 @@ def _check(content, path):
     for name, tensor in [item for state in states for item in state.items()]:
         if not _whole(tensor):
             raise InputError(f"checkpoint {path}: {name} is not a whole tensor")
+        if tensor.dtype not in WEIGHT_TYPES and not str(name).endswith("num_batches_tracked"):  # batch norm's counter
+            raise InputError(f"checkpoint {path}: {name} is of type {str(tensor.dtype).removeprefix('torch.')}, where "
+                             "weights are float32 or the like: it is not of this family")
+        if not tensor.float().isfinite().all():
+            raise InputError(f"checkpoint {path}: {name} has NaN or infinity, so its model is broken: take an earlier "
+                             "checkpoint")
     needed = {("fc.weight", 0): 2, ("embed.weight", 1): 2, ("rnn.weight_hh_l0", 1): 2}
     for (name, part), dimensions in needed.items():
         if name not in states[part] or states[part][name].dim() != dimensions:
@@ -223,7 +242,7 @@ def restore(content, path, model, optimizer, opt, log):
             log(f"--{name} was {then} before, and is {now} from here on")
     load_weights(model, content, path)
     try:
-        optimizer.load_state_dict(content["optimizer"])
+        optimizer.load_state_dict(_fused_as_here(content["optimizer"], optimizer))
         for parameter, state in optimizer.state.items():
             if not all(_whole(state[name].cpu()) and state[name].shape == parameter.shape for name in
                        ("exp_avg", "exp_avg_sq")) or state["step"].numel() != 1:
@@ -236,6 +255,12 @@ def restore(content, path, model, optimizer, opt, log):
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise InputError(f"--resume {path}: its optimizer or random states are damaged ({error!r}); start from its "
                          f"weights with --init_from {path}") from error
+
+
+def _fused_as_here(state, optimizer):
+    """An optimizer's saved state with this machine's choice of the fused step, by which torch places each `step`."""
+    return {**state, "param_groups": [{**group, "fused": optimizer.defaults["fused"]}
+                                      for group in state["param_groups"]]}
 
 
 def _check_progress(progress, embed_size):

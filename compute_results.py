@@ -8,6 +8,11 @@ COCO's two settings are `--split testall` (5K) and `--split testall --fold5` (me
 Reads checkpoints of the released scripts, too.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
+
 import os
 
 import corrections
@@ -16,7 +21,6 @@ from errors import ArgumentParser, InputError, number, run_script
 from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from vocab import READINGS
-from word_ids import CAPTIONS_PER_IMAGE
 
 BANK_IMAGES = 10_000
 
@@ -24,64 +28,89 @@ BANK_IMAGES = 10_000
 def parse_args(argv=None):
     """The script's flags."""
     parser = ArgumentParser("Evaluate a checkpoint of train.py or of the released code.")
-    count, positive = number(int, 1), number(float, 0, low_allowed=False)
-    source = parser.add_argument_group("what to evaluate")
-    source.add_argument("--model_path", default="runs/runX/model_best.pth.tar", help="checkpoint file")
-    source.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
-    source.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
-                                             "vocab_path where it carries none)")
-    source.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
-                        help="split of the data set")
-    source.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
-    source.add_argument("--skip_broken_images", action="store_true",
-                        help="leave out raw images that cannot be decoded")
-    source.add_argument("--caption_reading", choices=READINGS,
-                        help="how captions become words (default: as in the checkpoint's training)")
-    hubs = parser.add_argument_group("hubs")
-    hubs.add_argument("--hubness", action="store_true", help="print how hubs distort the ranking: N_1, N_5, N_10")
-    hubs.add_argument("--correction", choices=[*corrections.METHODS, "all"],
-                      help="print recalls and hubness before and after a correction of hubs at inference")
-    hubs.add_argument("--correction_bank", choices=["train", "dev"],
-                      help="split whose images and captions tell which targets are hubs (default: train)")
-    hubs.add_argument("--correction_bank_images", type=number(int, 0),
-                      help="at most so many images of it, evenly spread, with their captions (0: all; default: "
-                           f"{BANK_IMAGES})")
-    hubs.add_argument("--transductive", action="store_true", help="take the evaluated queries themselves as the bank")
-    hubs.add_argument("--correction_k", type=count, help="csls, nnn, qbnorm: nearest of the bank (default: 10, 128, 1)")
-    hubs.add_argument("--correction_temperature", type=number(float, 1e-4, 100),
-                      help="inverted_softmax, qbnorm, sinkhorn: temperature of the softmax (default: 0.05)")
-    hubs.add_argument("--correction_alpha", type=positive, help="nnn: weight of what is taken off (default: 0.75)")
-    hubs.add_argument("--tune_correction", action="store_true",
-                      help="choose those that are not given by the recalls on the dev split, for each direction")
-    machine = parser.add_argument_group("how")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
-    machine.add_argument("--batch_size", type=count, help="items encoded at a time (default: the checkpoint's)")
-    output = parser.add_argument_group("what to write")
-    output.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "
-                                                           "with --fold5)")
-    output.add_argument("--save_json", metavar="FILE", help="write all figures at full precision")
-    output.add_argument("--save_embeddings", action="store_true",
-                        help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
-    output.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
-    output.add_argument("--images", metavar="DIR", help="--report: folder of the photos, named as in <split>_ids.txt")
+    add_source_flags(parser.add_argument_group("what to evaluate"))
+    add_hub_flags(parser.add_argument_group("hubs"))
+    add_machine_flags(parser.add_argument_group("how"))
+    add_output_flags(parser.add_argument_group("what to write"))
     options = parser.parse_args(argv)
-    _check(options)
+    check_useless_flags(options)
+    check_correction_splits(options)
+    check_folders(options)
     return options
 
 
-def _check(options):
-    """Raise InputError for flags that do not go together, and for folders that will not do."""
-    bank_flags, report = ["correction_bank", "correction_bank_images"], options.report is not None
+def add_source_flags(group):
+    """What to evaluate."""
+    group.add_argument("--model_path", default="runs/runX/model_best.pth.tar", help="checkpoint file")
+    group.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
+    group.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
+                                            "vocab_path where it carries none)")
+    group.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
+                       help="split of the data set")
+    group.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
+    group.add_argument("--skip_broken_images", action="store_true", help="leave out raw images that cannot be decoded")
+    group.add_argument("--caption_reading", choices=READINGS,
+                       help="how captions become words (default: as in the checkpoint's training)")
+
+
+def add_hub_flags(group):
+    """Hubness and its corrections."""
+    group.add_argument("--hubness", action="store_true", help="print how hubs distort the ranking: N_1, N_5, N_10")
+    group.add_argument("--correction", choices=[*corrections.METHODS, "all"],
+                       help="print recalls and hubness before and after a correction of hubs at inference")
+    group.add_argument("--correction_bank", choices=["train", "dev"],
+                       help="split whose images and captions tell which targets are hubs (default: train)")
+    group.add_argument("--correction_bank_images", type=number(int, 0),
+                       help="at most so many images of it, evenly spread, with their captions (0: all; default: "
+                            f"{BANK_IMAGES})")
+    group.add_argument("--transductive", action="store_true", help="take the evaluated queries themselves as the bank")
+    group.add_argument("--correction_k", type=number(int, 1),
+                       help="csls, nnn, qbnorm: nearest of the bank (default: 10, 128, 1)")
+    group.add_argument("--correction_temperature", type=number(float, 1e-4, 100),
+                       help="inverted_softmax, qbnorm, sinkhorn: temperature of the softmax (default: 0.05)")
+    group.add_argument("--correction_alpha", type=number(float, 0, low_allowed=False),
+                       help="nnn: weight of what is taken off (default: 0.75)")
+    group.add_argument("--tune_correction", action="store_true",
+                       help="choose those that are not given by the recalls on the dev split, for each direction")
+
+
+def add_machine_flags(group):
+    """How it is computed."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    group.add_argument("--batch_size", type=number(int, 1),
+                       help="items encoded at a time (default: the checkpoint's)")
+
+
+def add_output_flags(group):
+    """What to write."""
+    group.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "
+                                                          "with --fold5)")
+    group.add_argument("--save_json", metavar="FILE", help="write all figures at full precision")
+    group.add_argument("--save_embeddings", action="store_true",
+                       help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
+    group.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
+    group.add_argument("--images", metavar="DIR", help="--report: folder of the photos, named as in <split>_ids.txt")
+
+
+def check_useless_flags(options):
+    """Raise InputError for a flag that does nothing beside the others."""
+    bank_flags = ["correction_bank", "correction_bank_images"]
     parameters = [f"correction_{name}" for name in corrections.ADJUSTABLE]
     names = wanted_methods(options)
     theirs = {f"correction_{key}" for name in names for key in corrections.parameters_of(name)}
     for useless, flags, others in (
             (not names, ["transductive", "tune_correction", *bank_flags, *parameters], "without --correction"),
-            (not report, ["images"], "without --report"), (options.transductive, bank_flags, "with --transductive"),
+            (options.report is None, ["images"], "without --report"),
+            (options.transductive, bank_flags, "with --transductive"),
             (names, [flag for flag in parameters if flag not in theirs], f"with --correction {options.correction}")):
         given = [flag for flag in flags if useless and not any(getattr(options, flag) is x for x in (None, False))]
         if given:
             raise InputError(f"--{given[0]} does nothing {others}: leave it out, or change the other")
+
+
+def check_correction_splits(options):
+    """Raise InputError where the bank or the tuning of a correction would see what is evaluated."""
+    names = wanted_methods(options)
     split, bank = {"val": "dev"}.get(options.split, options.split), options.correction_bank or "train"
     if names and bank == split and not options.transductive:
         raise InputError(f"--correction_bank is {split}, the split that is evaluated: take another one, or say "
@@ -92,9 +121,14 @@ def _check(options):
     if options.tune_correction and all(options_given(options, name) >= set(corrections.GRIDS[name]) for name in names):
         raise InputError(f"--tune_correction has nothing to choose, since all parameters of {options.correction} are "
                          "given: leave it out, or them")
-    if report and options.fold5:
+
+
+def check_folders(options):
+    """Raise InputError where --report or --images will not do."""
+    if options.report is not None and options.fold5:
         raise InputError("--report shows a whole split: leave --fold5 out")
-    if report and (not options.report or os.path.exists(options.report) and not os.path.isdir(options.report)):
+    if options.report is not None and (
+            not options.report or os.path.exists(options.report) and not os.path.isdir(options.report)):
         raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
@@ -123,31 +157,39 @@ def load_bank(options, result):
         return None, "transductive: the bank is the evaluated queries themselves"
     split = options.correction_bank or "train"
     loader = result.checkpoint.loader(split)
-    n_images = len(loader.dataset) // CAPTIONS_PER_IMAGE
+    n_images = loader.dataset.n_images
     limit = BANK_IMAGES if options.correction_bank_images is None else options.correction_bank_images or n_images
     images, captions = embed(result.checkpoint.model, loader, stride=-(-n_images // limit))
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
+
+
+def bank_sources(loaded, own, bank):
+    """What `corrections_of` takes for i2t and t2i; own and bank: (images, captions) as `embed` gives them."""
+    return loaded.similarities(bank[0], own[1]), loaded.similarities(own[0], bank[1])
 
 
 def correct(options, result):
     """What --correction asks for: (the bank in words, {method: its parameters, folds' rankings, metrics, hubness})."""
     names = wanted_methods(options)
     given = {name: getattr(options, f"correction_{name}") for name in corrections.ADJUSTABLE}
-    measure = result.checkpoint.opt.measure
-    bank, words = load_bank(options, result)
+    loaded, (bank, words) = result.checkpoint, load_bank(options, result)
     if options.tune_correction:
-        dev = embed(result.checkpoint.model, result.checkpoint.loader("dev"))
-        parameters = corrections.tune(names, *dev, bank or dev, given, measure)
+        loader = loaded.loader("dev")
+        dev = embed(loaded.model, loader)
+        parameters = corrections.tune(names, loaded.similarities(*dev), bank_sources(loaded, dev, bank or dev), given,
+                                      loader.dataset.image_of)
         words += "; parameters chosen on dev"
     else:
         parameters = [(corrections.parameters_of(name, **given),) * 2 for name in names]
     wanted_i2t, wanted_t2i = (list(zip(names, side)) for side in zip(*parameters))
     folds = []
-    for (images, captions), rankings in zip(result.parts(), result.rankings):
-        bank_images, bank_captions = bank or (images, captions)
-        pairs = zip(corrections.corrections_of("i2t", captions, bank_images, wanted_i2t, measure),
-                    corrections.corrections_of("t2i", images, bank_captions, wanted_t2i, measure))
-        folds.append(corrections.rank_corrected(images, captions, rankings, list(pairs), measure, max(DEPTHS)))
+    for (images, captions, image_of), rankings in zip(result.parts(), result.rankings):
+        own = images, captions
+        i2t_bank, t2i_bank = bank_sources(loaded, own, bank or own)
+        pairs = zip(corrections.corrections_of("i2t", i2t_bank, wanted_i2t),
+                    corrections.corrections_of("t2i", t2i_bank, wanted_t2i))
+        folds.append(corrections.rank_corrected(loaded.similarities(*own), rankings, list(pairs), max(DEPTHS),
+                                                image_of))
     outcome = {}
     for name, (i2t, t2i), rankings in zip(names, parameters, zip(*folds)):
         outcome[name] = {"parameters": {"i2t": i2t, "t2i": t2i}, "rankings": rankings,
@@ -159,12 +201,13 @@ def correct(options, result):
 def print_hubness(hubs):
     """The table of --hubness."""
     print("Hubness: N_k of a target is the number of queries with it among their k nearest (i2t: captions are targets)")
-    print(f"{'':5}{'k':>3}{'skewness':>10}{'anti-hubs':>11}{'top 1 % take':>14}{'Robin Hood':>12}{'largest N_k':>13}")
+    print(f"{'':5}{'k':>3}{'skewness':>10}{'anti-hubs':>11}{'top 1 % take':>14}{'Robin Hood':>12}"
+          f"{'hub occurrence':>16}{'largest N_k':>13}")
     for side, rows in hubs.items():
         for k, row in rows.items():
             item = f" (item {row.largest_item})" if row.largest_item >= 0 else " (mean of folds)"
             print(f"{side:5}{k:3}{row.skewness:10.2f}{row.anti_hubs:11.1%}{row.top_share:14.1%}{row.robin_hood:12.1%}"
-                  f"{row.largest:13.6g}{item}")
+                  f"{row.hub_occurrence:16.1%}{row.largest:13.6g}{item}")
 
 
 def print_corrections(words, plain, outcome):

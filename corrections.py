@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation import metrics_of
-from loss import SIMILARITIES, order_sim
-from ranking import Best, Ranking, rank_both_ways, rank_shifted
+from ranking import Best, Ranking, rank_shifted
 
 BLOCK = 2**22  # similarities (or differences, for order embeddings) held at a time
 
@@ -69,12 +67,13 @@ def sinkhorn(similarities, temperature=0.05, iterations=10):
     return shift
 
 
-def _soft_mean(similarities, temperature, dim, shift=0.0):
+def _soft_mean(similarities, temperature, dim, shift=None):
     """temperature * log mean exp((similarities - shift) / temperature) along dim, a block of the result at a time."""
-    shift = torch.as_tensor(shift, dtype=similarities.dtype, device=similarities.device).expand_as(similarities)
     size = BLOCK // 16 if dim == 1 else BLOCK  # rows that stay in cache; columns need long pieces of rows
-    blocks = zip(*(x.split(max(1, size // similarities.shape[dim]), 1 - dim) for x in (similarities, shift)))
-    soft = torch.cat([((block - off) / temperature).logsumexp(dim) for block, off in blocks])
+    height = max(1, size // similarities.shape[dim])
+    blocks = similarities.split(height, 1 - dim)
+    shifts = [0.0] * len(blocks) if shift is None else shift.expand_as(similarities).split(height, 1 - dim)
+    soft = torch.cat([((block - off) / temperature).logsumexp(dim) for block, off in zip(blocks, shifts)])
     return temperature * (soft - math.log(similarities.shape[dim]))
 
 
@@ -110,47 +109,46 @@ class Correction(NamedTuple):
     activation: torch.Tensor | None = None
 
 
-def corrections_of(side, targets, bank, wanted, measure="cosine"):
-    """(n, D) targets and (m, D) bank queries -> a Correction for each (method's name, its parameters) of `wanted`.
+def corrections_of(side, source, wanted):
+    """A Correction for each (method's name, its parameters) of `wanted`, from one pass over the targets' similarities
+    to the bank; only for Sinkhorn they are all kept.
 
-    side: "i2t", where the targets are captions and the bank's are images, or "t2i", the other way round. One pass
-    over the similarities, in blocks of targets; only for Sinkhorn they are all kept.
+    side: "i2t", where the targets are captions, or "t2i", where they are images; source: the similarities of the
+    targets and the bank, as `ranking` describes it: of (bank images, captions), or of (images, bank captions).
     """
-    height = max(1, BLOCK // (len(bank) * (bank.shape[1] if measure == "order" else 1)))
+    n_targets, n_bank = (source.n_captions, source.n_images) if side == "i2t" else (source.n_images, source.n_captions)
+    height = max(1, BLOCK // (n_bank * source.width))
     depth = max((parameters["k"] for name, parameters in wanted if name == "qbnorm"), default=0)
-    nearest = Best(len(bank), min(depth, len(targets)), targets)
-    matrix = targets.new_empty(len(targets), len(bank)) if any(name == "sinkhorn" for name, _ in wanted) else None
-    shifts = {place: [] for place, (name, _) in enumerate(wanted) if name != "sinkhorn"}
-    for start in range(0, len(targets), height):
-        rows = targets[start:start + height]
-        if side == "i2t" and measure == "order":  # not symmetric: images come first
-            similarities = order_sim(bank, rows).t()
-        else:
-            similarities = SIMILARITIES[measure](rows, bank)
+    keeps_all = any(name == "sinkhorn" for name, _ in wanted)
+    shifts, rows, nearest = {place: [] for place, (name, _) in enumerate(wanted) if name != "sinkhorn"}, [], None
+    for start in range(0, n_targets, height):
+        similarities = source.across(side, slice(start, min(start + height, n_targets)))
         for place, parts in shifts.items():
             name, parameters = wanted[place]
             parts.append(METHODS[name](similarities, **parameters))
         if depth:
+            nearest = nearest or Best(n_bank, min(depth, n_targets), similarities)
             nearest.update(slice(None), similarities, 0, start)
-        if matrix is not None:
-            matrix[start:start + height] = similarities
+        if keeps_all:
+            rows.append(similarities.clone())
+    matrix = torch.cat(rows) if rows else None
     corrections = []
     for place, (name, parameters) in enumerate(wanted):
         shift = torch.cat(shifts[place]) if place in shifts else sinkhorn(matrix, **parameters)
         activation = None
         if name == "qbnorm":
-            activation = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+            activation = torch.zeros(n_targets, dtype=torch.bool, device=shift.device)
             activation[nearest.items[:, :parameters["k"]]] = True
         corrections.append(Correction(shift, activation))
     return corrections
 
 
-def rank_corrected(images, captions, rankings, corrections, measure="cosine", top=10):
+def rank_corrected(source, rankings, corrections, top=10, image_of=None):
     """Rankings of the corrected similarities, for each (i2t Correction, t2i Correction) of `corrections`.
 
-    images (N, D), captions (5N, D); rankings: what `rank_both_ways` gives for them uncorrected, with as many items.
+    source and image_of: as for `ranking.rank_shifted`; rankings: what that gives uncorrected, with as many items.
     """
-    shifted = rank_shifted(images, captions, [(i2t.shift, t2i.shift) for i2t, t2i in corrections], measure, top)
+    shifted = rank_shifted(source, [(i2t.shift, t2i.shift) for i2t, t2i in corrections], top, image_of)
     return [tuple(_where_active(correction, plain, ranking)
                   for correction, plain, ranking in zip(pair, rankings, corrected))
             for pair, corrected in zip(corrections, shifted)]
@@ -165,23 +163,23 @@ def _where_active(correction, plain, corrected):
                    torch.where(active.unsqueeze(1), corrected.items, plain.items))
 
 
-def tune(names, images, captions, bank, given, measure="cosine"):
+def tune(names, source, banks, given, image_of=None):
     """For each method the parameters with the best sum of recalls, one dictionary for each direction: [(i2t's, t2i's)].
 
-    images (N, D) and captions (5N, D) of the dev split; bank: (image queries (n, D), caption queries (m, D)); given:
-    {parameter: value}, not varied, or None.
+    source and image_of: of the dev split, as for `ranking.rank_shifted`; banks: the sources that `corrections_of` takes
+    for i2t and t2i; given: {parameter: value}, not varied, or None.
     """
     wanted = []
     for name in names:
         grid = {key: values for key, values in GRIDS[name].items() if given.get(key) is None}
         wanted += [(name, parameters_of(name, **{**given, **dict(zip(grid, values))}))
                    for values in itertools.product(*grid.values())]
-    corrections = list(zip(corrections_of("i2t", captions, bank[0], wanted, measure),
-                           corrections_of("t2i", images, bank[1], wanted, measure)))
-    plain = rank_both_ways(images, captions, measure)
-    metrics = [metrics_of(pair) for pair in rank_corrected(images, captions, plain, corrections, measure, top=1)]
+    corrections = list(zip(*(corrections_of(side, bank, wanted) for side, bank in zip(("i2t", "t2i"), banks))))
+    (plain,) = rank_shifted(source, image_of=image_of)
+    hits = [[sum(int((ranks < k).sum()) for k in (1, 5, 10)) for ranks in (i2t.ranks.cpu(), t2i.ranks.cpu())]
+            for i2t, t2i in rank_corrected(source, plain, corrections, 1, image_of)]  # the sums of recalls, but for n
     best = []
     for name in names:
         own = [place for place, (other, _) in enumerate(wanted) if other == name]
-        best.append(tuple(wanted[max(own, key=lambda place: sum(metrics[place][side][:3]))][1] for side in (0, 1)))
+        best.append(tuple(wanted[max(own, key=lambda place: hits[place][side])][1] for side in (0, 1)))
     return best

@@ -4,7 +4,7 @@ A batch of precomputed features is one gather from the captions' flat array of w
 the features, on the device where they live. The order of an epoch follows from the seed and the
 epoch's number alone.
 
-Every data set has five captions an image, in image order, unless it says otherwise.
+Every data set has `n_images` and `image_of`: for each caption its image's number, (C,) int64 on the CPU.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from caption_files import flickr_json_name, read_captions
-from errors import InputError
+from errors import InputError, check_regular
 from images import (  # noqa: F401 (handed on: the family imports them from here)
     CocoDataset,
     FlickrDataset,
@@ -22,7 +22,7 @@ from images import (  # noqa: F401 (handed on: the family imports them from here
     collate_fn,
     image_transform,
 )
-from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, number_words, seed_for
+from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, five_each, number_words, seed_for
 
 FULL_IMG_DIM = 4096  # the released default, without effect on raw images
 FEATURE_BLOCK = 4096  # rows of a feature file checked at a time
@@ -33,10 +33,8 @@ FEATURE_BLOCK = 4096  # rows of a feature file checked at a time
 class PrecompDataset:
     """Precomputed features: `<data_path>/<split>_ims.npy` (n_images, img_dim) and `<split>_caps.txt`.
 
-    A feature file with as many rows as there are captions has row c for caption c (and image i's
-    row is 5i where each image is wanted once), otherwise row c // 5. Features stay memory-mapped
-    unless `place` moves them. Raises InputError if a file is missing or broken, the two do not match, or the
-    width is not `img_dim`.
+    Which captions belong to which image tells `caption_layout`. Features stay memory-mapped unless `place` moves
+    them. Raises InputError if a file is missing or broken, they do not match, or the width is not `img_dim`.
     """
 
     def __init__(self, data_path, data_split, vocab, reading="text", img_dim=None, cache_dir=None):
@@ -46,27 +44,28 @@ class PrecompDataset:
             raise InputError(f"data folder {data_path} is not there: check --data_path and --data_name")
         self.captions = read_captions(caption_file)
         self.images = open_features(feature_file)
-        rows, captions = len(self.images), len(self.captions)
-        if captions not in (rows, rows * CAPTIONS_PER_IMAGE):
-            raise InputError(f"{feature_file} has {rows} rows and {caption_file} has {captions} captions: "
-                             f"there must be {CAPTIONS_PER_IMAGE} captions a row, or one")
+        ids_file = os.path.join(data_path, f"{data_split}_ids.txt")
+        self.image_of, self.row_of = caption_layout(self.images, len(self.captions), feature_file, ids_file)
         if img_dim is not None and self.images.shape[1] != img_dim:
             raise InputError(f"{feature_file} has features of width {self.images.shape[1]}, but {img_dim} was "
                              "expected: check --img_dim, or the checkpoint against the data")
-        self.captions_per_row = captions // rows
-        if data_split == "dev":
-            self.captions = self.captions[:DEV_CAPTIONS]
+        if data_split == "dev" and len(self.captions) > DEV_CAPTIONS:
+            cap = DEV_CAPTIONS
+            if not five_each(self.image_of):  # not through an image's captions, but where all are of one image
+                cap = int((self.image_of < self.image_of[cap]).sum()) or cap
+            self.captions, self.image_of, self.row_of = (
+                x[:cap] for x in (self.captions, self.image_of, self.row_of))
+        self.n_images = int(self.image_of[-1]) + 1
         self.word_ids = self.placed_word_ids = number_words(self.captions, vocab, reading, cache_dir)
         self.lengths = self.word_ids.lengths
-        self.device = torch.device("cpu")
+        self.device, self.placed_row_of = torch.device("cpu"), self.row_of
 
     def __len__(self):
         return len(self.word_ids)
 
     def __getitem__(self, index):
         """(image (img_dim,), word ids (T,), caption index, image index) of one caption."""
-        image = self.images[index // self.captions_per_row].float()
-        return image, self.word_ids[index], index, index // CAPTIONS_PER_IMAGE
+        return self.images[self.row_of[index]].float(), self.word_ids[index], index, int(self.image_of[index])
 
     def place(self, device, features_on_device=None):
         """Batches come on `device` from now on: word ids move there, and features if told to.
@@ -79,6 +78,7 @@ class PrecompDataset:
             features_on_device = self.images.numel() * self.images.element_size() <= free / 2
         if features_on_device:
             self.images = self.images.to(device)
+        self.placed_row_of = self.row_of.to(self.images.device)
 
     def _rows(self, rows):
         """Feature rows (float32) on the device; from the feature file through pinned memory, without waiting."""
@@ -98,18 +98,67 @@ class PrecompDataset:
         placed = torch.cat(batches).to(self.device)  # at once: a copy a step would wait for the GPU each time
         for indices, there in zip(batches, placed.split([len(indices) for indices in batches])):
             lengths = self.lengths[indices]
-            rows = (indices if self.images.device.type == "cpu" else there) // self.captions_per_row
+            rows = self.placed_row_of[indices if self.images.device.type == "cpu" else there]
             yield self._rows(rows), self.placed_word_ids.padded(there, int(lengths[0])), lengths, there, there
 
     def load_images(self, batch_size, workers=0, stride=1):
         """The features of each image (each so manieth, with a stride) once, in order, in batches."""
-        rows = torch.arange(0, len(self), CAPTIONS_PER_IMAGE * stride) // self.captions_per_row
-        for batch in rows.split(batch_size):
+        first = torch.searchsorted(self.image_of, torch.arange(0, self.n_images, stride))
+        for batch in self.row_of[first].split(batch_size):
             yield self._rows(batch)
+
+
+def caption_layout(features, n_captions, feature_file, ids_file):
+    """Which image and which feature row each caption belongs to: two (C,) int64 tensors.
+
+    With as many lines in `ids_file` as captions, equal neighbours are one image, and features have a row an image or
+    a caption. Otherwise (the file is not there, or has a line a row) features have a row for five captions in turn;
+    or a row a caption, which is five equal rows an image (VSE++'s habit), else one caption an image.
+    Raises InputError where the numbers do not fit.
+    """
+    rows, each = len(features), torch.arange(n_captions)
+    ids = read_ids(ids_file) if os.path.exists(ids_file) else None
+    if ids is not None and len(ids) not in (rows, n_captions):
+        raise InputError(f"{ids_file} has {len(ids)} lines for {rows} feature rows and {n_captions} captions: it needs "
+                         "one for each row, or for each caption; mend it, or remove it where captions are "
+                         f"{CAPTIONS_PER_IMAGE} an image in turn")
+    if ids is not None and len(ids) == n_captions:
+        image_of = torch.tensor([False, *(a != b for a, b in zip(ids, ids[1:]))]).cumsum(0)
+        n_images, hint = int(image_of[-1]) + 1, f", of which {ids_file} makes {int(image_of[-1]) + 1} images"
+    else:
+        image_of, hint = each // CAPTIONS_PER_IMAGE, ""
+        n_images = -(-n_captions // CAPTIONS_PER_IMAGE)
+        if rows == n_captions and not _five_equal(features):
+            image_of, n_images = each, rows
+        elif rows != n_captions and rows * CAPTIONS_PER_IMAGE != n_captions:
+            n_images = None
+    if rows not in (n_images, n_captions):
+        raise InputError(f"{feature_file} has {rows} rows for {n_captions} captions{hint}: there must be a row an "
+                         f"image, with {CAPTIONS_PER_IMAGE} captions each unless {ids_file} has a line a caption, or a "
+                         "row a caption")
+    return image_of, image_of if rows == n_images else each
+
+
+def _five_equal(features):
+    """Whether rows come in fives that are equal."""
+    if len(features) % CAPTIONS_PER_IMAGE:
+        return False
+    return all(bool((five == five[:1]).all()) for five in features.split(CAPTIONS_PER_IMAGE))
+
+
+def read_ids(path):
+    """The lines of an ids file, a name or number each, as str; bytes that are no UTF-8 stay what they are."""
+    check_regular(path)
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return [line.strip() for line in file.read().rstrip("\n").split("\n")]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def open_features(path):
     """The (n, width) features in a .npy file as a memory-mapped tensor, checked to be finite numbers."""
+    check_regular(path)
     try:
         features = np.load(path, mmap_mode="c", allow_pickle=False)  # private pages: the file is never written to
     except OSError as error:
@@ -193,12 +242,11 @@ def get_loaders(data_name, vocab, crop_size, batch_size, workers, opt):
 
 
 def get_test_loader(split_name, data_name, vocab, crop_size, batch_size, workers, opt):
-    """A loader of one split in its own order, checked to have five captions an image."""
+    """A loader of one split in its own order, an image's captions together."""
     dataset = get_dataset(split_name, data_name, vocab, crop_size, opt)
-    images = getattr(dataset, "image_of", [index // CAPTIONS_PER_IMAGE for index in range(len(dataset))])
-    if len(dataset) % CAPTIONS_PER_IMAGE or images != [i // CAPTIONS_PER_IMAGE for i in range(len(dataset))]:
-        raise InputError(f"split {split_name} of {data_name} has {len(dataset)} captions that are not "
-                         f"{CAPTIONS_PER_IMAGE} for each image in turn: evaluation needs that")
+    if (dataset.image_of.diff() < 0).any():
+        raise InputError(f"split {split_name} of {data_name} does not have the captions of an image together, as "
+                         "evaluation needs them: sort its caption ids by image")
     if isinstance(dataset, ImageDataset):
         dataset.transform = image_transform(False, crop_size)  # the training split's, too, is not augmented here
     return Loader(dataset, batch_size, workers=workers)

@@ -2,12 +2,15 @@
 
 Bad input of any kind (a flag, a file, a device that is not there) raises `InputError`
 with one sentence: what was found, where, and what to do. `run_script` prints that
-sentence and exits with 2; everything else is a bug and keeps its traceback.
+sentence and exits with 2; everything else is a bug and keeps its traceback. Output that
+cannot be written is no reason to stop: the script goes on, and ends with 2 as well.
 """
 
 import argparse
 import math
 import os
+import re
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -44,16 +47,95 @@ def number(kind, low, high=math.inf, low_allowed=True):
     return parse
 
 
-def run_script(main):
-    """Run a script's `main`; bad input ends with one sentence on stderr and exit code 2."""
+class Output:
+    """A standard stream in which nothing that fails raises: it is kept in `failure`, and the next write is tried again.
+
+    stream: None where the shell has closed it; ends_with_reader: whether a pipe that nobody reads ends the script.
+    """
+
+    def __init__(self, name, stream, ends_with_reader):
+        self.name, self.ends_with_reader, self.failure = name, ends_with_reader, None
+        # Open for reading: it refuses each write, and a file with data in it can't take its number.
+        self.stream = open(os.devnull) if stream is None else stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """As the stream's own."""
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        """As the stream's own."""
+        self._try(self.stream.flush)
+
+    def _try(self, action, *arguments):
+        try:
+            return action(*arguments)
+        except OSError as error:
+            self.failure = error
+            if self.ends_with_reader and isinstance(error, BrokenPipeError):
+                sys.exit(1)
+        except RuntimeError:
+            pass  # a signal's handler speaks in the middle of a write, where Python lets nobody in
+
+    def leave(self):
+        """Make sure that Python, which flushes the stream once more as it exits, finds nothing to complain about."""
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def run_script(main, outlasts_reader=False):
+    """Run a script's `main`; bad input, and output that failed, end with one sentence on stderr and exit code 2, Ctrl-C
+    with 130 and none.
+
+    A closed stdout (`... | head` has read enough) ends the script at once with 1, unless it `outlasts_reader`.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a script sets it for the time of its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = outputs = (Output("output", sys.stdout, not outlasts_reader),
+                                        Output("error", sys.stderr, False))
+    try:
+        code = _exit_code(main) or _exit_code(sys.stdout.flush)
+        failed = [output for output in outputs if output.failure]
+        if failed and not code:
+            reason = failed[0].failure.strerror or "it is closed"
+            print(f"error: standard {failed[0].name} could not be written ({reason}), all else was done: send it "
+                  "elsewhere, or free some space", file=sys.stderr)
+            code = 2
+    finally:
+        for output in outputs:
+            output.leave()
+        sys.stdout, sys.stderr = streams
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main):
+    """The exit code that a function ends with, its error on stderr."""
     try:
         main()
+        return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # `... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except SystemExit as stop:
+        return stop.code or 0
+
+
+def check_regular(path):
+    """Raise InputError where `path`, its links followed, is there but is no regular file.
+
+    A pipe without a writer is waited for without end, a device may never end, and neither can be read twice.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is a folder, a pipe or a device, not a regular file: name a file, and save there "
+                         "what a command gives")
 
 
 @contextmanager
@@ -77,9 +159,28 @@ def replacing(path, mode="wb", **options):
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        raise InputError(f"{path} could not be written ({error.strerror or error}): "
-                         "free some space or name another folder") from error
+    except (OSError, RuntimeError) as error:
+        reason = _why_not_written(error)
+        if not reason:
+            raise
+        raise InputError(f"{path} could not be written ({reason}): free some space or name another folder") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _why_not_written(error):
+    """The reason of a failed write in words, or None for an error of another kind."""
+    if isinstance(error, RuntimeError):
+        if "inline_container.cc" not in str(error):
+            return None
+        # torch.save's zip writer stumbles at its end over what the OSError before left out.
+        error = error.__context__ if isinstance(error.__context__, OSError) else error
+    return getattr(error, "strerror", None) or str(error)
+
+
+def leftovers(folder, names):
+    """Paths of what `replacing` left in a folder when it was killed; names: pattern of the targets' names."""
+    with os.scandir(folder) as entries:
+        return [entry.path for entry in entries if entry.is_file(follow_symlinks=False)
+                and re.fullmatch(rf"({names})\.[a-z0-9_]{{8}}\.tmp", entry.name)]

@@ -1,10 +1,9 @@
-"""Retrieval evaluation: embed a split, rank both ways, name the recalls.
+"""Retrieval evaluation: embed a split, name its recalls, evaluate a checkpoint.
 
-Image i's captions are 5i..5i+4. Image to text ranks an image's best caption, text to image a
-caption's image among the unique images; ranks are 0-based, and R@K is the percentage of
-queries with rank < K. Equal scores count against the model.
+Ranks are 0-based (see `ranking`), and R@K is the percentage of queries with rank < K.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -17,11 +16,12 @@ import checkpoint
 from data import get_test_loader
 from device import choose_device, choose_matmul_precision
 from errors import InputError, replacing
+from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
-from ranking import filled, rank_both_ways
+from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
 from vocab import find_vocabulary, vocabulary_path
-from word_ids import CAPTIONS_PER_IMAGE, by_length
+from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
 
 FOLDS = 5
 
@@ -29,17 +29,18 @@ FOLDS = 5
 # Embedding --------------------------------------------------------------------------------------
 
 def embed(model, loader, stride=1):
-    """A split's embeddings on the model's device: (N, D), each image once, and (5N, D), one a caption.
+    """A split's embeddings on the model's device: (N, D), each image once, and (C, D), one a caption.
 
     Equal captions are encoded once, so that they get equal embeddings to the bit. With a stride only
     each so manieth image is taken, with its captions.
     """
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
-    chosen = torch.arange(len(dataset)).unflatten(0, (-1, CAPTIONS_PER_IMAGE))[::stride]
-    images = torch.cat([model.embed_images(filled(batch, min(batch_size, len(chosen))) if batch.dim() == 2 else batch)
-                        for batch in dataset.load_images(batch_size, loader.workers, stride)])[:len(chosen)]
-    padded = dataset.word_ids.padded(chosen.flatten(), int(dataset.word_ids.lengths.max()))
+    n_images = -(-dataset.n_images // stride)
+    images = torch.cat([model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() == 2 else batch)
+                        for batch in dataset.load_images(batch_size, loader.workers, stride)])[:n_images]
+    chosen = torch.arange(len(dataset))[dataset.image_of % stride == 0]
+    padded = dataset.word_ids.padded(chosen, int(dataset.word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
@@ -51,10 +52,10 @@ def embed(model, loader, stride=1):
 
 
 def encode_data(model, data_loader, log_step=10, logging=print):
-    """The family's call: image and caption embeddings as arrays (5N, D), one row a caption each."""
+    """The family's call: image and caption embeddings as arrays (C, D), one row a caption each."""
     images, captions = embed(model, data_loader)
     logging(f"Images: {len(images)}, Captions: {len(captions)}")
-    return images.repeat_interleave(CAPTIONS_PER_IMAGE, 0).cpu().numpy(), captions.cpu().numpy()
+    return images.cpu()[data_loader.dataset.image_of].numpy(), captions.cpu().numpy()
 
 
 # Recalls ----------------------------------------------------------------------------------------
@@ -100,21 +101,25 @@ def recall_of(ranks):
     >>> print(recall_of([0, 0, 4, 9]))
     50.0 75.0 100.0 3.0 4.2
     """
-    ranks = np.asarray(ranks)
+    ranks = torch.as_tensor(ranks).cpu().numpy()
     return Recall(*(100.0 * np.count_nonzero(ranks < k) / len(ranks) for k in (1, 5, 10)),
                   float(np.floor(np.median(ranks)) + 1), float(ranks.mean() + 1))
 
 
 def _unique_images(images, captions, npts):
-    """Tensors of N unique images and 5N captions from what the family's code passes."""
-    images, captions = torch.as_tensor(images), torch.as_tensor(captions)
-    if len(images) == len(captions):
-        images = images[::CAPTIONS_PER_IMAGE]
+    """Tensors of N unique images and their captions, one or five for each in turn, from what the family's code passes:
+    images (N, K), or one row a caption, where the rows of one image may differ by rounding."""
+    images, captions = (torch.as_tensor(x).detach() for x in (images, captions))
+    if len(images) == len(captions) > 0 and len(images) % CAPTIONS_PER_IMAGE == 0:
+        rows = images.unflatten(0, (-1, CAPTIONS_PER_IMAGE)).float()
+        if torch.allclose(rows, rows[:, :1].expand_as(rows), rtol=0.01, atol=1e-5, equal_nan=True):
+            images = images[::CAPTIONS_PER_IMAGE]
+    each = len(captions) // max(len(images), 1)
+    if not len(images) or each not in (1, CAPTIONS_PER_IMAGE) or len(captions) != len(images) * each:
+        raise InputError(f"{len(captions)} captions for {len(images)} images: there must be {CAPTIONS_PER_IMAGE} for "
+                         "each image, or one")
     if npts is not None:
-        images, captions = images[:npts], captions[:npts * CAPTIONS_PER_IMAGE]
-    if not len(images) or len(captions) != len(images) * CAPTIONS_PER_IMAGE:
-        raise InputError(f"{len(captions)} captions for {len(images)} images: evaluation needs "
-                         f"{CAPTIONS_PER_IMAGE} captions for each image")
+        images, captions = images[:npts], captions[:npts * each]
     return images, captions
 
 
@@ -125,7 +130,8 @@ def _directed(direction, images, captions, npts, measure, return_ranks):
 
 
 def i2t(images, captions, npts=None, measure="cosine", return_ranks=False):
-    """Image to text, the family's call: images (5N, K) one row a caption, or (N, K); captions (5N, K).
+    """Image to text, the family's call: images (5N, K) one row a caption, or (N, K); captions (5N, K). Where the rows
+    of images are as many as captions, and those of five captions in turn differ, it is one caption an image.
 
     Returns a Recall; with return_ranks, (Recall, (ranks (N,), top-1 caption indices (N,))).
     """
@@ -147,13 +153,17 @@ def mean_metrics(folds):
     return Metrics(*(Recall(*np.mean([fold[side] for fold in folds], axis=0).tolist()) for side in (0, 1)))
 
 
-def split_loss(images, captions, criterion, batch_size, bank=None):
-    """Mean loss over a split's captions in batches of `batch_size`, in file order, as validation logs it."""
-    total = 0.0
-    for indices in torch.arange(len(captions), device=captions.device).split(batch_size):
-        batch = criterion(images[indices // CAPTIONS_PER_IMAGE], captions[indices], *(bank or (None,) * 3), indices)
-        total += float(batch) * len(indices)
-    return total / len(captions)
+@torch.no_grad()
+def split_loss(images, captions, criterion, batch_size, bank=None, image_of=None):
+    """Mean loss over a split's captions in batches of `batch_size`, in file order, as validation logs it.
+
+    image_of: for each caption its image's number; None: equally many captions for each image.
+    """
+    image_of = image_numbers(image_of, len(images), len(captions)).to(captions.device)
+    batches = torch.arange(len(captions), device=captions.device).split(batch_size)
+    losses = [criterion(images[image_of[indices]], captions[indices], *(bank or (None,) * 3), indices)
+              for indices in batches]
+    return sum(loss * len(indices) for loss, indices in zip(torch.stack(losses).tolist(), batches)) / len(captions)
 
 
 # A checkpoint's evaluation ----------------------------------------------------------------------
@@ -173,6 +183,10 @@ class Checkpoint(NamedTuple):
     model: VSE
     opt: object
     vocabulary: object
+
+    def similarities(self, images, captions):
+        """The source of similarities of what `embed` gives, for `ranking` and `corrections`."""
+        return SOURCES[self.opt.measure](images, captions)
 
     def loader(self, split):
         """The loader of a split of its data set."""
@@ -208,7 +222,7 @@ def load_for_evaluation(opt_eval):
     model = VSE(opt)
     checkpoint.load_weights(model, content, path)
     device = choose_device(getattr(opt_eval, "device", "auto"))
-    choose_matmul_precision(device)
+    choose_matmul_precision(device, content.get("float32_products"))
     return Checkpoint(model.to(device), opt, vocabulary)
 
 
@@ -218,15 +232,15 @@ class Evaluation(NamedTuple):
     checkpoint: Checkpoint
     dataset: object
     images: torch.Tensor  # (N, D)
-    captions: torch.Tensor  # (5N, D)
+    captions: torch.Tensor  # (C, D)
     rankings: list  # of each fold, (i2t Ranking, t2i Ranking)
     folds: list  # of each fold, Metrics
     metrics: Metrics
 
     def parts(self):
-        """Each fold's (images, captions)."""
-        size = len(self.images) // len(self.folds)
-        return list(zip(self.images.split(size), self.captions.split(size * CAPTIONS_PER_IMAGE)))
+        """Each fold's (images, captions, image_of)."""
+        parts = [part.chunk(len(self.folds)) for part in (self.images, self.captions, self.dataset.image_of)]
+        return [(images, captions, image_of - image_of[0]) for images, captions, image_of in zip(*parts)]
 
 
 def evaluate(opt_eval, split, top=1):
@@ -236,7 +250,10 @@ def evaluate(opt_eval, split, top=1):
     """
     loaded = load_for_evaluation(opt_eval)
     loader, opt, n_folds = loaded.loader(split), loaded.opt, FOLDS if getattr(opt_eval, "fold5", False) else 1
-    n_images = len(loader.dataset) // CAPTIONS_PER_IMAGE
+    n_images = loader.dataset.n_images
+    if n_folds > 1 and not five_each(loader.dataset.image_of):
+        raise InputError(f"--fold5 needs {CAPTIONS_PER_IMAGE} captions for each image, and split {split} has "
+                         f"{len(loader.dataset)} for {n_images} images: leave it out")
     if n_images % n_folds:
         testall = os.path.join(opt.data_path, opt.data_name, "testall_ims.npy")
         hint = "try --split testall" if split != "testall" and os.path.exists(testall) else "leave --fold5 out"
@@ -244,7 +261,8 @@ def evaluate(opt_eval, split, top=1):
     images, captions = embed(loaded.model, loader)
     print(f"Images: {len(images)}, Captions: {len(captions)}", file=sys.stderr)
     result = Evaluation(loaded, loader.dataset, images, captions, [], [None] * n_folds, None)
-    rankings = [rank_both_ways(*part, opt.measure, top) for part in result.parts()]
+    rankings = [rank_shifted(loaded.similarities(images, captions), top=top, image_of=image_of)[0]
+                for images, captions, image_of in result.parts()]
     folds = [metrics_of(pair) for pair in rankings]
     result = result._replace(rankings=rankings, folds=folds, metrics=mean_metrics(folds) if n_folds > 1 else folds[0])
     if n_folds > 1:
@@ -258,11 +276,25 @@ def evaluate(opt_eval, split, top=1):
     return result
 
 
-def evalrank(opt_eval, split="test"):
-    """The family's call: evaluate a checkpoint on a split, print the recalls, write what was asked for.
+def _by_options(opt_eval, split="test"):
+    """HAL's call of evalrank: the options and the split."""
+    return opt_eval, split
 
-    opt_eval: as for `evaluate` and `write_results`. Returns the Metrics.
+
+def _by_path(model_path, data_path=None, split="dev", fold5=False):
+    """VSE++'s and SCAN's call of evalrank: the options and the split."""
+    return argparse.Namespace(model_path=os.fspath(model_path), data_path=data_path, fold5=fold5), split
+
+
+def evalrank(*arguments, **named):
+    """The family's calls: evaluate a checkpoint on a split, print the recalls, write what was asked for.
+
+    `evalrank(opt_eval, split="test")`, HAL's: opt_eval as for `evaluate` and `write_results`.
+    `evalrank(model_path, data_path=None, split="dev", fold5=False)`, VSE++'s and SCAN's, where the first argument is
+    a path: the data sets' folder is the checkpoint's unless data_path names another. Returns the Metrics.
     """
+    by_path = "model_path" in named or arguments and isinstance(arguments[0], (str, os.PathLike))
+    opt_eval, split = (_by_path if by_path else _by_options)(*arguments, **named)
     result = evaluate(opt_eval, split)
     write_results(opt_eval, split, result)
     return result.metrics
@@ -298,7 +330,7 @@ def write_results(opt_eval, split, result, more=None):
     if getattr(opt_eval, "save_embeddings", False):
         run = os.path.basename(os.path.dirname(os.path.abspath(opt_eval.model_path)))
         with replacing(f"{run}_img_and_cap_embeddings.npz") as file:
-            np.savez(file, img_embs=result.images.repeat_interleave(CAPTIONS_PER_IMAGE, 0).cpu().numpy(),
+            np.savez(file, img_embs=result.images.cpu()[result.dataset.image_of].numpy(),
                      cap_embs=result.captions.cpu().numpy())
 
 

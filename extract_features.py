@@ -8,6 +8,11 @@ from text files of the photos' names; without any, all photos become a gallery (
 `gallery_ids.txt`). Killed and called again it goes on where it stopped. Under torchrun each process takes its share.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
+
 import contextlib
 import fcntl
 import hashlib

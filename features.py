@@ -341,7 +341,7 @@ def encode(encoder, pictures, amp="off"):
 
 
 def encode_photo(encoder, path):
-    """The features (*row_shape) of one photo file (or open file); InputError if it cannot be read."""
+    """The features (*row_shape) of one photo, a path or an open file; InputError if it cannot be read."""
     picture = decode_image(path, as_seen=True)
     check_photo(picture)
     return encode(encoder, encoder.transform(picture)[None])[0]

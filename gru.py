@@ -1,6 +1,7 @@
 """The GRU over a batch of captions on a CPU, faster than `nn.GRU` in training and with the same numbers.
 
-- Captions that begin alike share their states: the batch is a tree of prefixes, a level a word.
+- Captions that begin alike share their states: the batch is a tree of prefixes, a level a word. Backwards,
+  captions that end alike do.
 - Each word's input product is made once a batch.
 - The backward pass is written out: each weight's gradient is one product over all states, where
   autograd would add it up step by step. Equations as in `torch.nn.GRU`'s documentation.
@@ -27,6 +28,7 @@ class PrefixTree(NamedTuple):
     word_of: torch.Tensor  # (nodes,) each prefix's last word, as a place in `words`
     parents: list  # for each level but the first, (rounded nodes,) places of the prefixes one word shorter
     sizes: list  # nodes a level
+    nodes: torch.Tensor  # (B, T) the node of each caption's prefix that ends with this word, 0 past its length
     ends: torch.Tensor  # (B,) the node of each whole caption
 
 
@@ -37,7 +39,7 @@ def prefix_tree(captions, lengths):
     words, places = torch.unique(captions, return_inverse=True)
     node_of = torch.zeros(len(captions), dtype=torch.int64)
     word_of, parents, sizes, start = [], [], [], 0
-    ends = torch.empty_like(node_of)
+    nodes = torch.zeros_like(places)
     running = (lengths.unsqueeze(1) > torch.arange(int(lengths[0]))).sum(0).tolist()
     for level, captions_left in enumerate(running):
         keys = node_of[:captions_left] * len(words) + places[:captions_left, level]
@@ -48,9 +50,10 @@ def prefix_tree(captions, lengths):
         word_of.append(distinct % len(words))
         sizes.append(len(distinct))
         node_of = start + node
-        ends[:captions_left] = node_of  # those that go on are overwritten by a deeper level
+        nodes[:captions_left, level] = node_of
         start += len(distinct)
-    return PrefixTree(_rounded(words), torch.cat(word_of), parents, sizes, ends)
+    ends = nodes[torch.arange(len(nodes)), lengths - 1]
+    return PrefixTree(_rounded(words), torch.cat(word_of), parents, sizes, nodes, ends)
 
 
 def _rounded_up(rows):
@@ -130,6 +133,24 @@ class _TreeGRU(torch.autograd.Function):
         return grad_products, grad_weight_hh, grad_bias_hh, None, None, None
 
 
+def _layer_states(rnn, name, inputs, input_of, tree, dtype):
+    """The states (nodes, H) of the layer `name` (l0, l0_reverse, ...), whose node n takes row input_of[n] of inputs."""
+    weight_ih, weight_hh, bias_ih, bias_hh = (
+        getattr(rnn, f"{kind}_{name}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    products = inputs.to(dtype) @ weight_ih.to(dtype).t() + bias_ih  # in float32, as the bias is
+    return _TreeGRU.apply(products, weight_hh, bias_hh, input_of, tree, dtype)
+
+
+def _top_states(rnn, embed, tree, dtype):
+    """The top layer's states (nodes, H) of a one-directional GRU: a prefix has one state in every layer."""
+    inputs, input_of = embed(tree.words), tree.word_of
+    for layer in range(rnn.num_layers):
+        states = _layer_states(rnn, f"l{layer}", inputs, input_of, tree, dtype)
+        if layer + 1 < rnn.num_layers:
+            inputs, input_of = _rounded(states), torch.arange(len(states))
+    return states
+
+
 def last_states(rnn, embed, captions, lengths, dtype=None):
     """The top layer's state at each caption's last word: (B, H), as packed captions through `rnn` give it.
 
@@ -137,12 +158,42 @@ def last_states(rnn, embed, captions, lengths, dtype=None):
     first; lengths: (B,); dtype: of the matrix products (the weights' own unless given).
     """
     tree = prefix_tree(captions, lengths)
-    inputs, input_of, dtype = embed(tree.words), tree.word_of, dtype or rnn.weight_hh_l0.dtype
+    return _top_states(rnn, embed, tree, dtype or rnn.weight_hh_l0.dtype).index_select(0, tree.ends)
+
+
+def word_states(rnn, embed, captions, lengths, dtype=None):
+    """The top layer's state at every word: (B, T, H), as packed captions through `rnn` give it, 0 past the lengths.
+
+    rnn: an nn.GRU; of a bi-directional one, the mean of both directions' states. The rest as in `last_states`.
+    """
+    dtype = dtype or rnn.weight_hh_l0.dtype
+    if rnn.bidirectional:
+        (ahead, nodes), (back, back_nodes) = _both_ways(rnn, embed, captions, lengths, dtype)
+        states = (ahead.index_select(0, nodes.flatten()) + back.index_select(0, back_nodes.flatten())) / 2
+    else:
+        tree = prefix_tree(captions, lengths)
+        states = _top_states(rnn, embed, tree, dtype).index_select(0, tree.nodes.flatten())
+    padding = torch.arange(captions.shape[1]) >= lengths.unsqueeze(1)
+    return states.view(*captions.shape, -1).masked_fill(padding.unsqueeze(2), 0)
+
+
+def _both_ways(rnn, embed, captions, lengths, dtype):
+    """Of the top layer's two directions, each: states (nodes, H) and every word's node (B, T).
+
+    The backward direction walks the prefixes of the reversed captions. A layer above the first takes pairs of nodes
+    for its words, one of each direction: the same pair means the same whole caption, so little is shared there.
+    """
+    place = torch.arange(captions.shape[1])
+    mirrored = torch.where(place < lengths.unsqueeze(1), lengths.unsqueeze(1) - 1 - place, place)
+    words, inputs_of = captions, embed
     for layer in range(rnn.num_layers):
-        weight_ih, weight_hh, bias_ih, bias_hh = (
-            getattr(rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        products = inputs.to(dtype) @ weight_ih.to(dtype).t() + bias_ih  # in float32, as the bias is
-        states = _TreeGRU.apply(products, weight_hh, bias_hh, input_of, tree, dtype)
-        if layer + 1 < rnn.num_layers:
-            inputs, input_of = _rounded(states), torch.arange(len(states))
-    return states.index_select(0, tree.ends)
+        tree, back_tree = prefix_tree(words, lengths), prefix_tree(words.gather(1, mirrored), lengths)
+        inputs = inputs_of(tree.words)  # the same words in both trees
+        ahead = _layer_states(rnn, f"l{layer}", inputs, tree.word_of, tree, dtype)
+        back = _layer_states(rnn, f"l{layer}_reverse", inputs, back_tree.word_of, back_tree, dtype)
+        back_nodes = back_tree.nodes.gather(1, mirrored)
+        words = tree.nodes * len(back) + back_nodes
+
+        def inputs_of(pairs, ahead=ahead, back=back):
+            return torch.cat((ahead.index_select(0, pairs // len(back)), back.index_select(0, pairs % len(back))), 1)
+    return (ahead, tree.nodes), (back, back_nodes)

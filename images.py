@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from caption_files import COCO_ANNOTATIONS, read_flickr_json
-from errors import InputError
+from caption_files import COCO_ANNOTATIONS, read_flickr_json, read_json
+from errors import InputError, check_regular
 from word_ids import DEV_CAPTIONS, by_length, number_words, seed_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,7 +33,8 @@ class ImageDataset(torch.utils.data.Dataset):
             raise InputError("no captions for this split were found: check the annotation file and --data_name")
         if skip_broken:
             image_files, captions, image_of = _without_broken(image_files, captions, image_of)
-        self.image_files, self.captions, self.image_of = image_files, captions, image_of
+        self.image_files, self.captions, self.image_of = image_files, captions, torch.as_tensor(image_of)
+        self.n_images = len(image_files)
         self.word_ids = number_words(captions, vocab, reading, cache_dir)
         self.transform, self.seed, self.epoch = transform, seed, 0
 
@@ -47,8 +48,8 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.seed, self.epoch, index))
-            image = self.image(self.image_of[index])
-        return image, self.word_ids[index], index, self.image_of[index]
+            image = self.image(int(self.image_of[index]))
+        return image, self.word_ids[index], index, int(self.image_of[index])
 
     def place(self, device, features_on_device=None):
         """Nothing moves: images are decoded on the CPU and taken to the device batch by batch."""
@@ -97,10 +98,12 @@ def _outlive_signals(worker):
 def decode_image(path, as_seen=False):
     """A PIL picture in RGB; raises InputError if it cannot be decoded or is absurdly large (Pillow's limit).
 
-    as_seen: as a viewer shows it, turned as its EXIF data says, the clear parts white, 16-bit greys scaled to 8
-    bits. The released code does none of this, so data sets of raw images don't, either.
+    path: of a file, or an open one. as_seen: as a viewer shows it, turned as its EXIF data says, the clear parts
+    white, 16-bit greys scaled to 8 bits. The released code does none of this, so data sets of raw images don't, either.
     """
     from PIL import Image
+    if not hasattr(path, "read"):
+        check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -194,9 +197,9 @@ class FlickrDataset(ImageDataset):
     """One split of a Karpathy-layout JSON file (Flickr8k, Flickr30k, own photos), images below `root`."""
 
     def __init__(self, root, json, split, vocab, transform=None, **options):
-        images = [image for image in read_flickr_json(json) if image["split"] == split]
+        images = [image for image in read_flickr_json(json) if image["split"] == split and image["sentences"]]
         if not images:
-            raise InputError(f"{json} has no image of split {split!r}")
+            raise InputError(f"{json} has no image of split {split!r} with a caption")
         files = [image_path(root, image["filename"], json) for image in images]
         captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
         image_of = [number for number, image in enumerate(images) for _ in image["sentences"]]
@@ -227,11 +230,12 @@ class CocoDataset(ImageDataset):
 def _read_coco(path):
     """{caption id: (caption, image id)} and {image id: file name} of a COCO caption file."""
     from pycocotools.coco import COCO
-    if not os.path.exists(path):
-        raise InputError(f"{path} is not there: check --data_path")
+    content = read_json(path)
     try:
         with redirect_stdout(io.StringIO()):
-            coco = COCO(path)
+            coco = COCO()  # given the path, it would read in the locale's encoding
+            coco.dataset = content
+            coco.createIndex()
         annotations = {number: (str(entry["caption"]), entry["image_id"]) for number, entry in coco.anns.items()}
         return annotations, {number: str(entry["file_name"]) for number, entry in coco.imgs.items()}
     except Exception as error:  # COCO raises whatever its parsing meets
@@ -262,6 +266,7 @@ def image_transform(train, crop_size):
 
 def _coco_ids(folder, split):
     path = os.path.join(folder, "annotations", f"coco_{split}_ids.npy")
+    check_regular(path)
     try:
         ids = np.load(path, allow_pickle=False)
     except Exception as error:  # missing, torn, or holding objects

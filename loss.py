@@ -6,6 +6,8 @@ max-margin losses are those of VSE++ (Faghri et al., BMVC 2018). Deviations from
 code are listed in README.md.
 """
 
+from argparse import Namespace
+
 import torch
 from torch import nn
 
@@ -80,17 +82,31 @@ def loss_kind(opt):
     return "max" if opt.max_violation else "sum" if opt.sum_violation else "hal"
 
 
-class ContrastiveLoss(nn.Module):
-    """The loss that the options name, with the call of the VSE++ family.
+def _options(opt):
+    """HAL's call: the options are at hand."""
+    return opt
 
-    opt: measure, margin, max_violation, sum_violation, local_alpha, local_ep and, for the memory
-    bank, global_alpha, global_beta, global_ep_nega, mb_k. (global_ep_posi cancels in the weights.)
+
+def _margin_options(margin=0, measure=False, max_violation=False):
+    """VSE++'s call: the options of a margin loss."""
+    return Namespace(margin=margin, measure=measure or "cosine", max_violation=max_violation,
+                     sum_violation=not max_violation)
+
+
+class ContrastiveLoss(nn.Module):
+    """The loss that the options name, with the calls of the VSE++ family.
+
+    `ContrastiveLoss(opt)`, HAL's: opt has measure, margin, max_violation, sum_violation, local_alpha, local_ep and,
+    for the memory bank, global_alpha, global_beta, global_ep_nega, mb_k. (global_ep_posi cancels in the weights.)
+    `ContrastiveLoss(margin=0, measure=False, max_violation=False)`, VSE++'s, by place or by name: the sum-margin or
+    max-margin loss, never HAL; measure "order" or, also where it is False, "cosine".
     """
 
-    def __init__(self, opt):
+    def __init__(self, *arguments, **named):
         super().__init__()
-        self.opt = opt
-        self.similarity = SIMILARITIES[opt.measure]
+        by_options = "opt" in named or arguments and not isinstance(arguments[0], (int, float))
+        self.opt = (_options if by_options else _margin_options)(*arguments, **named)
+        self.similarity = SIMILARITIES[self.opt.measure]
 
     def forward(self, im, s, mb_img=None, mb_cap=None, mb_ind=None, indices=None):
         """(B, D) image and caption embeddings -> the scalar loss.

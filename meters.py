@@ -5,6 +5,10 @@ class AverageMeter:
     """The latest value, and the mean weighted by the counts given with `update`."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self):
+        """Forget everything."""
         self.val = self.avg = self.sum = self.count = 0
 
     def update(self, val, n=0):
@@ -27,6 +31,11 @@ class LogCollector:
     def update(self, k, v, n=0):
         """Take in value `v` of meter `k`; see AverageMeter."""
         self.meters.setdefault(k, AverageMeter()).update(v, n)
+
+    def tb_log(self, tb_logger, prefix="", step=None):
+        """The latest value of each meter to tensorboard_logger, or what has its `log_value(tag, value, step)`."""
+        for name, meter in self.meters.items():
+            tb_logger.log_value(prefix + name, meter.val, step=step)
 
     def state(self):
         """{name: the meter's values}, for a checkpoint."""

@@ -3,12 +3,11 @@
     python3 compute_results.py --model_path runs/runX/model_best.pth.tar --data_path data --report report
 
 The page needs no other file and no network: style, plots and photos are inside. In image to text ("i2t") images are
-the queries and captions the targets, in text to image ("t2i") the other way round. Captions and file names are other
-people's text: all of it goes through `text`.
+the queries and captions the targets, in text to image ("t2i") the other way round. The layout is templates/report.html;
+here is what it shows. Captions and file names are other people's text: Jinja2 escapes whatever it puts into a page.
 """
 
 import base64
-import html
 import io
 import os
 import sys
@@ -17,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from corrections import in_words
+from data import read_ids
 from errors import InputError, replacing
-from hubness import DEPTHS, k_occurrence
+from hubness import DEPTHS, occurrences
 from images import decode_image
-from loss import SIMILARITIES
-from word_ids import CAPTIONS_PER_IMAGE
 
 RESAMPLES, SEED = 1000, 0
 NEGATIVES = 100_000  # wrong pairs whose similarities are drawn, at most
@@ -31,43 +30,8 @@ PAIR_BLOCK = 4096  # pairs compared at a time
 HUBS = WINNINGS = 5  # hubs shown in each direction, and of the queries that each wrongly wins
 EXAMPLES, RETRIEVED = 4, 3  # right and wrong queries shown in each direction, and the items shown of each
 THUMBNAIL = 160  # pixels
-LONGEST_TEXT = 300  # characters; more is cut
 SIDES = {"i2t": ("image", "caption"), "t2i": ("caption", "image")}  # query, target
-STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfa; --ink: #1d1d1b; --soft: #63615b; --line: #dfddd5; --band: #f3f2ec;
-  --good: #17653a; --bad: #a3301c; --note: #fdf3d7; }
-@media (prefers-color-scheme: dark) { :root { --paper: #17171a; --ink: #e8e6e1; --soft: #a9a69e; --line: #3a3a40;
-  --band: #212126; --good: #84d3a0; --bad: #f59c8a; --note: #3b3218; } }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 1100px; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2.8rem 0 .4rem; padding-top: .7rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-p { margin: .4rem 0 .8rem; max-width: 46rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0; }
-dt, small, figcaption { color: var(--soft); }
-dd, figure { margin: 0; }
-small, figcaption { display: block; font-size: .8rem; }
-.note { margin-top: 1rem; background: var(--note); padding: .6rem .9rem; border-radius: 6px; }
-.box { overflow-x: auto; overflow-wrap: normal; margin: .8rem 0; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-tr:last-child > * { border-bottom: 0; }
-thead tr > th { background: var(--band); vertical-align: bottom; border-bottom: 1px solid var(--line); }
-tbody th { font-weight: 500; }
-sub { line-height: 0; }
-.figures tr > * + * { text-align: right; white-space: nowrap; }
-.item { min-width: 9rem; max-width: 17rem; unicode-bidi: isolate; overflow-wrap: anywhere; }
-.item img { display: block; max-width: 100%; border-radius: 4px; }
-ul { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .5rem 1rem; min-width: 22rem;
-  margin: .3rem 0 0; padding: 0; list-style: none; }
-li .item { min-width: 0; }
-li img { max-height: 90px; }
-.right, .wrong { font-weight: 600; color: var(--good); }
-.wrong { color: var(--bad); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 1rem; }
-figure img { box-sizing: border-box; width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 8px; }
-"""
+TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 
 
 def write_report(options, split, result, hubs, words, outcome):
@@ -81,25 +45,28 @@ def write_report(options, split, result, hubs, words, outcome):
                      "hubness": hubs}, **outcome}
     best = max(outcome, key=lambda name: outcome[name]["metrics"].rsum, default=None)
     opt, rankings = result.checkpoint.opt, on_cpu(result.rankings[0])
-    counts = {"without correction": occurrences(rankings)}
+    counts = {"without correction": as_arrays(occurrences(rankings))}
     if best:
-        counts[f"with {best}"] = occurrences(on_cpu(outcome[best]["rankings"][0]))
-    items = Items(result.dataset.captions, *find_photos(options.images, split, result))
-    own, wrong = pair_similarities(result.images, result.captions, opt.measure)
-    title = text(f"Image-text retrieval: {opt.data_name}, {split}")
-    sections = [evaluated_section(options, split, result, words), recalls_section(rows), hubness_section(rows),
-                plots_section(counts, own, wrong, opt.measure), hubs_section(items, rankings, counts),
-                examples_section(items, rankings, own)]
-    # Other people's text is in it: the browser is told to run and to fetch nothing, should any escape the escaping.
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><header><h1>{title}</h1></header><main>
-{"".join(sections)}</main></body></html>
-"""
-    with replacing(os.path.join(options.report, "report.html"), "w", encoding="utf-8") as file:
+        counts[f"with {best}"] = as_arrays(occurrences(outcome[best]["rankings"][0]))
+    image_of = result.dataset.image_of.numpy()
+    own, wrong = pair_similarities(result.checkpoint.similarities(result.images, result.captions), image_of)
+    items = Items(result.dataset.captions, image_of, *find_photos(options.images, split, result))
+    page = template("report.html").render(
+        data=opt.data_name, split=split, facts=facts(options, split, result, words), sides=SIDES, depths=DEPTHS,
+        transductive=words.startswith("transductive"), recalls=recalls(rows), resamples=RESAMPLES, seed=SEED, best=best,
+        hubness=hubness_lines(rows), plots=plots(counts, own, wrong, opt.measure), items=items,
+        hubs=worst_hubs(items, rankings, counts), examples=examples(items, rankings, own), n_examples=EXAMPLES)
+    # What UTF-8 cannot write, such as half of a surrogate pair in a caption, is shown as an escape.
+    with replacing(os.path.join(options.report, "report.html"), "w", encoding="utf-8",
+                   errors="backslashreplace") as file:
         file.write(page)
+
+
+def template(name):
+    """A page's Jinja2 template. What is put into it gets escaped, and what it lacks is an error."""
+    pages = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+                        trim_blocks=True, lstrip_blocks=True)
+    return pages.get_template(name)
 
 
 def on_cpu(rankings):
@@ -109,28 +76,36 @@ def on_cpu(rankings):
 
 # Texts and photos -------------------------------------------------------------------------------
 
-def text(content):
-    """Anything as HTML text: escaped, cut where it is long, and without what UTF-8 cannot write."""
-    content = str(content)
-    content = content if len(content) <= LONGEST_TEXT else content[:LONGEST_TEXT] + "…"
-    return html.escape(content.encode("utf-8", "backslashreplace").decode("utf-8"))
+class Shown(NamedTuple):
+    """What a page shows of an image or a caption: a photo with a text in its stead, or the text alone."""
+
+    kind: str  # "image" or "caption"
+    number: int
+    text: str
+    photo: str | None = None  # a data URI
 
 
 class Items(NamedTuple):
     """What images and captions look like to a person."""
 
-    captions: list  # 5N texts
+    captions: list  # C texts
+    image_of: np.ndarray  # (C,) each caption's image
     names: list  # N file names, "" where unknown
     files: list  # N paths, or None
 
+    def own_captions(self, image):
+        """The numbers of an image's captions."""
+        return np.flatnonzero(self.image_of == image)
+
     def show(self, kind, number):
-        """An "image" or "caption" by its number as HTML: the photo, else its name; or the caption's text."""
-        photo = thumbnail(self.files[number]) if kind == "image" and self.files[number] else None
-        content = text(self.names[number] if kind == "image" else self.captions[number])
-        if photo:
-            alt = text(f"Photo of image {number}: {self.captions[number * CAPTIONS_PER_IMAGE]}")
-            content = f'<img src="{photo}" alt="{alt}">'
-        return f'<div class="item">{content}<small>{kind} {number}</small></div>'
+        """An "image" or "caption" by its number as Shown: the photo, else its name; or the caption's text."""
+        if kind == "caption":
+            return Shown(kind, number, self.captions[number])
+        photo = self.files[number] and thumbnail(self.files[number])
+        if not photo:
+            return Shown(kind, number, self.names[number])
+        caption = self.captions[self.own_captions(number)[0]]
+        return Shown(kind, number, f"Photo of image {number}: {caption}", photo)
 
 
 @lru_cache(maxsize=256)
@@ -163,7 +138,7 @@ def find_photos(folder, split, result):
     ids_split = "dev" if split == "val" else split
     ids_file = os.path.join(opt.data_path, opt.data_name, f"{ids_split}_ids.txt")
     try:
-        names = read_ids(ids_file, result.dataset)[:n_images]
+        names = image_names(ids_file, result.dataset)
     except InputError:
         if folder is not None:
             raise
@@ -178,22 +153,13 @@ def find_photos(folder, split, result):
     return names, files
 
 
-def read_ids(path, dataset):
-    """The file names of all images of a PrecompDataset; raises InputError where they do not fit it."""
-    try:
-        # Bytes that are no UTF-8 stay what they are: Linux allows them in file names.
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            names = [line.strip() for line in file.read().rstrip("\n").split("\n")]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): --images needs it, with the file name of each "
-                         "image on a line; add it, or leave --images out") from error
-    n_images = len(dataset.images) * dataset.captions_per_row // CAPTIONS_PER_IMAGE  # dev may be evaluated in part
-    if len(names) == n_images * CAPTIONS_PER_IMAGE:
-        names = names[::CAPTIONS_PER_IMAGE]
-    if len(names) != n_images:
-        raise InputError(f"{path} has {len(names)} lines for {n_images} images: it needs a line for each image, or "
-                         "each caption; mend it, or leave --images out")
-    return names
+def image_names(path, dataset):
+    """The file names of the N images of a PrecompDataset; raises InputError where there are none."""
+    if not os.path.exists(path):
+        raise InputError(f"{path} is not there: --images needs it, with the file name of each image on a line; add it, "
+                         "or leave --images out")
+    names, first = read_ids(path), torch.searchsorted(dataset.image_of, torch.arange(dataset.n_images))
+    return [names[place] for place in (dataset.row_of[first] if len(names) == len(dataset.images) else first)]
 
 
 def photo_file(folder, name):
@@ -222,30 +188,31 @@ def interval(samples):
     return np.percentile(samples, (2.5, 97.5), axis=0)
 
 
-def pair_similarities(images, captions, measure):
-    """Similarities of each caption with its image (5N,), and of a fixed sample of wrong pairs, as arrays."""
-    n_wrong, others = len(captions) * (len(images) - 1), max(1, len(images) - 1)
+def pair_similarities(source, image_of):
+    """Similarities of each caption with its image (C,), and of a fixed sample of wrong pairs, as arrays.
+
+    source: as `ranking` describes it; image_of: (C,) array.
+    """
+    n_images, n_captions = source.n_images, source.n_captions
+    n_wrong, others = n_captions * (n_images - 1), max(1, n_images - 1)
     wrong = np.random.default_rng(SEED).choice(n_wrong, min(n_wrong, NEGATIVES), replace=False)
     # A wrong pair's number tells its caption, and how many images after the right one its image is.
-    pairs = [(np.arange(len(captions)), 0), (wrong // others, 1 + wrong % others)]
-    pairwise, found = torch.vmap(SIMILARITIES[measure]), []
+    pairs, found = [(np.arange(n_captions), 0), (wrong // others, 1 + wrong % others)], []
     for chosen, further in pairs:
-        numbers = torch.from_numpy(np.stack([(chosen // CAPTIONS_PER_IMAGE + further) % len(images), chosen]))
-        found.append(torch.cat([pairwise(images[i].unsqueeze(1), captions[c].unsqueeze(1)).flatten()
-                                for i, c in numbers.to(images.device).split(PAIR_BLOCK, 1)]).cpu().numpy())
+        numbers = torch.from_numpy(np.stack([(image_of[chosen] + further) % n_images, chosen]))
+        found.append(torch.cat([source.pairs(*block).cpu() for block in numbers.split(PAIR_BLOCK, 1)]).numpy())
     return found
 
 
-def occurrences(rankings):
-    """N_k of all targets as arrays: {"i2t": {k: (5N,)}, "t2i": {k: (N,)}}."""
-    return {side: {k: k_occurrence(ranking.items[:, :k], len(other.ranks)).numpy() for k in DEPTHS}
-            for side, ranking, other in zip(SIDES, rankings, rankings[::-1])}
+def as_arrays(counts):
+    """N_k as `hubness.occurrences` gives it, as arrays."""
+    return {side: {k: own.numpy() for k, own in depths.items()} for side, depths in counts.items()}
 
 
-def is_own(side, query, target):
-    """Whether a target belongs to a query, by their numbers; either may be an array."""
+def is_own(image_of, side, query, target):
+    """Whether a target belongs to a query, by their numbers; either may be an array. image_of: (C,) array."""
     image, caption = (query, target) if side == "i2t" else (target, query)
-    return caption // CAPTIONS_PER_IMAGE == image
+    return image_of[caption] == image
 
 
 def spread(numbers, n):
@@ -255,36 +222,25 @@ def spread(numbers, n):
 
 # Sections ---------------------------------------------------------------------------------------
 
-def section(heading, *parts):
-    """A section of the page; heading and parts are HTML."""
-    return f"<section><h2>{heading}</h2>\n" + "\n".join(parts) + "</section>\n"
+class Estimate(NamedTuple):
+    """A figure and the bounds of its interval."""
+
+    value: float
+    low: float
+    high: float
 
 
-def table(label, head, rows, kind=""):
-    """A table of HTML cells in a box that scrolls where the screen is narrow; a row's first cell is its heading."""
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>\n'
-                   for first, *rest in rows)
-    return (f'<div class="box" role="region" aria-label="{label}" tabindex="0"><table class="{kind}">'
-            f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>")
-
-
-def evaluated_section(options, split, result, words):
-    """What was evaluated."""
+def facts(options, split, result, words):
+    """What was evaluated: {name: text}."""
     opt = result.checkpoint.opt
-    facts = {"Checkpoint": options.model_path, "Trained in": opt.logger_name,
-             "Data": os.path.join(opt.data_path, opt.data_name), "Split": split,
-             "Size": f"{len(result.images)} images, {len(result.captions)} captions", "Similarity": opt.measure,
-             "Correction": words or "none"}
-    lines = "".join(f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in facts.items())
-    note = ('<p class="note" role="note"><strong>Transductive.</strong> The corrections on this page have seen all '
-            "evaluated queries together. Their figures do not compare with those of models or corrections that see one "
-            "query at a time.</p>" if words.startswith("transductive") else "")
-    return section("What was evaluated", f"<dl>{lines}</dl>", note)
+    return {"Checkpoint": options.model_path, "Trained in": opt.logger_name,
+            "Data": os.path.join(opt.data_path, opt.data_name), "Split": split,
+            "Size": f"{len(result.images)} images, {len(result.captions)} captions", "Similarity": opt.measure,
+            "Correction": words or "none"}
 
 
-def recalls_section(rows):
-    """Recalls with their intervals, a row without correction and one for each method."""
+def recalls(rows):
+    """Recalls and rsum with their intervals, and rsum's gain: one without correction and one for each method."""
     generator = np.random.default_rng(SEED)
     i2t, t2i = (resampled_recalls(np.stack([row["rankings"][0][side].ranks.cpu() for row in rows.values()]), generator)
                 for side in (0, 1))
@@ -295,38 +251,20 @@ def recalls_section(rows):
     for place, (name, row) in enumerate(rows.items()):
         metrics = row["metrics"]
         figures = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], *bounds[:, place])
-        cells = [f"{value:.1f}<small>{low:.1f} to {high:.1f}</small>" for value, low, high in figures]
-        gain = "{:+.1f}<small>{:+.1f} to {:+.1f}</small>".format(metrics.rsum - base, *gains[:, place])
-        lines.append([f"{name}<small>{in_words(row['parameters'])}</small>", *cells, gain if place else ""])
-    head = ["correction", *(f"{side} R@{k}" for side in SIDES for k in DEPTHS), "rsum", "rsum, gain"]
-    return section(
-        "Recalls", "<p>Percent of queries with an own item among the first 1, 5 and 10. i2t: images retrieve captions; "
-        "t2i: captions retrieve images; rsum: the sum of all six. Equal scores count against the model. Below each "
-        f"figure is its 95 % interval over {RESAMPLES} resamples of the queries (bootstrap, seed {SEED}; images and "
-        "captions are drawn apart). A gain over none is taken on the same resamples.</p>",
-        table("Recalls", *((head, lines) if len(rows) > 1 else (head[:-1], [lines[0][:-1]])), "figures"))
+        lines.append({"name": name, "parameters": in_words(row["parameters"]),
+                      "figures": [Estimate(*one) for one in figures],
+                      "gain": Estimate(metrics.rsum - base, *gains[:, place])})
+    return lines
 
 
-def hubness_section(rows):
-    """How unevenly targets are retrieved: at all depths without correction, at the last one with each."""
-    lines = []
-    for name, row in rows.items():
-        for side in SIDES:
-            for k in DEPTHS if name == "none" else DEPTHS[-1:]:
-                hubs = row["hubness"][side][k]
-                lines.append([f"{name}, {side}", k, f"{hubs.skewness:.2f}", f"{hubs.anti_hubs:.1%}",
-                              f"{hubs.top_share:.1%}", f"{hubs.robin_hood:.1%}", f"{hubs.largest:g}"])
-    head = ["correction", "k", "skewness", "anti-hubs", "top 1 % take", "Robin Hood", "largest N<sub>k</sub>"]
-    return section(
-        "Hubness", "<p>N<sub>k</sub> of a target: the number of queries that have it among their k nearest; targets "
-        "are captions in i2t, images in t2i. Anti-hubs: targets with N<sub>k</sub> = 0. Top 1 % take: the share of all "
-        "places that the top 1 % of targets have. Robin Hood: the share of places that would have to move for all "
-        "targets to have as many.</p>",
-        table("Hubness", head, lines, "figures"))
+def hubness_lines(rows):
+    """How unevenly targets are retrieved, (name, side, k, Hubness): at all depths without correction, else the last."""
+    return [(name, side, k, row["hubness"][side][k]) for name, row in rows.items() for side in SIDES
+            for k in (DEPTHS if name == "none" else DEPTHS[-1:])]
 
 
-def plots_section(counts, own, wrong, measure):
-    """Histograms of N_10 both ways, {label: occurrences}, and the similarities of right and wrong pairs."""
+def plots(counts, own, wrong, measure):
+    """[(picture's data URI, what it shows)]: N_10 both ways, {label: occurrences}, and right and wrong similarities."""
     figures, k = [], DEPTHS[-1]
     for side, (query, target) in SIDES.items():
         values = {label: sides[side][k] for label, sides in counts.items()}
@@ -342,11 +280,7 @@ def plots_section(counts, own, wrong, measure):
                xlabel=f"{measure} similarity", ylabel="density")
     figures.append((uri, "Similarities of pairs; " + ", ".join(
         f"{len(one):,} {label}" + (f": mean {one.mean():.3f}" if len(one) else "") for label, one in values.items())))
-    figures = [f'<figure><img src="{uri}" alt="Plot. {words}"><figcaption>{words}.</figcaption></figure>'
-               for uri, words in figures]
-    best = [label.removeprefix("with ") for label in counts][1:]
-    return section("Distributions", *[f"<p>The correction shown is {name}, the best rsum on this page.</p>"
-                                      for name in best], f'<div class="plots">{"".join(figures)}</div>')
+    return figures
 
 
 def plot(values, edges, density=False, **labels):
@@ -370,45 +304,32 @@ def plot(values, edges, density=False, **labels):
     return data_uri("image/png", content)
 
 
-def hubs_section(items, rankings, counts):
-    """The targets with the largest N_10, and queries that they wrongly win."""
-    parts = ["<p>The targets with the largest N<sub>10</sub> without correction, and queries that they win wrongly: "
-             "these have the hub as their nearest, though it is not their own.</p>"]
-    for (side, (query, target)), ranking in zip(SIDES.items(), rankings):
+def worst_hubs(items, rankings, counts):
+    """{side: the targets with the largest N_10, their occurrences, and queries that they wrongly win}.
+
+    They win a query that has them as its nearest, though they are not its own.
+    """
+    hubs = {}
+    for side, ranking in zip(SIDES, rankings):
         plain, *corrected = ([sides[side][k] for k in DEPTHS] for sides in counts.values())
-        top1, lines = ranking.top1.numpy(), []
+        top1, hubs[side] = ranking.top1.numpy(), []
         for number in np.argsort(-plain[-1], kind="stable")[:HUBS].tolist():
             won = np.flatnonzero(top1 == number)
-            won = won[~is_own(side, won, number)]
-            queries = "".join(f"<li>{items.show(query, one)}</li>" for one in spread(won, WINNINGS))
-            more = f", {WINNINGS} of them" if len(won) > WINNINGS else ""
-            lines.append([items.show(target, number), *(count[number] for count in plain),
-                          *(one[-1][number] for one in corrected), f"{len(won)}{more}<ul>{queries}</ul>"])
-        head = [target, *(f"N<sub>{k}</sub>" for k in DEPTHS),
-                *(f"N<sub>10</sub> {label}" for label in list(counts)[1:]), f"{query}s wrongly won"]
-        parts += [f"<h3>{side}: {target}s that are hubs</h3>", table(f"Hubs, {side}", head, lines)]
-    return section("The worst hubs", *parts)
+            won = won[~is_own(items.image_of, side, won, number)]
+            shown = [count[number] for count in (*plain, *(one[-1] for one in corrected))]
+            hubs[side].append({"number": number, "counts": shown, "n_won": len(won), "won": spread(won, WINNINGS)})
+    return hubs
 
 
-def examples_section(items, rankings, own):
-    """A few queries each way, right ones and wrong ones, with what they retrieve; own: similarities (5N,)."""
-    parts = [f"<p>Up to {EXAMPLES} right and {EXAMPLES} wrong queries each way, evenly spaced in the split, without "
-             "correction. Of an image's own captions, the nearest is shown.</p>"]
-    nearest = own.reshape(-1, CAPTIONS_PER_IMAGE).argmax(1)
-    for (side, (query, target)), ranking in zip(SIDES.items(), rankings):
-        ranks, lines = ranking.ranks.numpy(), []
-        for number in [one for chosen in (ranks == 0, ranks > 0) for one in spread(np.flatnonzero(chosen), EXAMPLES)]:
-            true = (number // CAPTIONS_PER_IMAGE if side == "t2i" else
-                    number * CAPTIONS_PER_IMAGE + int(nearest[number]))
-            lines.append([items.show(query, number), f"{mark(ranks[number] == 0)} own at rank&nbsp;{ranks[number] + 1}",
-                          items.show(target, true)])
-            lines[-1] += [mark(is_own(side, number, one)) + items.show(target, one)
-                          for one in ranking.items[number, :RETRIEVED].tolist()]
-        head = [f"query: {query}", "result", f"own {target}", "first", "second", "third"]
-        parts += [f"<h3>{side}: {query}s retrieve {target}s</h3>", table(f"Examples, {side}", head, lines)]
-    return section("Examples", *parts)
-
-
-def mark(right):
-    """Right or wrong, in words and in colour."""
-    return '<div class="right">right</div>' if right else '<div class="wrong">wrong</div>'
+def examples(items, rankings, own):
+    """{side: a few right queries and a few wrong ones, with what they retrieve}; own: similarities (C,)."""
+    chosen = {}
+    for side, ranking in zip(SIDES, rankings):
+        ranks, chosen[side] = ranking.ranks.numpy(), []
+        for number in [one for which in (ranks == 0, ranks > 0) for one in spread(np.flatnonzero(which), EXAMPLES)]:
+            captions = items.own_captions(number)
+            true = items.image_of[number] if side == "t2i" else captions[own[captions].argmax()]
+            retrieved = [(one, is_own(items.image_of, side, number, one))
+                         for one in ranking.items[number, :RETRIEVED].tolist()]
+            chosen[side].append({"number": number, "rank": ranks[number], "own": true, "retrieved": retrieved})
+    return chosen

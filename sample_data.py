@@ -23,6 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from errors import InputError, run_script
+
 SEED = 2020
 SPLIT_IMAGES = {"train": 500, "dev": 200, "test": 200}
 RAW_IMAGES = {"train": 60, "dev": 20, "test": 20}  # the first so many of each split
@@ -421,8 +423,17 @@ def draw(data_path, seed=SEED):
     """Draws into data_path those folders of WRITERS that are not there; returns their paths.
 
     Each appears whole or not at all: it is written to a scratch folder beside its place and then moved.
+    Raises InputError where data_path cannot be written.
     """
-    data_path = Path(data_path)
+    try:
+        return draw_missing(Path(data_path), seed)
+    except OSError as error:
+        raise InputError(f"the sample data cannot be drawn into --data_path {data_path} ({error.strerror or error}): "
+                         "name a folder that can be written and has a few megabytes of space") from error
+
+
+def draw_missing(data_path, seed):
+    """As `draw`; raises OSError."""
     missing = [name for name in WRITERS if not (data_path / name).exists()]
     if not missing:
         return []
@@ -457,4 +468,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

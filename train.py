@@ -9,14 +9,18 @@ Flags and defaults are the released code's. Log lines go to stderr, rsum to stdo
 TensorBoard, checkpoints to --logger_name.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
+
 import argparse
 import glob
 import math
 import os
-import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from tqdm import tqdm
@@ -25,7 +29,7 @@ import checkpoint
 import run_record
 import sample_data
 from data import get_loaders
-from device import choose_device, choose_matmul_precision
+from device import amp_in_words, choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import append, embed, metrics_of, split_loss
 from hubness import DEPTHS, hubness_both_ways
@@ -45,92 +49,116 @@ KEEP_DRAW = 2
 def parse_args(argv=None):
     """The script's flags; original names and defaults."""
     parser = ArgumentParser("Train a visual-semantic embedding with HAL or a margin loss.")
-    count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
-    finite = number(float, -math.inf)
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default="data", help="folder that holds the data sets")
-    data.add_argument("--data_name", default="sample_precomp",
-                      help="data set: *_precomp (features), coco, f8k, f30k, or any folder with dataset_<name>.json")
-    data.add_argument("--vocab_path", default="./vocab/", help="folder of <data_name>_vocab.json or .pkl")
-    data.add_argument("--cache_dir", help="folder for tokenized captions (default: <data_path>/.cache)")
-    data.add_argument("--features_on_device", action=argparse.BooleanOptionalAction,
-                      help="keep the features in GPU memory (default: where they fit in half of what is free)")
-    data.add_argument("--caption_reading", choices=READINGS,
-                      help="how captions become words (default: text, or as in the checkpoint that is started from)")
-    data.add_argument("--use_restval", action="store_true", help="coco: train on the restval captions, too")
-    data.add_argument("--skip_broken_images", action="store_true",
-                      help="leave out raw images that cannot be decoded (checked at the start)")
-    data.add_argument("--crop_size", default=224, type=count, help="pixels of the random training crop (raw images)")
-    data.add_argument("--workers", default=10, type=number(int, 0), help="processes that decode raw images")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--word_dim", default=300, type=count, help="width of the word embedding")
-    model.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
-    model.add_argument("--num_layers", default=1, type=count, help="layers of the GRU")
-    model.add_argument("--img_dim", type=count, help="width of the precomputed features (default: that of the file)")
-    model.add_argument("--cnn_type", default="vgg19", help="torchvision's VGG or ResNet for raw images")
-    model.add_argument("--cnn_weights", default="imagenet", help="imagenet, none (random), or a state dict file")
-    model.add_argument("--finetune", action="store_true", help="train the CNN, too")
-    model.add_argument("--measure", default="cosine", choices=["cosine", "order"], help="similarity")
-    model.add_argument("--use_abs", action="store_true", help="absolute value of the embeddings")
-    model.add_argument("--no_imgnorm", action="store_true", help="do not normalise the image embeddings")
-
-    loss = parser.add_argument_group("loss (HAL unless a margin loss is chosen)")
-    loss.add_argument("--margin", default=0.2, type=share, help="margin of the hinge losses")
-    loss.add_argument("--max_violation", action="store_true", help="max-margin (VSE++): the hardest negatives")
-    loss.add_argument("--sum_violation", action="store_true", help="sum-margin: all negatives")
-    loss.add_argument("--local_alpha", default=30.0, type=positive, help="HAL: scale a in exp(a (S_ij - e))")
-    loss.add_argument("--local_ep", default=0.3, type=finite, help="HAL: margin e in exp(a (S_ij - e))")
-    loss.add_argument("--memory_bank", action="store_true", help="HAL: global weights from a memory bank, from the "
-                                                                 "second epoch on")
-    loss.add_argument("--global_alpha", default=40.0, type=share, help="bank: scale g of the positive weights w_i")
-    loss.add_argument("--global_beta", default=40.0, type=share, help="bank: scale b of the pair weights W_ij")
-    loss.add_argument("--global_ep_posi", default=0.2, type=finite, help="bank: e+ of w_i (it cancels: no effect)")
-    loss.add_argument("--global_ep_nega", default=0.1, type=finite, help="bank: e- in exp(b P_ik - e-)")
-    loss.add_argument("--mb_k", default=250, type=count, help="bank: nearest neighbours that count")
-    loss.add_argument("--mb_rate", default=0.05, type=number(float, 0, 1, low_allowed=False),
-                      help="bank: share of the training pairs it holds")
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--num_epochs", default=15, type=number(int, 0), help="epochs in all")
-    training.add_argument("--batch_size", default=128, type=count, help="pairs a step")
-    training.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
-    training.add_argument("--lr_update", default=8, type=count, help="epochs after which it is divided by 10")
-    training.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
-    training.add_argument("--lr_warmup_steps", default=0, type=number(int, 0),
-                          help="steps over which the learning rate rises linearly to --learning_rate")
-    training.add_argument("--warmup_epochs", default=0, type=number(int, 0), help="epochs trained with --warmup_loss")
-    training.add_argument("--warmup_loss", default="sum", choices=["sum"], help="sum: the sum-margin loss")
-    training.add_argument("--skip_bad_steps", default=0, type=number(int, 0),
-                          help="steps in a row with a loss or gradient that is not finite that may pass without update")
-    training.add_argument("--collapse_patience", default=50, type=count,
-                          help="steps in a row that must look collapsed before anything is said")
-    training.add_argument("--on_collapse", choices=["stop", "warn"],
-                          help="what to do then (default: stop; with --max_violation, which may recover, warn)")
-    training.add_argument("--seed", default=0, type=number(int, 0, 2**63 - 1), help="decides weights, order and bank")
-    training.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
-    training.add_argument("--amp", default="off", choices=["off", "bf16"],
-                          help="bf16: the encoders' matrix products in bf16")
-    start = training.add_mutually_exclusive_group()
-    start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
-                       help="continue this run where it stopped; auto: from the run folder's newest checkpoint, if any")
-    start.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
-                                                                             "released code's)")
-    training.add_argument("--reset_train", action="store_true", help="accepted as in the released code: no effect")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--logger_name", default="runs/runX", help="run folder: checkpoints and TensorBoard")
-    output.add_argument("--log_step", default=10, type=count, help="steps between log lines")
-    output.add_argument("--val_step", default=500, type=count, help="steps between validations")
-    output.add_argument("--save_step", type=count, help="steps between checkpoints within an epoch (default: none)")
-    output.add_argument("--keep", type=count, help="Epoch-<n> files that --save_all keeps (default: all)")
-    output.add_argument("--save_all", action="store_true", help="keep Epoch-<n>-model.pth.tar of every epoch")
-    output.add_argument("--record_val", action="store_true", help="append every epoch's rsum to rst_val_<run>")
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_loss_flags(parser.add_argument_group("loss (HAL unless a margin loss is chosen)"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_start_flags(parser.add_argument_group("start"))
+    add_output_flags(parser.add_argument_group("output"))
     opt = parser.parse_args(argv)
     opt.cache_dir = opt.cache_dir or os.path.join(opt.data_path, ".cache")
     _check(opt)
     return opt
+
+
+def add_data_flags(group):
+    """The data set."""
+    count = number(int, 1)
+    group.add_argument("--data_path", default="data", help="folder that holds the data sets")
+    group.add_argument("--data_name", default="sample_precomp",
+                       help="data set: *_precomp (features), coco, f8k, f30k, or any folder with dataset_<name>.json")
+    group.add_argument("--vocab_path", default="./vocab/", help="folder of <data_name>_vocab.json or .pkl")
+    group.add_argument("--cache_dir", help="folder for tokenized captions (default: <data_path>/.cache)")
+    group.add_argument("--features_on_device", action=argparse.BooleanOptionalAction,
+                       help="keep the features in GPU memory (default: where they fit in half of what is free)")
+    group.add_argument("--caption_reading", choices=READINGS,
+                       help="how captions become words (default: text, or as in the checkpoint that is started from)")
+    group.add_argument("--use_restval", action="store_true", help="coco: train on the restval captions, too")
+    group.add_argument("--skip_broken_images", action="store_true",
+                       help="leave out raw images that cannot be decoded (checked at the start)")
+    group.add_argument("--crop_size", default=224, type=count, help="pixels of the random training crop (raw images)")
+    group.add_argument("--workers", default=10, type=number(int, 0), help="processes that decode raw images")
+
+
+def add_model_flags(group):
+    """The model."""
+    count = number(int, 1)
+    group.add_argument("--word_dim", default=300, type=count, help="width of the word embedding")
+    group.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
+    group.add_argument("--num_layers", default=1, type=count, help="layers of the GRU")
+    group.add_argument("--img_dim", type=count, help="width of the precomputed features (default: that of the file)")
+    group.add_argument("--cnn_type", default="vgg19", help="torchvision's VGG or ResNet for raw images")
+    group.add_argument("--cnn_weights", default="imagenet", help="imagenet, none (random), or a state dict file")
+    group.add_argument("--finetune", action="store_true", help="train the CNN, too")
+    group.add_argument("--measure", default="cosine", choices=["cosine", "order"], help="similarity")
+    group.add_argument("--use_abs", action="store_true", help="absolute value of the embeddings")
+    group.add_argument("--no_imgnorm", action="store_true", help="do not normalise the image embeddings")
+
+
+def add_loss_flags(group):
+    """The loss."""
+    count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
+    finite = number(float, -math.inf)
+    group.add_argument("--margin", default=0.2, type=share, help="margin of the hinge losses")
+    group.add_argument("--max_violation", action="store_true", help="max-margin (VSE++): the hardest negatives")
+    group.add_argument("--sum_violation", action="store_true", help="sum-margin: all negatives")
+    group.add_argument("--local_alpha", default=30.0, type=positive, help="HAL: scale a in exp(a (S_ij - e))")
+    group.add_argument("--local_ep", default=0.3, type=finite, help="HAL: margin e in exp(a (S_ij - e))")
+    group.add_argument("--memory_bank", action="store_true", help="HAL: global weights from a memory bank, from the "
+                       "second epoch on")
+    group.add_argument("--global_alpha", default=40.0, type=share, help="bank: scale g of the positive weights w_i")
+    group.add_argument("--global_beta", default=40.0, type=share, help="bank: scale b of the pair weights W_ij")
+    group.add_argument("--global_ep_posi", default=0.2, type=finite, help="bank: e+ of w_i (it cancels: no effect)")
+    group.add_argument("--global_ep_nega", default=0.1, type=finite, help="bank: e- in exp(b P_ik - e-)")
+    group.add_argument("--mb_k", default=250, type=count, help="bank: nearest neighbours that count")
+    group.add_argument("--mb_rate", default=0.05, type=number(float, 0, 1, low_allowed=False),
+                       help="bank: share of the training pairs it holds")
+
+
+def add_training_flags(group):
+    """How it is trained."""
+    count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
+    group.add_argument("--num_epochs", default=15, type=number(int, 0), help="epochs in all")
+    group.add_argument("--batch_size", default=128, type=count, help="pairs a step")
+    group.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
+    group.add_argument("--lr_update", default=8, type=count, help="epochs after which it is divided by 10")
+    group.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
+    group.add_argument("--lr_warmup_steps", default=0, type=number(int, 0),
+                       help="steps over which the learning rate rises linearly to --learning_rate")
+    group.add_argument("--warmup_epochs", default=0, type=number(int, 0), help="epochs trained with --warmup_loss")
+    group.add_argument("--warmup_loss", default="sum", choices=["sum"], help="sum: the sum-margin loss")
+    group.add_argument("--skip_bad_steps", default=0, type=number(int, 0),
+                       help="steps in a row with a loss or gradient that is not finite that may pass without update")
+    group.add_argument("--collapse_patience", default=50, type=count,
+                       help="steps in a row that must look collapsed before anything is said")
+    group.add_argument("--on_collapse", choices=["stop", "warn"],
+                       help="what to do then (default: stop; with --max_violation, which may recover, warn)")
+
+
+def add_start_flags(group):
+    """Where a run computes, and from what it starts."""
+    group.add_argument("--seed", default=0, type=number(int, 0, 2**63 - 1), help="decides weights, order and bank")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    group.add_argument("--amp", default="off", choices=["off", "bf16"],
+                       help="bf16: the encoders' matrix products in bf16; on CUDA the GRU computes in float16")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
+                       help="continue this run where it stopped; auto: from the run folder's newest checkpoint, if any")
+    start.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
+                       "released code's)")
+    group.add_argument("--reset_train", action="store_true", help="accepted as in the released code: no effect")
+
+
+def add_output_flags(group):
+    """What is written, and when."""
+    count = number(int, 1)
+    group.add_argument("--logger_name", default="runs/runX", help="run folder: checkpoints and TensorBoard")
+    group.add_argument("--log_step", default=10, type=count, help="steps between log lines")
+    group.add_argument("--val_step", default=500, type=count, help="steps between validations")
+    group.add_argument("--save_step", type=count, help="steps between checkpoints within an epoch (default: none)")
+    group.add_argument("--keep", type=count, help="Epoch-<n> files that --save_all keeps (default: all)")
+    group.add_argument("--save_all", action="store_true", help="keep Epoch-<n>-model.pth.tar of every epoch")
+    group.add_argument("--record_val", action="store_true", help="append every epoch's rsum to rst_val_<run>")
 
 
 def _check(opt):
@@ -200,10 +228,23 @@ def build_model(opt, start, device):
 
 
 def tensorboard(folder):
-    """A TensorBoard logger: `.log_value(tag, value, step)`. The one place that imports tensorboard_logger."""
+    """A TensorBoard logger: `.log_value(tag, value, step)`. The one place that imports tensorboard_logger.
+
+    Where the disk is full, the run goes on without it; the file stays readable.
+    """
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")  # its protobuf files are of an old make
     from tensorboard_logger import Logger
-    return Logger(folder, flush_secs=5)
+
+    class LastingLogger(Logger):
+        def _write_event(self, event):
+            with suppress(OSError):
+                self._writer.flush()  # the rest of an event that did not fit: nothing may come between
+                super()._write_event(event)
+
+        def __del__(self):
+            with suppress(OSError):
+                super().__del__()
+    return LastingLogger(folder, flush_secs=5)
 
 
 class Stop:
@@ -295,6 +336,25 @@ def draw_bank(run):
     return bank
 
 
+def backward_scale(run, kind, batch):
+    """By what a loss is multiplied in the backward pass: 1, but where the GRU computes in float16.
+
+    There HAL, a mean over the batch, would have gradients too small for float16. Times the batch's size (a power of
+    two, so that nothing is rounded) they are as large as those of the margin losses, which are sums.
+    """
+    half = run.opt.amp == "bf16" and run.model.device.type == "cuda"
+    return 1 << (batch - 1).bit_length() if half and kind == "hal" else 1
+
+
+def backward(loss, parameters, scale=1):
+    """The parameters' gradients; `scale`: that of `backward_scale`."""
+    if scale == 1:
+        return loss.backward()
+    (loss * scale).backward()
+    for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
+        gradient /= scale
+
+
 def train_step(run, batch, criterion):
     """One update, left out where loss or gradient is not finite; returns its StepFigures, still on their device."""
     images, captions, lengths, _, indices = batch
@@ -302,7 +362,7 @@ def train_step(run, batch, criterion):
     similarities = criterion.similarity(*embeddings)
     loss = criterion.of_similarities(similarities, *embeddings, *(run.bank or (None,) * 3), indices)
     run.optimizer.zero_grad()
-    loss.backward()
+    backward(loss, run.parameters, backward_scale(run, loss_kind(criterion.opt), len(indices)))
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.opt.grad_clip or torch.inf)
     figures = figures_of(loss, norm, similarities)
     if run.optimizer.defaults["fused"]:
@@ -333,7 +393,7 @@ def train_epoch(run, stop):
         if run.step_in_epoch == steps:
             return
         if run.steps % run.opt.val_step == 0:
-            validate(run)
+            show(*validate(run))
         if stop.signal or run.opt.save_step and run.steps % run.opt.save_step == 0:
             record(run, loss_kind(criterion.opt))
             save(run, must_succeed=bool(stop.signal))
@@ -368,20 +428,19 @@ def record(run, kind):
 
 
 def validate(run):
-    """Recalls on the dev split, logged and printed; returns rsum."""
+    """Recalls on the dev split, written to log.jsonl and TensorBoard; returns rsum and the lines to print."""
     started = time.time()
     images, captions = embed(run.model, run.val_loader)
-    with torch.no_grad():
-        loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank)
-    rankings = rank_both_ways(images, captions, run.opt.measure, top=max(DEPTHS))
+    image_of = run.val_loader.dataset.image_of
+    loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank, image_of)
+    rankings = rank_both_ways(images, captions, run.opt.measure, max(DEPTHS), image_of)
     metrics, hubs = metrics_of(rankings), hubness_both_ways(rankings)
-    log(f"Dev: Loss {loss:.4f}  Time {time.time() - started:.3f}")
+    lines = [f"Dev: Loss {loss:.4f}  Time {time.time() - started:.3f}"]
     for title, recall in (("Image to text", metrics.i2t), ("Text to image", metrics.t2i)):
-        log(f"{title}: " + ", ".join(f"{value:.1f}" for value in recall))
-    log("N_10: " + ", ".join(f"{side} skewness {hubs[side][10].skewness:.2f}, anti-hubs {hubs[side][10].anti_hubs:.1%}"
-                             for side in ("i2t", "t2i")))
-    tqdm.write(f"rsum: {metrics.rsum:.1f}", file=sys.stdout)
-    sys.stdout.flush()
+        lines.append(f"{title}: " + ", ".join(f"{value:.1f}" for value in recall))
+    lines.append("N_10: " + ", ".join(
+        f"{side} skewness {hubs[side][10].skewness:.2f}, anti-hubs {hubs[side][10].anti_hubs:.1%}"
+        for side in ("i2t", "t2i")))
     scalars = {**metrics.i2t._asdict(), **{f"{name}i": value for name, value in metrics.t2i._asdict().items()},
                "rsum": metrics.rsum,
                **{f"{side}_n10_{name}": getattr(hubs[side][10], name) for side in ("i2t", "t2i")
@@ -389,7 +448,14 @@ def validate(run):
     for name, value in scalars.items():
         run.scalars.log_value(name, value, run.steps)
     run.log.write(kind="validation", step=run.steps, epoch=run.epoch, loss=loss, **scalars)
-    return metrics.rsum
+    return metrics.rsum, lines
+
+
+def show(rsum, lines):
+    """A validation's lines on stderr, its rsum on stdout."""
+    log("\n".join(lines))
+    tqdm.write(f"rsum: {rsum:.1f}", file=sys.stdout)
+    sys.stdout.flush()
 
 
 # Saving -----------------------------------------------------------------------------------------
@@ -413,23 +479,23 @@ def end_epoch(run, rsum):
     best, run.best_rsum = rsum > run.best_rsum or run.epoch == 0, max(rsum, run.best_rsum)
     run.epoch, run.step_in_epoch, run.bank, run.meters = run.epoch + 1, 0, None, LogCollector()
     folder, last = run.opt.logger_name, run.epoch >= run.opt.num_epochs
-    if save(run, must_succeed=last):
-        copies = {"model_best.pth.tar": best, f"Epoch-{run.epoch}-model.pth.tar": run.opt.save_all}
-        try:
-            for name in (name for name, wanted in copies.items() if wanted):
-                checkpoint.copy(run.path, os.path.join(folder, name))
-        except InputError as error:
-            if last:
-                raise
-            log(f"Warning: {error}. Training goes on")
+    copies = {"model_best.pth.tar": best, f"Epoch-{run.epoch}-model.pth.tar": run.opt.save_all}
+    saved = save(run, must_succeed=last)
+    try:
+        for name in (name for name, wanted in copies.items() if wanted and saved):
+            checkpoint.copy(run.path, os.path.join(folder, name))
+        if run.opt.record_val:
+            name = folder.removeprefix("./").removeprefix("runs/").strip("/").replace("/", "_")
+            append(os.path.join(folder, f"rst_val_{name}"), f"Epoch: {run.epoch - 1} ; rsum: {rsum:.1f}\n")
+    except InputError as error:
+        if last:
+            raise
+        log(f"Warning: {error}. Training goes on")
     if run.opt.keep:
         kept = sorted(glob.glob(os.path.join(glob.escape(folder), "Epoch-*-model.pth.tar")),
                       key=lambda path: int("0" + "".join(filter(str.isdigit, os.path.basename(path)))))
         for path in kept[:-run.opt.keep]:
             os.unlink(path)
-    if run.opt.record_val:
-        name = folder.removeprefix("./").removeprefix("runs/").strip("/").replace("/", "_")
-        append(os.path.join(folder, f"rst_val_{name}"), f"Epoch: {run.epoch - 1} ; rsum: {rsum:.1f}\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -438,12 +504,13 @@ def main(argv=None):
     """Train as the flags say."""
     opt = parse_args(argv)
     device = choose_device(opt.device)
-    precision = choose_matmul_precision(device)
     if opt.data_name in sample_data.WRITERS:
         sample_data.draw(opt.data_path)
     last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"
     written = checkpoint.written(last)
     start = load_start(opt)
+    products = choose_matmul_precision(device, start and opt.resume and start.get("float32_products"), opt.amp,
+                                       opt.batch_size, opt.embed_size)
     vocabulary, is_new = get_vocabulary(opt, start)
     loaders = get_loaders(opt.data_name, vocabulary, opt.crop_size, opt.batch_size,
                           min(opt.workers, os.cpu_count()), opt)
@@ -459,7 +526,7 @@ def main(argv=None):
     held = run_record.lock(opt.logger_name)
     if resuming and checkpoint.written(last) != written:
         raise InputError(f"--resume auto: another run has written {last} in the meantime: start again")
-    log(f"Device: {device}, float32 products: {precision}, amp: {opt.amp}")
+    log(f"Device: {device}, float32 products: {products}, amp: {amp_in_words(opt.amp, device, products)}")
     run.scalars, run.log = tensorboard(opt.logger_name), run_record.Log(opt.logger_name, run.steps)
     note = run_record.Record(opt.logger_name, opt, device, loaders[0].dataset, run.steps)
     outcome = "failed"
@@ -471,7 +538,8 @@ def main(argv=None):
         outcome = "gave up"
         raise
     finally:
-        note.end(outcome=outcome, epochs=run.epoch, steps=run.steps, best_rsum=run.best_rsum)
+        with suppress(InputError) if outcome in ("failed", "gave up") else nullcontext():  # whose own error says more
+            note.end(outcome=outcome, epochs=run.epoch, steps=run.steps, best_rsum=run.best_rsum)
         held.close()
     if stop.signal:
         log(f"Stopped. Go on with: --resume {run.path}")
@@ -486,8 +554,12 @@ def train(run, stop):
             run.bank = draw_bank(run)
         train_epoch(run, stop)
         if run.step_in_epoch == len(run.train_loader):
-            end_epoch(run, validate(run))
+            rsum, lines = validate(run)
+            try:
+                end_epoch(run, rsum)  # first the files, so that nothing is lost where it cannot be printed
+            finally:
+                show(rsum, lines)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, outlasts_reader=True)

@@ -24,7 +24,7 @@ from caption_files import (
     read_flickr_json,
     read_json,
 )
-from errors import ArgumentParser, InputError, number, replacing, run_script
+from errors import ArgumentParser, InputError, check_regular, number, replacing, run_script
 
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 READINGS = ("text", "released")
@@ -77,6 +77,9 @@ def tokenize(caption, reading="text"):
     if _PLAIN.fullmatch(text) and not _CONTRACTED.search(text):
         return text.replace(",", " ,").replace(".", " .").split()
     return nltk_words(text)
+
+
+from_txt = read_captions  # the family's name for it
 
 
 # Vocabulary -------------------------------------------------------------------------------------
@@ -167,6 +170,7 @@ class _VocabularyUnpickler(pickle.Unpickler):
 
 
 def _load_pickle(path):
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             record = _VocabularyUnpickler(file).load()
@@ -177,12 +181,28 @@ def _load_pickle(path):
         raise InputError(f"vocabulary {path} is not a vocabulary pickle ({error}): build one with vocab.py") from error
 
 
+def _load_json(path):
+    def each_key_once(pairs):
+        content = dict(pairs)
+        if len(content) != len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise InputError(f"vocabulary {path} has {twice[:40]!r} twice in one table: build one with vocab.py")
+        return content
+    return read_json(path, each_key_once)
+
+
+def _agrees(idx2word, numbers):
+    """Whether {index: word}, whose keys are text in JSON, is the reverse of {word: index}."""
+    return isinstance(idx2word, dict) and len(idx2word) == len(numbers) and all(
+        idx2word.get(index, idx2word.get(str(index))) == word for word, index in numbers.items())
+
+
 def read_vocabulary(path):
     """The Vocabulary in a JSON file of SCAN's format or in the released code's pickle.
 
-    Raises InputError if the file is broken, runs code, or lacks the special words.
+    Raises InputError if the file is broken, contradicts itself, runs code, or lacks the special words.
     """
-    content = _load_pickle(path) if path.endswith(".pkl") else read_json(path)
+    content = _load_pickle(path) if path.endswith(".pkl") else _load_json(path)
     numbers = content.get("word2idx") if isinstance(content, dict) else None
     if not isinstance(numbers, dict) or not all(isinstance(word, str) for word in numbers):
         raise InputError(f"vocabulary {path} has no 'word2idx': build one with vocab.py")
@@ -190,6 +210,9 @@ def read_vocabulary(path):
             range(len(numbers))):
         raise InputError(f"vocabulary {path} does not number its {len(numbers)} words from 0 on: build one with "
                          "vocab.py")
+    if content.get("idx2word") and not _agrees(content["idx2word"], numbers):
+        raise InputError(f"vocabulary {path} contradicts itself, 'idx2word' is not the reverse of 'word2idx': build "
+                         "one with vocab.py")
     return vocabulary_of(sorted(numbers, key=numbers.get), source=f"vocabulary {path}")
 
 
@@ -198,11 +221,19 @@ def vocabulary_path(vocab_path, data_name, suffix="json"):
     return os.path.join(vocab_path, f"{data_name}_vocab.{suffix}")
 
 
+def check_folder(vocab_path):
+    """Raise InputError where a file stands in place of the vocabularies' folder."""
+    if os.path.exists(vocab_path) and not os.path.isdir(vocab_path):
+        raise InputError(f"--vocab_path {vocab_path} is not a folder: name the one that holds <data_name>_vocab.json")
+
+
 def find_vocabulary(vocab_path, data_name):
     """The Vocabulary of a data set from its JSON or pickle file, or None where there is neither.
 
-    Raises InputError if both are there and differ, since either could be the one that was meant.
+    Raises InputError if vocab_path is a file, or if both are there and differ, since either could be the one that
+    was meant.
     """
+    check_folder(vocab_path)
     paths = [vocabulary_path(vocab_path, data_name, suffix) for suffix in ("json", "pkl")]
     found = {path: read_vocabulary(path) for path in paths if os.path.exists(path)}
     if len(found) == 2 and len({tuple(vocabulary.words) for vocabulary in found.values()}) == 2:
@@ -237,6 +268,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Build and write the vocabulary."""
     options = parse_args(argv)
+    check_folder(options.vocab_path)
     vocabulary = build_vocab(options.data_path, options.data_name, threshold=options.threshold)
     for suffix in ("json", "pkl") if options.pickle else ("json",):
         path = vocabulary_path(options.vocab_path, options.data_name, suffix)

@@ -13,17 +13,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import InputError, replacing
+from errors import InputError, check_regular, replacing
 from vocab import TOKENIZER_VERSION, tokenize
 
 CAPTIONS_PER_IMAGE = 5
 DEV_CAPTIONS = 5000  # the released code's cap on the dev split
 CHUNK = 2000  # captions a process tokenizes at a time
+REMOVED, REPLACED = 0.4, 0.1  # shares of the words that size augmentation touches; the rest is masked
 
 
 def seed_for(*numbers):
     """A seed for torch that is a function of the given non-negative integers alone."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def five_each(image_of):
+    """Whether captions, given by their images' numbers (C,), are five for each image in turn: the field's layout."""
+    return len(image_of) % CAPTIONS_PER_IMAGE == 0 and bool(
+        (image_of == torch.arange(len(image_of)) // CAPTIONS_PER_IMAGE).all())
 
 
 class WordIds(NamedTuple):
@@ -64,6 +71,26 @@ def by_length(lengths):
     return torch.sort(lengths, descending=True, stable=True).indices
 
 
+def drop_words(captions, rate, vocab_size, mask_id, generator):
+    """Size augmentation of VSE-infinity (Chen et al., CVPR 2021): WordIds -> WordIds on the CPU.
+
+    Each word, <start> and <end> included, is touched with probability `rate`: of those, half become `mask_id`, a
+    tenth any id below `vocab_size`, and the rest is removed, but for one word where a caption would lose all.
+    generator: of the draws. (The released code's come from Python's `random`: these only agree in distribution.)
+    """
+    words, lengths = captions.words, captions.lengths
+    draws = torch.rand(len(words), generator=generator)
+    anything = torch.randint(vocab_size, (len(words),), generator=generator, dtype=words.dtype)
+    caption_of = torch.repeat_interleave(lengths)
+    largest = draws.new_zeros(len(lengths)).scatter_reduce_(0, caption_of, draws, "amax")
+    kept = (draws >= REMOVED * rate) | (draws == largest[caption_of])
+    replaced = (draws >= REMOVED * rate) & (draws < (REMOVED + REPLACED) * rate)
+    masked = (draws >= (REMOVED + REPLACED) * rate) & (draws < rate)
+    touched = torch.where(replaced, anything, words).masked_fill(masked, mask_id)
+    left = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+    return WordIds(touched[kept], left[captions.offsets])
+
+
 def number_words(captions, vocab, reading="text", cache_dir=None):
     """Word ids of captions (list of str): <start>, the words or <unk>, <end>.
 
@@ -95,6 +122,7 @@ def _key(captions, vocab, reading):
 def _read(path, n, vocab_size):
     """The cached WordIds, memory-mapped, or None where there are none or they are not whole."""
     try:
+        check_regular(path)
         content = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         offsets, words = content[:n + 1].long(), content[n + 1:]
         whole = (content.dtype == torch.int32 and content.dim() == 1 and len(offsets) == n + 1 and offsets[0] == 0

@@ -134,6 +134,42 @@ def test_saving_over_a_checkpoint_keeps_it_where_saving_fails(tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("spent", [OSError(28, "No space left on device"), None], ids=["after its OSError", "alone"])
+def test_the_zip_writer_s_own_error_on_a_full_disk_is_one_sentence(tmp_path, monkeypatch, spent):
+    def stumbling(content, file):
+        file.write(b"PK half of it")
+        error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        error.__context__ = spent
+        raise error
+    checkpoint.save(str(tmp_path / "run.pth.tar"), released())
+    before = tree(tmp_path)
+    monkeypatch.setattr(torch, "save", stumbling)
+    reason = spent.strerror if spent else ".*unexpected pos 704 vs 598"
+    with pytest.raises(InputError, match=f"run.pth.tar could not be written .{reason}.: free some space"):
+        checkpoint.save(str(tmp_path / "run.pth.tar"), released())
+    assert tree(tmp_path) == before
+
+
+def test_another_runtime_error_while_saving_stays_what_it_is(tmp_path, monkeypatch):
+    def broken(content, file):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        checkpoint.save(str(tmp_path / "run.pth.tar"), released())
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("parts", [1, 7, 400])  # where in the file the room ends: in the writer, at its end, in ours
+def test_a_disk_that_fills_up_within_a_checkpoint_keeps_the_old_one(small_disk, parts):
+    disk = small_disk(500)
+    path = str(disk / "run.pth.tar")
+    checkpoint.save(path, {str(part): torch.ones(40_000 // parts) for part in range(parts)})
+    before = tree(disk)
+    with pytest.raises(InputError, match="run.pth.tar could not be written .No space left on device"):
+        checkpoint.save(path, {str(part): torch.ones(120_000 // parts) for part in range(parts)})
+    assert tree(disk) == before
+
+
 # Files that are refused -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["absent", "folder"])
@@ -258,6 +294,46 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.int8, torch.bool, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("part, name", [(0, "fc.weight"), (0, "fc.bias"), (1, "rnn.weight_ih_l0")])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, part, name, dtype):
+    """Loading would cast them in silence: complex numbers lose a half, others what follows the point."""
+    whole = state(part)[part][name]
+    torch.save(released(model=state(part, **{name: whole.to(dtype)})), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar", name, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_another_precision_are_taken(tmp_path, dtype):
+    whole = state(0)[0]["fc.weight"]
+    torch.save(released(model=state(0, **{"fc.weight": whole.to(dtype)})), tmp_path / "run.pth.tar")
+    model, content = VSE(options()), checkpoint.load(str(tmp_path / "run.pth.tar"))
+    checkpoint.load_weights(model, content, "run.pth.tar")
+    assert torch.equal(model.img_enc.fc.weight, whole.to(dtype).float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part, name", [(0, "fc.weight"), (0, "fc.bias"), (1, "embed.weight"), (1, "rnn.bias_hh_l0")])
+def test_weights_that_are_not_finite_are_refused_by_their_name(tmp_path, part, name, value):
+    spoilt = state(part)[part][name].clone()
+    spoilt.view(-1)[-1] = value
+    torch.save(released(model=state(part, **{name: spoilt})), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar", name, "NaN")
+
+
+def test_weights_beyond_float32_are_refused(tmp_path):
+    """Where the model is, they would be infinite."""
+    large = torch.full((4, 5), 1e300, dtype=torch.float64)
+    torch.save(released(model=state(0, **{"fc.weight": large})), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar", "fc.weight", "infinity")
+
+
+def test_batch_norm_s_counter_of_a_full_model_is_an_integer(tmp_path):
+    torch.save(released(model=state(0, **{"cnn.module.bn1.num_batches_tracked": torch.tensor(7)})),
+               tmp_path / "run.pth.tar")
+    assert checkpoint.load(str(tmp_path / "run.pth.tar"))["model"][0]["cnn.module.bn1.num_batches_tracked"] == 7
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, kind):
     torch.save(BROKEN[kind](), tmp_path / "run.pth.tar")
@@ -286,10 +362,10 @@ def test_weights_that_do_not_fit_are_refused(states):
 
 # Taking up a run --------------------------------------------------------------------------------
 
-def run_of(seed, **changes):
+def run_of(seed, fused=None, **changes):
     torch.manual_seed(seed)
     model = VSE(options(**changes))
-    return model, torch.optim.Adam(model.parameters(), lr=0.01)
+    return model, torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
 
 
 def step(model, optimizer):
@@ -324,6 +400,27 @@ def test_a_restored_run_goes_on_as_the_first_would_have(saved):
     step(model, optimizer)
     step(other, its_optimizer)
     assert states_equal([model.state_dict()], [other.state_dict()])
+
+
+@pytest.mark.parametrize("then, now", [(False, True), (None, True), (True, False), (True, True), (False, False)])
+def test_a_run_goes_on_with_the_fused_step_of_the_machine_it_goes_on_on(tmp_path, then, now):
+    path, (model, optimizer) = str(tmp_path / "run.pth.tar"), run_of(1, fused=then)
+    step(model, optimizer)
+    checkpoint.save(path, checkpoint.content_of(model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5,
+                                                None))
+    other, its_optimizer = run_of(2, fused=now)
+    checkpoint.restore(checkpoint.load(path), path, other, its_optimizer, options(), print)
+    assert [group["fused"] for group in its_optimizer.param_groups] == [now]
+    before = [p.clone() for p in other.parameters()]
+    if now:
+        its_optimizer.found_inf = torch.ones(())  # leaves the step out; the unfused one refuses it
+        step(other, its_optimizer)
+        assert all(map(torch.equal, before, other.parameters()))
+        its_optimizer.found_inf = torch.zeros(())
+    step(other, its_optimizer)
+    step(model, optimizer)
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
+    assert all(state["step"] == 2 for state in its_optimizer.state.values())
 
 
 @pytest.mark.parametrize("name, value", [("embed_size", 6), ("word_dim", 5), ("num_layers", 2), ("measure", "order"),

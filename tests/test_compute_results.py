@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
+from argparse import Namespace
+from pathlib import Path
 
 import loops
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import RAW, RELEASED, ROOT, load, run_script, scalars, tree
+from conftest import RAW, RELEASED, ROOT, in_shell, load, run_script, scalars, tree
 
 import compute_results
 import train
 from corrections import METHODS
 from errors import InputError
+from evaluation import evalrank
 
 EXPECTED = json.loads((RELEASED / "expected.json").read_text())
 RUNS = sorted(EXPECTED)
@@ -118,6 +122,43 @@ def test_folds_are_printed_with_commas_and_their_means_without(released, capsys,
             f"{x:.1f}" for x in (*one, *other, sum(one[:3]) + sum(other[:3]))) + "\n"
         for name, (one, other) in rows.items()}
     assert not (released / "out").exists()
+
+
+@pytest.fixture
+def as_trained(released):
+    """The released runs with the vocabulary where their options name it."""
+    (released / "ckpt1").mkdir()
+    (released / "vocab").rename(released / "ckpt1" / "vocab")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("run", RUNS)
+def test_vse_plus_plus_s_evalrank_prints_the_released_lines(as_trained, capsys, run, kind):
+    metrics = evalrank(kind(f"runs/{run}/model_best.pth.tar"), data_path="data", split="test")
+    assert capsys.readouterr().out.splitlines() == EXPECTED[run]["printed"]
+    assert f"rsum: {metrics.rsum:.1f}" == EXPECTED[run]["printed"][0]
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ((f"runs/{RUNS[0]}/model_best.pth.tar", "data", "test", True), {}),
+    ((), {"model_path": f"runs/{RUNS[0]}/model_best.pth.tar", "data_path": "data", "split": "test", "fold5": True})],
+    ids=["by place", "by name"])
+def test_vse_plus_plus_s_evalrank_takes_folds(as_trained, capsys, folds, arguments, named):
+    assert RUNS[0] == "local"
+    evalrank(*arguments, **named)
+    assert capsys.readouterr().out.splitlines()[-5:] == lines_of(*mean_of(folds))
+
+
+def test_vse_plus_plus_s_evalrank_takes_the_dev_split_and_the_checkpoint_s_data(evaluated):
+    assert evalrank(MODEL).rsum == pytest.approx(load(evaluated / MODEL)["best_rsum"], abs=1e-9)
+
+
+@pytest.mark.parametrize("call", [lambda opt: evalrank(opt), lambda opt: evalrank(opt, "test"),
+                                  lambda opt: evalrank(opt_eval=opt, split="test")], ids=["split", "place", "name"])
+def test_hal_s_evalrank_prints_the_released_lines(as_trained, capsys, call):
+    call(Namespace(model_path="runs/max/model_best.pth.tar", data_path="data", fold5=False, save_csv="out.csv"))
+    assert capsys.readouterr().out.splitlines() == EXPECTED["max"]["printed"]
+    assert Path("out.csv").read_text() == EXPECTED["max"]["csv"] + "\n"
 
 
 def test_folds_leave_the_first_one_s_ranks(released):
@@ -239,14 +280,6 @@ def test_a_model_of_zeros_ranks_everything_last(evaluated):
     assert found["t2i"]["medr"] == 6.0 and found["i2t"]["medr"] == 26.0
 
 
-def test_a_model_of_nan_ranks_everything_last(evaluated):
-    content = load(evaluated / MODEL)
-    content["model"][0]["fc.weight"].fill_(float("nan"))
-    torch.save(content, evaluated / MODEL)
-    found = json_of(evaluated, [])
-    assert found["t2i"]["meanr"] == 6.0 and found["i2t"]["meanr"] == 26.0
-
-
 @pytest.mark.parametrize("name", ["--help", "-h"])
 def test_help_is_printed(capsys, name):
     with pytest.raises(SystemExit) as caught:
@@ -311,7 +344,11 @@ def test_hubness_is_printed_after_the_unchanged_lines(released, capsys):
         assert row["skewness"] == pytest.approx(scipy.stats.skew(counts), abs=1e-9)
         assert row["anti_hubs"] == pytest.approx(counts.count(0) / len(counts))
         assert (row["largest"], counts[row["largest_item"]]) == (max(counts), max(counts))
+        in_hubs = sum(count for count in counts if count >= 2 * k) / sum(counts)
+        assert row["hub_occurrence"] == pytest.approx(in_hubs)
         assert line.split()[:4] == [side, str(k), f"{scipy.stats.skew(counts):.2f}", f"{row['anti_hubs']:.1%}"]
+        assert line.split()[6] == f"{in_hubs:.1%}"
+    assert "hub occurrence" in printed[6] and max(map(len, printed)) <= 120
 
 
 def test_folds_print_the_mean_of_their_hubness(released, capsys):
@@ -320,6 +357,11 @@ def test_folds_print_the_mean_of_their_hubness(released, capsys):
     parts = [recorded_scores("local")[12 * f:12 * f + 12, 60 * f:60 * f + 60] for f in range(5)]
     expected = np.mean([scipy.stats.skew(counts_of(part.T, 5)) for part in parts])
     assert content["t2i"]["5"]["skewness"] == pytest.approx(expected, abs=1e-9)
+    counts = [counts_of(part, 5) for part in parts]
+    in_hubs = np.mean([sum(n for n in part if n >= 10) / sum(part) for part in counts])
+    largest = np.mean([max(part) for part in counts])
+    assert (content["i2t"]["5"]["hub_occurrence"], content["i2t"]["5"]["largest"]) == pytest.approx((in_hubs, largest))
+    assert content["i2t"]["5"]["largest_item"] == -1
     assert "(mean of folds)" in capsys.readouterr().out
 
 
@@ -393,13 +435,16 @@ def test_raw_images_have_a_bank_of_unaugmented_images(workdir, capsys):
     assert (workdir / "one.json").read_text() == (workdir / "two.json").read_text()
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_a_broken_model_has_figures_all_the_same(evaluated, capsys, value):
-    content = load(evaluated / MODEL)
+def fill_weights(folder, value):
+    content = load(folder / MODEL)
     for state in content["model"]:
         for tensor in state.values():
             tensor.fill_(value)
-    torch.save(content, evaluated / MODEL)
+    torch.save(content, folder / MODEL)
+
+
+def test_a_model_of_zeros_has_figures_all_the_same(evaluated, capsys):
+    fill_weights(evaluated, 0.0)
     compute_results.main(["--hubness", "--correction", "all"])
     assert "sinkhorn" in capsys.readouterr().out
 
@@ -411,6 +456,7 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
     "checkpoint of another kind": (lambda f: (f / MODEL).write_text("hello"), [], [MODEL]),
     "checkpoint with code": (lambda f: torch.save({"model": Smuggled()}, f / MODEL), [], [MODEL]),
     "checkpoint with code in its options": (lambda f: change_checkpoint(f, opt=Smuggled()), [], [MODEL]),
+    "checkpoint of nan": (lambda f: fill_weights(f, float("nan")), [], [MODEL, "fc.weight", "NaN"]),
     "no data folder": (lambda f: None, ["--data_path", "nowhere"], ["nowhere"]),
     "no features": (lambda f: (f / "data/tiny_precomp/test_ims.npy").unlink(), [], ["test_ims.npy"]),
     "no captions": (lambda f: (f / "data/tiny_precomp/test_caps.txt").unlink(), [], ["test_caps.txt"]),
@@ -525,6 +571,17 @@ def test_bad_input_ends_with_2_and_one_line(evaluated, kind):
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and all(name in result.stderr for name in named)
     assert tree(evaluated) == before
+
+
+@pytest.mark.parametrize("redirection, last_line", [(">/dev/full", "No space left"), ("2>/dev/full", None),
+                                                    ("1>&-", "closed")])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_figures_that_cannot_be_printed_are_written_all_the_same(evaluated, redirection, last_line):
+    found = in_shell(f"{ROOT / 'compute_results.py'} --hubness --save_json out.json {redirection}", evaluated)
+    assert found.returncode == 2 and found.stdout.count("Hubness") == (not last_line)
+    assert re.search(f"error: standard output.*{last_line}", found.stderr.splitlines()[-1]) if last_line else (
+        not found.stderr)
+    assert "hubness" in json.loads((evaluated / "out.json").read_text()) and "Traceback" not in found.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

@@ -9,7 +9,7 @@ import torch
 import corrections
 from corrections import METHODS, Correction, corrections_of, parameters_of, rank_corrected, tune
 from evaluation import metrics_of
-from ranking import TILE_IMAGES, rank_both_ways
+from ranking import SOURCES, Cosine, rank_both_ways
 
 TOLERANCE = 1e-6
 
@@ -82,10 +82,15 @@ LOOPS = {"csls": loop_csls, "nnn": loop_nnn, "inverted_softmax": loop_inverted_s
          "sinkhorn": loop_sinkhorn}
 
 
+def bank_source(side, targets, bank, measure="cosine"):
+    """Captions are the targets in image to text, images in text to image."""
+    return SOURCES[measure](*((bank, targets) if side == "i2t" else (targets, bank)))
+
+
 def corrected_scores(name, parameters, queries=QUERIES, targets=TARGETS, bank=BANK, dtype=torch.float64, side="i2t"):
     """S - shift of the queries that the correction is for, S of the others."""
     queries, targets, bank = (torch.as_tensor(x, dtype=dtype) for x in (queries, targets, bank))
-    (correction,) = corrections_of(side, targets, bank, [(name, parameters)])
+    (correction,) = corrections_of(side, bank_source(side, targets, bank), [(name, parameters)])
     scores = queries @ targets.T
     active = torch.ones(len(queries), dtype=torch.bool)
     if correction.activation is not None:
@@ -120,7 +125,7 @@ def test_the_block_size_changes_nothing(monkeypatch, name, parameters, block):
 def test_order_similarity_takes_the_images_first(side):
     """-||max(0, caption - image)||, whichever of them are the targets."""
     targets, bank = torch.as_tensor(TARGETS).abs(), torch.as_tensor(BANK).abs()
-    (correction,) = corrections_of(side, targets, bank, [("nnn", {"k": 2, "alpha": 1.0})], "order")
+    (correction,) = corrections_of(side, bank_source(side, targets, bank, "order"), [("nnn", {"k": 2, "alpha": 1.0})])
     for target, shift in zip(TARGETS, correction.shift.tolist()):
         pairs = [(abs(b), abs(target)) if side == "i2t" else (abs(target), abs(b)) for b in BANK]  # image, caption
         similarities = [-math.sqrt(sum(max(0, c - i) ** 2 for i, c in zip(image, caption))) for image, caption in pairs]
@@ -192,14 +197,14 @@ def evaluation(n, seed=5, width=20, nearness=1.5):
 @pytest.mark.parametrize("measure", ["cosine", "order"])
 @pytest.mark.parametrize("name", METHODS)
 def test_corrected_ranks_and_items_are_those_of_the_corrected_matrix(name, measure):
-    images, captions = evaluation(TILE_IMAGES[measure] + 4)
+    images, captions = evaluation(SOURCES[measure].tile_images + 4)
     bank_images, bank_captions = evaluation(24, seed=9)
     matrix = images @ captions.T if measure == "cosine" else -(captions - images.unsqueeze(1)).clamp(min=0).norm(dim=2)
     wanted = [(name, parameters_of(name, temperature=0.1, k=3))]
-    (i2t,), (t2i,) = (corrections_of("i2t", captions, bank_images, wanted, measure),
-                      corrections_of("t2i", images, bank_captions, wanted, measure))
+    (i2t,), (t2i,) = (corrections_of("i2t", SOURCES[measure](bank_images, captions), wanted),
+                      corrections_of("t2i", SOURCES[measure](images, bank_captions), wanted))
     plain = rank_both_ways(images, captions, measure, top=10)
-    ((to_text, to_image),) = rank_corrected(images, captions, plain, [(i2t, t2i)], measure)
+    ((to_text, to_image),) = rank_corrected(SOURCES[measure](images, captions), plain, [(i2t, t2i)])
     own = torch.arange(len(captions)) // 5
     for ranking, scores, correction, is_own in ((to_text, matrix, i2t, own == torch.arange(len(images))[:, None]),
                                                 (to_image, matrix.T, t2i, own[:, None] == torch.arange(len(images)))):
@@ -215,20 +220,20 @@ def test_a_shift_of_nothing_changes_nothing():
     images, captions = evaluation(40)
     plain = rank_both_ways(images, captions, top=10)
     nothing = Correction(captions.new_zeros(200)), Correction(captions.new_zeros(40))
-    ((to_text, to_image),) = rank_corrected(images, captions, plain, [nothing])
+    ((to_text, to_image),) = rank_corrected(Cosine(images, captions), plain, [nothing])
     assert torch.equal(to_text.items, plain[0].items) and torch.equal(to_image.ranks, plain[1].ranks)
 
 
 def test_tuning_takes_what_has_the_best_recalls_of_each_direction():
     images, captions = evaluation(60, nearness=0.5)
-    bank = evaluation(50, seed=3)
-    chosen = tune(["nnn"], images, captions, bank, {})[0]
+    bank_images, bank_captions = evaluation(50, seed=3)
+    source, banks = Cosine(images, captions), (Cosine(bank_images, captions), Cosine(images, bank_captions))
+    chosen = tune(["nnn"], source, banks, {})[0]
     plain = rank_both_ways(images, captions)
 
     def recalls(parameters, side):
-        pair = (corrections_of("i2t", captions, bank[0], [("nnn", parameters)])[0],
-                corrections_of("t2i", images, bank[1], [("nnn", parameters)])[0])
-        return sum(metrics_of(rank_corrected(images, captions, plain, [pair])[0])[side][:3])
+        pair = [corrections_of(way, bank, [("nnn", parameters)])[0] for way, bank in zip(("i2t", "t2i"), banks)]
+        return sum(metrics_of(rank_corrected(source, plain, [pair])[0])[side][:3])
 
     for side in (0, 1):
         tried = [recalls({"k": k, "alpha": alpha}, side) for k in corrections.GRIDS["nnn"]["k"]
@@ -237,8 +242,8 @@ def test_tuning_takes_what_has_the_best_recalls_of_each_direction():
 
 
 def test_tuning_leaves_what_is_given():
-    images, captions = evaluation(20)
-    ((i2t, t2i),) = tune(["nnn"], images, captions, evaluation(10, seed=3), {"k": 7, "alpha": None, "temperature": 3.0})
+    source = Cosine(*evaluation(20))
+    ((i2t, t2i),) = tune(["nnn"], source, (source, source), {"k": 7, "alpha": None, "temperature": 3.0})
     assert i2t["k"] == t2i["k"] == 7 and set(i2t) == {"k", "alpha"}
 
 

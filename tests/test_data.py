@@ -53,7 +53,7 @@ def precomp(folder, features, captions, split="train"):
                                    np.uint16], ids=str)
 @pytest.mark.parametrize("per_row", [1, 5])
 def test_every_caption_gets_its_row(tmp_path, words, per_row, dtype):
-    features = (9 * np.random.default_rng(0).random((15 // per_row, 4))).astype(dtype)
+    features = (9 * np.random.default_rng(0).random((3, 4))).astype(dtype).repeat(5 // per_row, 0)  # 1: VSE++'s habit
     captions = [f"{'a ' * (c % 4)}dog" for c in range(15)]
     dataset = PrecompDataset(precomp(tmp_path / "x_precomp", features, captions), "train", words)
     assert len(dataset) == 15
@@ -74,7 +74,7 @@ def test_every_caption_gets_its_row(tmp_path, words, per_row, dtype):
 @pytest.mark.parametrize("per_row", [1, 5])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_each_image_is_loaded_once_in_order(tmp_path, words, per_row, batch_size):
-    features = np.arange(15 // per_row, dtype=np.float32)[:, None] * (1 if per_row == 5 else 0.2)
+    features = np.arange(3, dtype=np.float32)[:, None].repeat(5 // per_row, 0)
     dataset = PrecompDataset(precomp(tmp_path / "x_precomp", features, ["a"] * 15), "train", words)
     batches = list(dataset.load_images(batch_size))
     assert torch.cat(batches).ravel().tolist() == [0, 1, 2]
@@ -409,24 +409,73 @@ def test_any_name_in_the_json_layout_is_taken(tmp_path, words):
     assert len(get_test_loader("test", "mine", words, 32, 4, 0, options(data_path=str(tmp_path))).dataset) == 25
 
 
-@pytest.mark.parametrize("captions", [7, 10])
-def test_captions_that_are_not_five_an_image_cannot_be_evaluated(tmp_path, words, captions):
-    write_flickr(tmp_path / "f8k", splits=(("train", 2), ("test", 2)))
+# Which captions belong to which image -----------------------------------------------------------
+
+def layout(folder, words, features, captions, ids=None, split="test"):
+    """The data set of made-up files."""
+    precomp(folder, np.asarray(features, np.float32).reshape(len(features), -1), [f"dog {c}" for c in range(captions)],
+            split)
+    if ids is not None:
+        (folder / f"{split}_ids.txt").write_text("".join(f"{name}\n" for name in ids))
+    return PrecompDataset(str(folder), split, words)
+
+
+UNEVEN = ["a.jpg", "b.jpg", "b.jpg", "b.jpg", "c.jpg", "c.jpg", "a.jpg"]  # the last is another image of that name
+
+
+@pytest.mark.parametrize("features", [[0, 1, 2, 3], [0, 1, 1, 1, 2, 2, 3]], ids=["a row an image", "a row a caption"])
+def test_an_id_a_caption_makes_equal_neighbours_one_image(tmp_path, words, features):
+    dataset = layout(tmp_path / "x_precomp", words, features, 7, UNEVEN)
+    assert dataset.image_of.tolist() == [0, 1, 1, 1, 2, 2, 3] and dataset.n_images == 4
+    assert [dataset[c][0].item() for c in range(7)] == [0, 1, 1, 1, 2, 2, 3]
+    assert [dataset[c][3] for c in range(7)] == [0, 1, 1, 1, 2, 2, 3]
+    assert torch.cat(list(dataset.load_images(3))).flatten().tolist() == [0, 1, 2, 3]
+    assert torch.cat(list(dataset.load_images(3, stride=2))).flatten().tolist() == [0, 2]
+    images, *_, indices = next(iter(dataset.load([torch.tensor([6, 0, 3])])))
+    assert images.flatten().tolist() == [[0, 1, 1, 1, 2, 2, 3][c] for c in indices.tolist()]
+
+
+@pytest.mark.parametrize("ids", [None, ["a", "b", "c"]], ids=["no ids", "an id a row"])
+def test_rows_for_five_captions_each_are_images(tmp_path, words, ids):
+    assert layout(tmp_path / "x_precomp", words, [0, 1, 2], 15, ids).image_of.tolist() == [c // 5 for c in range(15)]
+
+
+@pytest.mark.parametrize("features, images", [
+    ([1] * 5 + [2] * 5, 2), ([1] * 10, 2), (range(10), 10), ([1] * 5 + [2] * 4 + [3], 10), (range(7), 7), ([1] * 7, 7)],
+    ids=str)
+def test_a_row_a_caption_is_five_equal_rows_an_image_or_an_image_each(tmp_path, words, features, images):
+    dataset = layout(tmp_path / "x_precomp", words, features, len(features))
+    assert dataset.n_images == images
+    assert dataset.image_of.tolist() == [c * images // len(features) for c in range(len(features))]
+
+
+@pytest.mark.parametrize("features, captions, ids, found", [
+    (range(3), 14, None, "3 rows for 14 captions"), (range(4), 15, UNEVEN[:4], "4 rows for 15 captions"),
+    (range(3), 7, UNEVEN, "3 rows for 7 captions, of which .*test_ids.txt makes 4 images"),
+    (range(3), 15, ["a"] * 4, "test_ids.txt has 4 lines for 3 feature rows and 15 captions")], ids=str)
+def test_numbers_that_do_not_fit_are_refused(tmp_path, words, features, captions, ids, found):
+    with pytest.raises(InputError, match=found):
+        layout(tmp_path / "x_precomp", words, features, captions, ids)
+
+
+@pytest.mark.parametrize("each, kept", [([4000, 900, 300, 1], 4900), ([5000, 3], 5000), ([6000, 3], 5000),
+                                        ([2500, 2499, 1, 7], 5000)], ids=str)
+def test_dev_s_cap_never_cuts_through_an_image_but_through_the_first(tmp_path, words, each, kept):
+    ids = [name for name, n in zip("abcd", each) for _ in range(n)]
+    dataset = layout(tmp_path / "x_precomp", words, range(len(each)), len(ids), ids, "dev")
+    assert len(dataset) == len(dataset.captions) == len(dataset.image_of) == kept
+    assert dataset.n_images == len(set(ids[:kept]))
+
+
+def test_karpathy_s_layout_may_have_any_number_of_captions_an_image(tmp_path, words):
+    write_flickr(tmp_path / "f8k", splits=(("train", 2), ("test", 4)))
     path = tmp_path / "f8k" / "dataset_flickr8k.json"
     content = json.loads(path.read_text())
-    sentences = content["images"][2]["sentences"]
-    content["images"][2]["sentences"] = sentences[:captions - 5] if captions == 7 else sentences + sentences[:1]
-    if captions == 10:  # six and four
-        content["images"][3]["sentences"] = content["images"][3]["sentences"][:4]
+    for image, n in zip(content["images"][2:], (3, 0, 1, 5)):  # one without a caption is left out
+        image["sentences"] = image["sentences"][:n]
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=f"{captions} captions"):
-        get_test_loader("test", "f8k", words, 32, 4, 0, options(data_path=str(tmp_path)))
-
-
-def test_one_caption_a_row_that_are_not_five_an_image_cannot_be_evaluated(tmp_path, words):
-    precomp(tmp_path / "x_precomp", np.ones((7, 2), np.float32), ["a"] * 7, "test")
-    with pytest.raises(InputError, match="7 captions"):
-        get_test_loader("test", "x_precomp", words, 224, 4, 0, options(data_path=str(tmp_path)))
+    dataset = get_test_loader("test", "f8k", words, 32, 4, 0, options(data_path=str(tmp_path))).dataset
+    assert dataset.image_of.tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 2] and dataset.n_images == 3
 
 
 @pytest.mark.parametrize("name", ["tiny_precomp", "f8k", "coco"])

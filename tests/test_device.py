@@ -1,10 +1,15 @@
 """The device that is chosen, and the precision there."""
 
+import importlib.util
+
 import pytest
 import torch
 
-from device import choose_device, choose_matmul_precision
+import device
+from device import Products, amp_in_words, choose_device, choose_matmul_precision
 from errors import InputError
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "potato", "cuda:-1", ""])
@@ -12,6 +17,14 @@ def test_a_device_that_is_not_there_is_refused_by_its_flag(name):
     with pytest.raises(InputError, match=f"--device {name}") as caught:
         choose_device(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gpu", "GPU", "cuda0", "cuda:-1", "cuda:", "vulkan", "meta", "cpu cuda", ""])
+def test_a_name_that_is_no_device_is_told_the_choices_and_nothing_else(name):
+    """PyTorch's own answer lists twenty backends."""
+    with pytest.raises(InputError) as caught:
+        choose_device(name)
+    assert str(caught.value) == f"--device {name} is no device: choose auto, cpu, cuda, cuda:<n> or mps"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
@@ -32,11 +45,73 @@ def precision():
     torch.set_float32_matmul_precision(before)
 
 
+true_timed = importlib.util.module_from_spec(importlib.util.find_spec("device"))
+true_timed.__spec__.loader.exec_module(true_timed)  # conftest.py has put figures in place of the module's clock
+
+
+def times(monkeypatch, **seconds):
+    monkeypatch.setattr(device, "_timed", lambda kinds, rows, width: {kind: seconds[kind] for kind in kinds})
+
+
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
 def test_products_on_the_cpu_are_as_exact_as_float32_whatever_is_chosen(precision, before):
     torch.set_float32_matmul_precision(before)
-    assert choose_matmul_precision(torch.device("cpu")) == torch.get_float32_matmul_precision()
+    assert choose_matmul_precision(CPU).kind == torch.get_float32_matmul_precision()
     generator = torch.Generator().manual_seed(1)
     one, other = (torch.randn(300, 700, generator=generator) for _ in range(2))
     exact = one.double() @ other.double().t()
     assert (one @ other.t() - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("exact, seconds, kept, expected", [
+    (("highest", "medium"), (3.0, 1.0), None, "medium"), (("highest", "medium"), (1.0, 3.0), None, "highest"),
+    (("highest", "medium"), (1.05, 1.0), None, "highest"),  # a close call
+    (("highest",), (3.0, 1.0), None, "highest"), (("highest",), (3.0, 1.0), "medium", "highest"),
+    (("highest", "medium"), (3.0, 1.0), "highest", "highest"), (("highest", "medium"), (1.0, 3.0), "medium", "medium"),
+    (("highest", "medium"), (3.0, 1.0), "potato", "medium")], ids=str)
+def test_the_kind_is_the_run_s_own_or_the_clearly_faster_exact_one(precision, monkeypatch, exact, seconds, kept,
+                                                                   expected):
+    times(monkeypatch, highest=seconds[0], medium=seconds[1])
+    monkeypatch.setattr(device, "_is_exact", lambda kind: kind in exact)
+    assert choose_matmul_precision(CPU, kept).kind == torch.get_float32_matmul_precision() == expected
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_other_devices_keep_pytorch_s_products(precision, kind):
+    torch.set_float32_matmul_precision("high")
+    assert choose_matmul_precision(torch.device(kind), "medium", "bf16") == ("high", {})
+
+
+def test_a_product_that_is_not_exact_is_told(precision, monkeypatch):
+    """bf16 in place of the products that are looked at."""
+    true = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: true(a, b) if a.dtype == torch.float64 else
+                        true(a.bfloat16(), b.bfloat16()).float())
+    assert not device._is_exact("highest")
+
+
+@pytest.mark.parametrize("bf16, words", [(0.5, "bf16 (products 2.00 times faster)"),
+                                         (2.0, "bf16, WARNING: its products are 0.50 times as fast as float32")])
+def test_amp_says_whether_bf16_is_worth_it(precision, monkeypatch, bf16, words):
+    times(monkeypatch, highest=1.0, medium=1.0, bf16=bf16)
+    products = choose_matmul_precision(CPU, "highest", "bf16")
+    assert amp_in_words("bf16", CPU, products).startswith(words)
+    assert str(products).startswith("highest (a product: highest 1000.00 ms, ")
+
+
+def test_amp_says_what_cuda_makes_of_it():
+    nothing = Products("highest", {})
+    assert amp_in_words("off", torch.device("cuda"), nothing) == "off"
+    assert "the GRU in float16" in amp_in_words("bf16", torch.device("cuda"), nothing)
+    assert amp_in_words("bf16", torch.device("mps"), nothing) == "bf16"
+
+
+def test_the_clock_stops_after_some_rounds_or_some_time(precision, monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(true_timed.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(true_timed, "PROBE_SECONDS", 10**5)
+    assert true_timed._timed(["highest", "bf16"], 8, 16) == {"highest": 1, "bf16": 1}
+    started = next(ticks)
+    assert started >= true_timed.PROBE_ROUNDS * 2 * 2  # two looks at the clock for each kind
+    monkeypatch.setattr(true_timed, "PROBE_SECONDS", 0)
+    assert true_timed._timed(["highest"], 8, 16) == {"highest": 1} and next(ticks) - started <= 8

@@ -1,13 +1,18 @@
 """How bad input ends, and how files are written whole."""
 
+import io
 import math
 import os
+import re
+import signal
+import subprocess
 import sys
 from argparse import ArgumentTypeError
 
 import pytest
+from conftest import ROOT, in_shell
 
-from errors import ArgumentParser, InputError, number, replacing, run_script
+from errors import ArgumentParser, InputError, Output, check_regular, number, replacing, run_script
 
 
 @pytest.mark.parametrize("kind, low, high, low_allowed, text", [
@@ -46,9 +51,165 @@ def test_run_script_prints_one_line_and_ends_with_2(capsys):
     assert capsys.readouterr() == ("", "error: data/train_caps.txt is empty: fill it\n")
 
 
+def test_ctrl_c_ends_a_script_with_130_and_without_a_word(capsys):
+    def main():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("name", ["train.py", "compute_results.py"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
+def test_ctrl_c_during_the_imports_ends_a_script_without_a_word(tmp_path, name, ignored):
+    """The first import of torch gets the signal; a shell's background job, which ignores it, goes on ignoring it."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos._exit(7)\n")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / name)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, restore_signals=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL))
+    assert result.returncode == (7 if ignored else -signal.SIGINT)  # which a shell counts as 130
+    assert (result.stdout, result.stderr) == ("", "")
+
+
 def test_run_script_lets_a_bug_keep_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    """A current folder with one of each kind of path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo("pipe")
+    for name in ("file", "folder", "pipe", "absent"):
+        os.symlink(name, f"link to {name}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+@pytest.mark.parametrize("path", ["folder", "pipe", "link to folder", "link to pipe", "/dev/null", "/dev/zero"])
+def test_what_is_no_regular_file_is_refused_by_its_name(paths, path):
+    with pytest.raises(InputError, match=f"{path} is .*not a regular file") as caught:
+        check_regular(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+@pytest.mark.parametrize("path", ["file", "link to file", "absent", "link to absent", "file/below", "nul\0"])
+def test_a_regular_file_passes_and_an_absent_one_is_left_to_its_reader(paths, path):
+    check_regular(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd here")
+def test_a_shell_s_process_substitution_is_refused():
+    """`--model_path <(zcat run.gz)` hands over /dev/fd/63, a pipe."""
+    end, other = os.pipe()
+    try:
+        with pytest.raises(InputError, match="/dev/fd"):
+            check_regular(f"/dev/fd/{end}")
+    finally:
+        os.close(end)
+        os.close(other)
+
+
+# Output that fails ------------------------------------------------------------------------------
+
+FULL, CLOSED, LEFT = "(No space left on device)", "(it is closed)", "(Broken pipe)"
+
+
+def shell(folder, main, redirection, options=""):
+    """Run a script with this `main` in a shell: its exit code, and what reached the shell's stdout and stderr."""
+    (folder / "script.py").write_text(f"import os, sys, errors\ndef main():\n    {main}\n"
+                                      f"errors.run_script(main{options})\n")
+    found = in_shell(f"script.py {redirection}", folder, PYTHONPATH=str(ROOT))
+    return found.returncode, found.stdout, found.stderr
+
+
+@pytest.mark.parametrize("redirection, lost, out, err", [
+    (">/dev/full", FULL, "", "note\n"), ("2>/dev/full", None, "figure\n", ""),
+    ("1>&-", CLOSED, "", "note\n"), ("2>&-", None, "figure\n", ""),
+    (">/dev/full 2>&1", None, "", ""), ("1>&- 2>&-", None, "", "")])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_script_whose_output_fails_goes_on_and_ends_with_2(tmp_path, redirection, lost, out, err):
+    main = "print('figure'); print('note', file=sys.stderr); print('figure', file=open('done', 'w'))"
+    code, found, said = shell(tmp_path, main, redirection)
+    assert (tmp_path / "done").read_text() == "figure\n" and (code, found) == (2, out)
+    sentence = rf"error: standard output could not be written {re.escape(lost)}.*\n" if lost else ""
+    assert said.startswith(err) and re.fullmatch(sentence, said[len(err):]), said
+
+
+def test_a_reader_who_leaves_ends_a_script_at_once_and_quietly_or_not_at_all(tmp_path):
+    main = "print('x' * 1_000_000, flush=True); print('more', flush=True); open('done', 'w').close()"
+    assert shell(tmp_path, main, "| head -c 1") == (1, "x", "")
+    assert not (tmp_path / "done").exists()
+    code, found, said = shell(tmp_path, main, "| head -c 1", ", outlasts_reader=True")
+    assert (code, found, said.count("\n")) == (2, "x", 1) and LEFT in said and (tmp_path / "done").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_is_lost_as_the_script_ends_is_noticed(tmp_path):
+    code, _, said = shell(tmp_path, "print('x')", ">/dev/full")
+    assert code == 2 and FULL in said and "ignored" not in said and said.count("\n") == 1
+    assert shell(tmp_path, "print('x'); sys.exit(7)", ">/dev/full") == (7, "", "")
+    code, _, said = shell(tmp_path, "print('x'); raise errors.InputError('no data: get some')", ">/dev/full")
+    assert (code, said) == (2, "error: no data: get some\n")
+    assert shell(tmp_path, "raise errors.InputError('no data: get some')", "2>/dev/full") == (2, "", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_bug_s_traceback_is_shown_where_stdout_fails(tmp_path):
+    code, _, said = shell(tmp_path, "print('x'); 1 / 0", ">/dev/full")
+    assert code == 1 and said.rstrip().endswith("ZeroDivisionError: division by zero") and "ignored" not in said
+
+
+def test_a_script_leaves_the_streams_as_they_were(capsys):
+    streams = sys.stdout, sys.stderr
+    run_script(lambda: print("figure"))
+    assert (sys.stdout, sys.stderr) == streams and capsys.readouterr().out == "figure\n"
+    with pytest.raises(SystemExit):
+        run_script(lambda: sys.exit(3))
+    assert (sys.stdout, sys.stderr) == streams
+
+
+class Disk(io.RawIOBase):
+    """A file on a disk that is full as long as `full` is set; `at_write` is called within each write."""
+
+    full, content, at_write = False, b"", staticmethod(lambda: None)
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.at_write()
+        if self.full:
+            raise OSError(28, "No space left on device")
+        self.content += bytes(data)
+        return len(data)
+
+
+def test_output_goes_on_when_there_is_room_again():
+    disk = Disk()
+    output = Output("error", io.TextIOWrapper(io.BufferedWriter(disk), line_buffering=True), False)
+    for disk.full, line in ((False, "one\n"), (True, "two\n"), (False, "three\n")):
+        output.write(line)
+    assert disk.content == b"one\ntwo\nthree\n"
+    assert output.failure.strerror == "No space left on device" and output.isatty() is False
+
+
+def test_a_signal_s_handler_may_speak_in_the_middle_of_a_write():
+    disk, said = Disk(), []
+    output = Output("error", io.TextIOWrapper(io.BufferedWriter(disk), line_buffering=True), False)
+
+    def handler():
+        if not said:
+            said.append(True)
+            output.write("stopping\n")
+    disk.at_write = handler
+    output.write("one\n")
+    assert said and disk.content.startswith(b"one\n") and output.failure is None
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):

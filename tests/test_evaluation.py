@@ -9,19 +9,21 @@ import pytest
 import torch
 from conftest import REFERENCE
 
+import evaluation
+import loss
 from data import get_test_loader
 from errors import InputError
 from evaluation import embed, encode_data, i2t, mean_metrics, metrics_of, recall_of, split_loss, t2i
 from loss import ContrastiveLoss
 from meters import AverageMeter, LogCollector
 from model import VSE
-from ranking import TILE_IMAGES, rank_both_ways
+from ranking import Cosine, rank_both_ways
 from vocab import build_vocab
 
 CASES = json.loads((REFERENCE / "metrics.json").read_text())
 ARRAYS = dict(np.load(REFERENCE / "metrics.npz"))
 BOTH = {"i2t": i2t, "t2i": t2i}
-TILE = TILE_IMAGES["cosine"]
+TILE = Cosine.tile_images
 
 
 def as_family(images):
@@ -204,6 +206,20 @@ def test_own_captions_are_never_counted_against_their_image():
     assert both_ranks(np.ones((1, 2)), np.ones((5, 2))) == [[0], [0] * 5]
 
 
+@pytest.mark.parametrize("n", [50, 7])
+def test_one_caption_a_photo_is_evaluated_as_such(n):
+    """As many rows as captions are five an image only where five in turn are alike."""
+    images, captions = np.eye(n, dtype=np.float32), np.eye(n, dtype=np.float32)
+    captions[3] = captions[4]
+    assert both_ranks(images, captions) == [[0] * 3 + [n - 1, one] + [0] * (n - 5) for one in (1, 0)]
+
+
+def test_rows_of_one_image_may_differ_by_rounding():
+    images, captions = (ARRAYS[f"0_{name}"].astype(np.float32) for name in ("images", "captions"))
+    noise = 1 + 1e-6 * np.random.default_rng(0).standard_normal((len(captions), 1)).astype(np.float32)
+    assert both_ranks(as_family(images) * noise, captions) == both_ranks(images * noise[::5], captions)
+
+
 @pytest.mark.parametrize("images, captions", [(3, 14), (2, 15), (0, 0), (4, 3)])
 @pytest.mark.parametrize("direction", BOTH)
 def test_counts_that_do_not_fit_are_refused_with_both(direction, images, captions):
@@ -282,6 +298,33 @@ def test_a_split_s_loss_is_the_mean_of_its_batches_in_file_order(batch_size, wit
                     global_alpha=40.0, global_beta=40.0, global_ep_nega=0.1, mb_k=3)
     found = split_loss(images, captions, ContrastiveLoss(opt), batch_size, bank if with_bank else None)
     assert found == pytest.approx(total / 10, abs=1e-11)
+
+
+def test_a_meter_that_is_reset_starts_anew():
+    meter = AverageMeter()
+    meter.update(8.0, 5)
+    meter.reset()
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
+    meter.update(2.0, 1)
+    assert meter.avg == 2.0
+
+
+@pytest.mark.parametrize("named, expected", [
+    ({}, [("Eit", 7, None), ("Loss", 0.25, None)]),
+    ({"prefix": "data/", "step": 7}, [("data/Eit", 7, 7), ("data/Loss", 0.25, 7)])], ids=["plain", "prefix and step"])
+def test_meters_log_their_latest_values(named, expected):
+    meters, logged = LogCollector(), []
+    meters.update("Eit", 7)
+    meters.update("Loss", 0.5, 4)
+    meters.update("Loss", 0.25, 4)
+    logger = Namespace(log_value=lambda tag, value, step: logged.append((tag, value, step)))
+    meters.tb_log(logger, **named)
+    assert logged == expected
+
+
+def test_the_family_s_names_are_importable_from_here():
+    assert evaluation.order_sim is loss.order_sim
+    assert evaluation.AverageMeter is AverageMeter and evaluation.LogCollector is LogCollector
 
 
 # Embedding --------------------------------------------------------------------------------------

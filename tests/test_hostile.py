@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import pickle
+import signal
+import sys
 import zipfile
 
 import numpy as np
@@ -14,11 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import checkpoint
+import model
+import report
 import word_ids
-from caption_files import read_captions
+from caption_files import read_captions, read_json
 from data import open_features
 from errors import InputError
-from images import CocoDataset, FlickrDataset, decode_image
+from images import CocoDataset, FlickrDataset, coco_dataset, decode_image
 from model import VSE
 from vocab import SPECIAL_WORDS, find_vocabulary, read_vocabulary, vocabulary_of, write_vocabulary
 
@@ -56,8 +60,8 @@ def options(**changes):
 
 
 def checkpoint_content(**changes):
-    model = VSE(options())
-    return {"epoch": 1, "model": [model.img_enc.state_dict(), model.txt_enc.state_dict()],
+    small = VSE(options())
+    return {"epoch": 1, "model": [small.img_enc.state_dict(), small.txt_enc.state_dict()],
             "best_rsum": np.float64(1.5), "opt": options(**changes), "Eiters": 3}
 
 
@@ -91,8 +95,7 @@ def open_checkpoint(path):
     content = checkpoint.load(path)
     checkpoint.caption_reading(content)
     checkpoint.vocabulary(content, path)
-    model = VSE(content["opt"])
-    checkpoint.load_weights(model, content, path)
+    checkpoint.load_weights(VSE(content["opt"]), content, path)
     return content
 
 
@@ -130,6 +133,59 @@ def test_damaged_files_end_in_a_result_or_an_input_error(name, whole_files, tmp_
         if name == "features.npy" and found is not None:
             assert found.dim() == 2 and found.isfinite().all()
     run()
+
+
+@pytest.fixture
+def in_time():
+    """Fails a test that takes ten seconds, such as one that waits for a pipe without end."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits without end"))
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+PIPES = {**READERS, "weights.pth": lambda path: model._build_cnn("resnet18", path),
+         "ids.txt": lambda path: report.read_ids(path, None),
+         "captions.json": lambda path: read_json(path)}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_is_refused_at_once(name, tmp_path, in_time):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name} is .*not a regular file"):
+        PIPES[name](str(tmp_path / name))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+def test_a_pipe_in_place_of_coco_s_ids_is_refused_at_once(tmp_path, in_time):
+    (tmp_path / "annotations").mkdir()
+    os.mkfifo(tmp_path / "annotations" / "coco_dev_ids.npy")
+    with pytest.raises(InputError, match="coco_dev_ids.npy is .*not a regular file"):
+        coco_dataset(str(tmp_path), "dev", VOCABULARY, None, False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+def test_a_pipe_in_place_of_cached_captions_is_replaced(tmp_path, in_time):
+    right = word_ids.number_words(["a dog"], VOCABULARY, cache_dir=str(tmp_path))
+    cached = next(tmp_path.iterdir())
+    cached.unlink()
+    os.mkfifo(cached)
+    assert word_ids.number_words(["a dog"], VOCABULARY, cache_dir=str(tmp_path)).words.tolist() == right.words.tolist()
+    assert cached.is_file()
+
+
+@pytest.mark.parametrize("name", ["captions.txt", "v.json", "flickr.json", "coco.json"])
+def test_a_byte_order_mark_is_no_part_of_a_file(name, whole_files, tmp_path):
+    """As Windows' editors write it; in a caption it would make the first word <unk>."""
+    found = {}
+    for folder, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(mark + whole_files[name])
+        content = READERS[name](str(tmp_path / folder / name))
+        found[folder] = content if isinstance(content, list) else getattr(content, "words", None) or content.captions
+    assert found["marked"] == found["plain"] and len(found["plain"]) > 3
 
 
 @pytest.mark.parametrize("read", [read_vocabulary, flickr, coco])
@@ -291,5 +347,5 @@ def test_broken_images_are_counted_and_left_out(tmp_path, capsys):
     (tmp_path / "f.json").write_text(json.dumps({"images": images}))
     dataset = FlickrDataset(str(tmp_path), str(tmp_path / "f.json"), "val", VOCABULARY, skip_broken=True)
     assert [os.path.basename(path) for path in dataset.image_files] == ["a.png", "c.png"]
-    assert dataset.captions[5] == "c 0" and dataset.image_of == [0] * 5 + [1] * 5
+    assert dataset.captions[5] == "c 0" and dataset.image_of.tolist() == [0] * 5 + [1] * 5
     assert "1 broken" in capsys.readouterr().err

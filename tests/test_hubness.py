@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 from hubness import DEPTHS, Hubness, hubness_both_ways, hubness_of, k_occurrence, mean_hubness
-from ranking import TILE_IMAGES, Ranking, rank_both_ways
+from ranking import Cosine, Ranking, rank_both_ways
 
 # Six queries, eight targets. Target 1 is a hub; targets 6 and 7 are nobody's neighbour.
 SIMILARITIES = [[.9, .8, .1, .2, .3, .4, .0, .1],
@@ -28,8 +28,8 @@ def loop_counts(similarities, k):
     return counts
 
 
-def loop_figures(counts):
-    """The six figures, one number at a time."""
+def loop_figures(counts, k):
+    """The seven figures, one number at a time."""
     n, slots = len(counts), sum(counts)
     mean = slots / n
     variance = sum((count - mean) ** 2 for count in counts) / n
@@ -37,7 +37,7 @@ def loop_figures(counts):
     in_top = -(-n // 100)
     return Hubness(third / variance**1.5 if variance else 0.0, sum(count == 0 for count in counts) / n,
                    sum(sorted(counts)[n - in_top:]) / slots, sum(max(0, count - mean) for count in counts) / slots,
-                   max(counts), counts.index(max(counts)))
+                   sum(count for count in counts if count >= 2 * k) / slots, max(counts), counts.index(max(counts)))
 
 
 @pytest.mark.parametrize("k, expected", [(1, N_1), (2, N_2)])
@@ -46,27 +46,36 @@ def test_n_k_of_the_hand_made_example(k, expected):
     assert k_occurrence(torch.tensor(SIMILARITIES).topk(k).indices, 8).tolist() == expected
 
 
-@pytest.mark.parametrize("counts", [N_1, N_2, [5, 0, 0, 0], [0, 3], list(range(300))], ids=str)
-def test_figures_agree_with_the_loop_and_scipy(counts):
-    figures = hubness_of(torch.tensor(counts))
-    assert figures == pytest.approx(loop_figures(counts), abs=1e-12)
+@pytest.mark.parametrize("counts, k", [(N_1, 1), (N_2, 2), ([5, 0, 0, 0], 1), ([0, 3], 1), (list(range(300)), 10),
+                                       (list(range(300)), 149), (list(range(300)), 150)],
+                         ids=["1", "2", "one", "two", "many", "all but the largest", "none"])
+def test_figures_agree_with_the_loop_and_scipy(counts, k):
+    figures = hubness_of(torch.tensor(counts), k)
+    assert figures == pytest.approx(loop_figures(counts, k), abs=1e-12)
     assert figures.skewness == pytest.approx(scipy.stats.skew(counts), abs=1e-12)
 
 
 def test_figures_of_the_hand_made_example():
-    figures = hubness_of(torch.tensor(N_2))
+    figures = hubness_of(torch.tensor(N_2), 2)
     assert figures.anti_hubs == 2 / 8
     assert figures.top_share == 6 / 12  # one target is the top 1 % of eight
     assert figures.robin_hood == pytest.approx((6 - 1.5 + 2 - 1.5) / 12)
     assert (figures.largest, figures.largest_item) == (6, 1)
 
 
+def test_hubs_are_the_targets_with_at_least_twice_k():
+    """By hand: of N_1 target 1 alone (2 of 6 slots), of N_2 target 1 alone (6 of 12), since 2 is not twice 2."""
+    assert hubness_of(torch.tensor(N_1), 1).hub_occurrence == pytest.approx(2 / 6)
+    assert hubness_of(torch.tensor(N_2), 2).hub_occurrence == 6 / 12
+    assert hubness_of(torch.tensor([4, 3, 5, 0]), 2).hub_occurrence == 9 / 12
+
+
 def test_without_hubs_every_figure_is_at_its_least():
-    assert hubness_of(torch.full((200,), 3)) == Hubness(0.0, 0.0, 2 / 200, 0.0, 3, 0)
+    assert hubness_of(torch.full((200,), 3), 3) == Hubness(0.0, 0.0, 2 / 200, 0.0, 0.0, 3, 0)
 
 
 @pytest.mark.parametrize("measure", ["cosine", "order"])
-@pytest.mark.parametrize("n", [2, 37, TILE_IMAGES["cosine"] + 1])
+@pytest.mark.parametrize("n", [2, 37, Cosine.tile_images + 1])
 def test_both_directions_agree_with_loops_over_the_matrix(n, measure):
     generator = torch.Generator().manual_seed(n)
     images = torch.randn(n, 20, generator=generator, dtype=torch.float64)
@@ -76,7 +85,7 @@ def test_both_directions_agree_with_loops_over_the_matrix(n, measure):
     hubs = hubness_both_ways(rank_both_ways(images, captions, measure, top=10))
     for side, scores in (("i2t", matrix.tolist()), ("t2i", matrix.T.tolist())):
         for k in DEPTHS:
-            assert hubs[side][k] == pytest.approx(loop_figures(loop_counts(scores, k)), abs=1e-9)
+            assert hubs[side][k] == pytest.approx(loop_figures(loop_counts(scores, k), k), abs=1e-9)
 
 
 def test_the_items_of_a_ranking_are_the_best_ones_best_first():
@@ -93,10 +102,10 @@ def test_fewer_targets_than_k_are_all_neighbours():
 
 
 def test_the_mean_over_folds_names_no_item():
-    folds = [{side: {k: Hubness(s, .1 * s, .2 * s, .3 * s, s, 7) for k in DEPTHS} for side in ("i2t", "t2i")}
+    folds = [{side: {k: Hubness(s, .1 * s, .2 * s, .3 * s, .4 * s, s, 7) for k in DEPTHS} for side in ("i2t", "t2i")}
              for s in (1, 2)]
     mean = mean_hubness(folds)
-    assert mean["t2i"][5] == pytest.approx((1.5, .15, .3, .45, 1.5, -1))
+    assert mean["t2i"][5] == pytest.approx((1.5, .15, .3, .45, .6, 1.5, -1))
     assert mean_hubness(folds[:1]) == folds[0]
 
 

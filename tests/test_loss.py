@@ -12,6 +12,7 @@ from conftest import REFERENCE
 from loss import ContrastiveLoss, cosine_sim, hal_loss, max_margin_loss, order_sim, sum_margin_loss
 
 CASES = json.loads((REFERENCE / "losses.json").read_text())
+VSE_INFINITY = json.loads((REFERENCE / "vse_infty" / "losses.json").read_text())
 BANK = ("bank_image_embeddings", "bank_caption_embeddings", "bank_indices")
 
 
@@ -47,6 +48,40 @@ def test_loss_and_gradients_equal_the_released_code(case):
     assert abs(loss.item() - case["loss"]) < 1e-9
     assert (im.grad - numbers["grad_image"]).abs().max() < 1e-9
     assert (s.grad - numbers["grad_caption"]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("case", VSE_INFINITY, ids=lambda case: case["name"])
+def test_loss_and_gradients_equal_vse_infinity_s(case):
+    """Its hardest negative is one of those that tie, ours is all of them: there gradients are held against a loop."""
+    numbers = {name: torch.from_numpy(value) for name, value in
+               np.load(REFERENCE / "vse_infty" / "losses.npz").items()}
+    im = numbers[f"{case['batch']}_image"].requires_grad_()
+    s = numbers[f"{case['batch']}_caption"].requires_grad_()
+    opt = options(max_violation=case["max_violation"], sum_violation=True, margin=case["margin"])
+    loss = ContrastiveLoss(opt)(im, s)
+    loss.backward()
+    assert abs(loss.item() - case["loss"]) < 1e-9
+    grad_image, grad_caption = (numbers[f"{case['name']}_grad_{kind}"] for kind in ("image", "caption"))
+    if case["name"] == "ties_max_0.2":
+        of_similarities = torch.tensor(hardest_gradient((im @ s.t()).tolist(), case["margin"]), dtype=torch.float64)
+        grad_image, grad_caption = of_similarities @ s, of_similarities.t() @ im
+    assert (im.grad - grad_image).abs().max() < 1e-9
+    assert (s.grad - grad_caption).abs().max() < 1e-9
+
+
+def hardest_gradient(S, margin):
+    """The max-margin loss's gradient in each similarity: shared by those that tie, nothing where none violates."""
+    n = len(S)
+    gradient = [[0.0] * n for _ in range(n)]
+    for i in range(n):
+        for cells in ([(i, j) for j in range(n) if j != i], [(j, i) for j in range(n) if j != i]):
+            worst = max((S[a][b] for a, b in cells), default=-1)
+            ties = [(a, b) for a, b in cells if S[a][b] == worst]
+            if margin + worst - S[i][i] > 0:
+                gradient[i][i] -= 1
+                for a, b in ties:
+                    gradient[a][b] += 1 / len(ties)
+    return gradient
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["uses_bank"]], ids=lambda case: case["name"])
@@ -155,6 +190,32 @@ def test_the_options_choose_the_margin_loss_and_max_wins(measure, flags, loop):
     im, s = embeddings(5).abs(), embeddings(5, seed=1).abs()
     found = ContrastiveLoss(options(measure=measure, margin=0.3, **flags))(im, s)
     assert float(found) == pytest.approx(loop(loops.similarities(im.tolist(), s.tolist(), measure), 0.3), abs=1e-12)
+
+
+@pytest.mark.parametrize("arguments, named, measure, loop", [
+    ((), {"margin": 0.3}, "cosine", loops.sum_margin),
+    ((), {"margin": 0.3, "measure": "cosine", "max_violation": False}, "cosine", loops.sum_margin),
+    ((), {"margin": 0.3, "measure": "order", "max_violation": True}, "order", loops.max_margin),
+    ((0.3,), {"max_violation": True}, "cosine", loops.max_margin),
+    ((0.3, "order"), {}, "order", loops.sum_margin),
+    ((0.3, False, True), {}, "cosine", loops.max_margin)],
+    ids=["margin", "all by name", "order", "margin by place", "two by place", "all by place"])
+def test_vse_plus_plus_s_call_is_a_margin_loss(arguments, named, measure, loop):
+    im, s = embeddings(5).abs(), embeddings(5, seed=1).abs()
+    expected = loop(loops.similarities(im.tolist(), s.tolist(), measure), 0.3)
+    assert float(ContrastiveLoss(*arguments, **named)(im, s)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_vse_plus_plus_s_defaults_are_the_sum_margin_loss_with_margin_0():
+    im, s = embeddings(5), embeddings(5, seed=1)
+    expected = loops.sum_margin(loops.similarities(im.tolist(), s.tolist()), 0)
+    assert expected > 0 and float(ContrastiveLoss()(im, s)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_options_may_come_by_name():
+    im, s = embeddings(5), embeddings(5, seed=1)
+    expected = loops.hal(loops.similarities(im.tolist(), s.tolist()), 30.0, 0.3)
+    assert float(ContrastiveLoss(opt=options())(im, s)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_hal_with_the_order_similarity_is_still_computed():

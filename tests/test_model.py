@@ -85,6 +85,332 @@ def test_training_walks_the_released_path(name):
                for key in theirs)
 
 
+# Against VSE-infinity ---------------------------------------------------------------------------
+
+VSE_INFINITY = {name: torch.load(REFERENCE / "vse_infty" / f"{name}.pt", weights_only=True)
+                for name in ("image_encoder", "text_encoder", "trajectory")}
+REGIONS, PATHS = VSE_INFINITY["image_encoder"], VSE_INFINITY["trajectory"]
+WORDS = pytest.mark.parametrize("case", VSE_INFINITY["text_encoder"], ids=["one layer", "two layers"])
+INFINITY_PARTS = {"precomp_enc_type": "mlp", "image_pooling": "gpo", "text_pooling": "gpo", "bi_gru": True}
+
+
+def regions_encoder(no_imgnorm=False):
+    encoder = EncoderImage("x_precomp", REGIONS["options"]["img_dim"], REGIONS["options"]["embed_size"],
+                           no_imgnorm=no_imgnorm, image_pooling="gpo", precomp_enc_type="mlp")
+    encoder.load_state_dict(REGIONS["state"])
+    return encoder.double()
+
+
+def words_encoder(case, no_txtnorm=False):
+    opt = case["options"]
+    return EncoderText(opt["vocab_size"], opt["word_dim"], opt["embed_size"], case["num_layers"], text_pooling="gpo",
+                       bi_gru=True, no_txtnorm=no_txtnorm)
+
+
+def infinity_options(**changes):
+    return options(**{**PATHS["options"], **INFINITY_PARTS, **changes})
+
+
+def close(found, expected, bound=1e-10):
+    return found.shape == expected.shape and (found - expected).abs().max() < bound
+
+
+def buffers_equal(encoder, expected):
+    return all(close(dict(encoder.named_buffers())[name].double(), value.double()) for name, value in expected.items())
+
+
+def gradients_equal(module, expected, bound=1e-9):
+    found = dict(module.named_parameters())
+    return all(close(found[name].grad, value.double(), bound * max(1, value.abs().max())) for name, value in
+               expected.items())
+
+
+def test_one_seed_draws_vse_infinity_s_encoders():
+    torch.manual_seed(REGIONS["options"]["seed"])
+    encoder = EncoderImage("x_precomp", REGIONS["options"]["img_dim"], REGIONS["options"]["embed_size"],
+                           image_pooling="gpo", precomp_enc_type="mlp")
+    assert list(encoder.state_dict()) == list(REGIONS["state"])
+    assert states_equal([encoder.state_dict()], [REGIONS["state"]])
+
+
+@WORDS
+def test_one_seed_draws_vse_infinity_s_text_encoder(case):
+    torch.manual_seed(case["options"]["seed"])
+    state = words_encoder(case).state_dict()
+    assert list(state) == list(case["state"]) and states_equal([state], [case["state"]])
+
+
+def test_one_seed_draws_vse_infinity_s_model():
+    torch.manual_seed(PATHS["options"]["seed"])
+    vse = VSE(infinity_options())
+    assert states_equal([vse.img_enc.state_dict(), vse.txt_enc.state_dict()], PATHS["initial_state"])
+
+
+@pytest.mark.parametrize("no_imgnorm, images", [(False, "full"), (False, "varied"), (True, "varied")])
+def test_region_embeddings_equal_vse_infinity_s(no_imgnorm, images):
+    expected = REGIONS[f"eval_{images}{'_no_imgnorm' * no_imgnorm}"]
+    assert close(regions_encoder(no_imgnorm).eval()(REGIONS[f"images_{images}"]), expected)
+
+
+def test_both_ways_of_a_region_equal_vse_infinity_s():
+    encoder, regions = regions_encoder().eval(), REGIONS["images_full"]
+    assert close(encoder.fc(regions), REGIONS["eval_full_fc"]) and close(encoder.mlp(regions), REGIONS["eval_full_mlp"])
+
+
+def test_training_s_statistics_and_gradients_equal_vse_infinity_s():
+    encoder = regions_encoder()
+    for step in REGIONS["train_steps"]:
+        encoder.zero_grad()
+        embeddings = encoder(REGIONS[step["images"]])
+        (embeddings * REGIONS["projection"]).sum().backward()
+        assert close(embeddings, step["embeddings"]) and buffers_equal(encoder, step["buffers"])
+        assert gradients_equal(encoder, step["grad_state"])
+        assert [name for name, p in encoder.named_parameters() if p.grad is None] == step["without_gradient"]
+    encoder.eval()
+    assert close(encoder(REGIONS["images_full"]), REGIONS["eval_full_after"])
+    assert close(encoder(REGIONS["images_varied"]), REGIONS["eval_varied_after"])
+
+
+@pytest.mark.parametrize("padding, name", [(0, "varied_first"), (4, "varied_first_4_more_padding")])
+def test_padding_counts_in_training_s_statistics_alone(padding, name):
+    encoder = regions_encoder()
+    images = torch.nn.functional.pad(REGIONS["images_varied"], (0, 0, 0, padding))
+    assert close(encoder.eval()(images), REGIONS["eval_varied"])
+    assert close(encoder.train()(images), REGIONS[f"train_{name}"])
+    assert buffers_equal(encoder, REGIONS[f"buffers_{name}"])
+
+
+def test_the_norm_s_epsilon_is_added_to_the_length():
+    reference = REGIONS["l2norm"]
+    rows = reference["input"].clone().requires_grad_()
+    found = l2norm(rows, reference["eps"])
+    (found * reference["projection"]).sum().backward()
+    assert close(found, reference["output"], 1e-12)
+    for row, mine, theirs in zip(reference["input"], rows.grad, reference["grad_input"]):
+        if row.any():
+            assert (mine - theirs).abs().max() < 1e-7 * theirs.abs().max()
+        else:  # NaN there
+            assert mine.isfinite().all()
+
+
+@WORDS
+@pytest.mark.parametrize("training", [False, True])
+def test_word_pooled_embeddings_equal_vse_infinity_s(case, training):
+    for no_txtnorm, name in ((False, "embeddings"), (True, "embeddings_no_txtnorm")):
+        encoder = words_encoder(case, no_txtnorm).train(training)
+        encoder.load_state_dict(case["state"])
+        assert close(encoder.double()(case["captions"], case["lengths"]), case[name])
+    assert close(encoder.gpool.pool_weights(torch.tensor(case["lengths"]), 10), case["pool_weights"])
+
+
+@WORDS
+def test_word_pooled_gradients_equal_vse_infinity_s(case):
+    encoder = words_encoder(case)
+    encoder.load_state_dict(case["state"])
+    (encoder.double()(case["captions"], case["lengths"]) * case["projection"]).sum().backward()
+    assert gradients_equal(encoder, case["grad_state"], 1e-7)  # stored in float32
+
+
+@pytest.mark.parametrize("name", PATHS["runs"])
+def test_training_in_float64_walks_vse_infinity_s_path(name):
+    run, steps = PATHS["runs"][name], []
+    opt = infinity_options(**run["options"])
+    vse = VSE(opt)
+    vse.load_state_dict(PATHS["initial_state"])
+    vse.double()
+    optimizer = torch.optim.AdamW(vse.parameters(), weight_decay=PATHS["optimizer"]["groups"][0]["weight_decay"])
+    vse.train_start()
+    for step in range(len(run["losses"])):
+        epoch, place = divmod(step, run["steps_per_epoch"])
+        optimizer.param_groups[0]["lr"] = opt.learning_rate * (0.1 if epoch >= opt.lr_update else 1)
+        hardest = opt.max_violation or epoch >= opt.vse_mean_warmup_epochs
+        batch = run["batches"][place]
+        images, captions = vse.forward_emb(batch["images"].double(), batch["captions"], batch["lengths"])
+        value = (loss.max_margin_loss if hardest else loss.sum_margin_loss)(images @ captions.t(), opt.margin)
+        optimizer.zero_grad()
+        value.backward()
+        steps.append((value.item(), torch.nn.utils.clip_grad_norm_(vse.parameters(), opt.grad_clip).item()))
+        optimizer.step()
+    losses, norms = zip(*steps)
+    assert losses == pytest.approx(run["losses"], rel=1e-9)
+    assert norms == pytest.approx(run["gradient_norms"], rel=1e-7)
+    assert all(close(mine[key].double(), value.double(), 1e-6) for mine, theirs in
+               zip([vse.img_enc.state_dict(), vse.txt_enc.state_dict()], run["final_state"])
+               for key, value in theirs.items())
+    vse.val_start()
+    batch = run["batches"][0]
+    images, captions = vse.forward_emb(batch["images"].double(), batch["captions"], batch["lengths"])
+    assert close(images, run["final_eval_image_embeddings"], 1e-9)
+    assert close(captions, run["final_eval_caption_embeddings"], 1e-9)
+
+
+# Regions and words, pooled ----------------------------------------------------------------------
+
+def regions(lengths, longest, width=5):
+    drawn = torch.randn(len(lengths), longest, width, generator=torch.Generator().manual_seed(9)).double()
+    return drawn.masked_fill((torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)).unsqueeze(2), 0)
+
+
+def pooled_loop(name, rows):
+    """mean, max or kmax (of 5) over rows of numbers."""
+    columns = [sorted(column, reverse=True) for column in zip(*rows)]
+    kept = {"mean": len(rows), "max": 1, "kmax": 5}[name]
+    return [sum(column[:kept]) / len(column[:kept]) for column in columns]
+
+
+def normalised(row):
+    return [x / math.hypot(*row) for x in row]
+
+
+@pytest.mark.parametrize("name", [None, "mean", "max", "kmax"])
+def test_regions_are_embedded_pooled_and_normalised(name):
+    torch.manual_seed(2)
+    encoder = EncoderImage("x_precomp", 5, 4, image_pooling=name).double()
+    weights, lengths = encoder.fc.weight.tolist(), [7, 2, 6]
+    encoder.fc.bias.data = torch.tensor([0.1, -0.2, 0.3, 0.4], dtype=torch.float64)
+    images = regions(lengths, 7)
+    expected = []
+    for image, length in zip(images.tolist(), lengths):
+        mapped = [[sum(w * x for w, x in zip(row, region)) + bias for row, bias in
+                   zip(weights, (0.1, -0.2, 0.3, 0.4))] for region in image[:length]]
+        expected.append(normalised(pooled_loop(name or "mean", mapped)))
+    assert encoder(images).tolist() == [pytest.approx(row, abs=1e-12) for row in expected]
+
+
+def gru_states(encoder, words, suffix):
+    """The state after each of the words in one direction of a one-layer GRU, in the order of the words given."""
+    weights = {name: value.tolist() for name, value in encoder.state_dict().items()}
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    one = {f"rnn.{kind}_l0": weights[f"rnn.{kind}_l0{suffix}"] for kind in kinds} | {"embed.weight":
+                                                                                     weights["embed.weight"]}
+    return [gru_loop_states(one, 1, words[:end + 1]) for end in range(len(words))]
+
+
+@pytest.mark.parametrize("bi_gru", [False, True])
+@pytest.mark.parametrize("name", ["last", "mean", "max", "kmax"])
+def test_words_are_pooled_and_normalised(name, bi_gru):
+    torch.manual_seed(3)
+    encoder = EncoderText(9, 3, 4, 1, text_pooling=name, bi_gru=bi_gru).double()
+    captions, expected = [[1, 5, 6, 7, 8, 2, 4], [1, 4, 4, 2], [3]], []
+    for words in captions:
+        ahead = gru_states(encoder, words, "")
+        back = gru_states(encoder, words[::-1], "_reverse")[::-1] if bi_gru else ahead
+        if name == "last":
+            pooled = [(a + b) / 2 for a, b in zip(ahead[-1], back[0] if bi_gru else ahead[-1])]
+        else:
+            pooled = pooled_loop(name, [[(a + b) / 2 for a, b in zip(*pair)] for pair in zip(ahead, back)])
+        expected.append(normalised(pooled))
+    padded = torch.tensor([words + [0] * (7 - len(words)) for words in captions])
+    found = encoder(padded, [7, 4, 1])
+    assert found.tolist() == [pytest.approx(row, abs=1e-7) for row in expected]  # 1e-8 is added to a length
+
+
+EVERY_POOLING = pytest.mark.parametrize("parts", [
+    {"image_pooling": "mean"}, {"image_pooling": "max", "text_pooling": "mean"},
+    {"image_pooling": "kmax", "text_pooling": "kmax", "bi_gru": True}, {"image_pooling": "gpo", "text_pooling": "max"},
+    {"image_pooling": "gpo", "text_pooling": "last", "bi_gru": True}, {"precomp_enc_type": "mlp"},
+    INFINITY_PARTS, {**INFINITY_PARTS, "num_layers": 2}], ids=lambda parts: "-".join(map(str, parts.values())))
+CAPTIONS = torch.tensor([[1, 4, 5, 6, 2], [1, 7, 2, 0, 0], [1, 2, 0, 0, 0]]), [5, 3, 2]
+
+
+@EVERY_POOLING
+@pytest.mark.parametrize("training", [False, True])
+def test_pairs_do_not_see_each_other_s_padding(parts, training):
+    """Batch norm in training is the exception, as in the released code: it sees all rows."""
+    torch.manual_seed(4)
+    vse = VSE(options(**parts)).double().train(training and "precomp_enc_type" not in parts)
+    lengths = [3, 1, 6]
+    images, captions = vse.forward_emb(regions(lengths, 6), *CAPTIONS)
+    for item, (image, caption) in enumerate(zip(images, captions)):
+        alone = vse.forward_emb(regions(lengths, 6)[item:item + 1, :lengths[item]],
+                                CAPTIONS[0][item:item + 1, :CAPTIONS[1][item]], CAPTIONS[1][item:item + 1])
+        assert close(alone[0][0], image, 1e-12) and close(alone[1][0], caption, 1e-12)
+
+
+@EVERY_POOLING
+def test_bf16_products_come_near_float32_s_embeddings_and_gradients(parts):
+    torch.manual_seed(4)
+    full, half = VSE(options(**parts)), VSE(options(**parts, amp="bf16"))
+    half.load_state_dict(full.state_dict())
+    for vse in (full, half):
+        embeddings = vse.forward_emb(regions([3, 1, 6], 6).float(), *CAPTIONS)
+        assert all(x.dtype == torch.float32 for x in embeddings)
+        sum((x * x.new_tensor([[1, 2, -1, 0.5]])).sum() for x in embeddings).backward()
+    in_float32 = parts.get("text_pooling") == "last"  # with both directions: nn.GRU's on a CPU
+    for mine, other, may_be_same in zip(half.forward_emb(regions([3, 1, 6], 6).float(), *CAPTIONS),
+                                        full.forward_emb(regions([3, 1, 6], 6).float(), *CAPTIONS),
+                                        (False, in_float32)):
+        assert (mine - other).abs().max() < 0.05
+        assert may_be_same or not torch.equal(mine, other)
+    gradients = [torch.cat([p.grad.flatten() for p in vse.parameters() if p.grad is not None]) for vse in (full, half)]
+    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()
+
+
+@EVERY_POOLING
+def test_an_image_of_zeros_gives_finite_embeddings_and_gradients(parts):
+    torch.manual_seed(4)
+    vse = VSE(options(**parts))
+    images = regions([3, 1, 6], 6).float()
+    images[1] = 0
+    sum(x.sum() for x in vse.forward_emb(images, *CAPTIONS)).backward()
+    norm = torch.nn.utils.clip_grad_norm_(vse.parameters(), 2.0)
+    assert norm < 1e6
+
+
+@EVERY_POOLING
+def test_a_model_over_regions_takes_its_own_state(parts):
+    torch.manual_seed(5)
+    source, target = VSE(options(**parts)), VSE(options(**parts))
+    target.load_state_dict([source.img_enc.state_dict(), source.txt_enc.state_dict()])
+    assert states_equal([target.state_dict()], [source.state_dict()])
+
+
+def test_without_the_new_options_the_model_is_the_old_one():
+    torch.manual_seed(6)
+    plain = VSE(options())
+    torch.manual_seed(6)
+    spelled = VSE(options(image_pooling=None, precomp_enc_type="basic", text_pooling="last", bi_gru=False,
+                          no_txtnorm=False))
+    assert list(plain.state_dict()) == ["img_enc.fc.weight", "img_enc.fc.bias", "txt_enc.embed.weight", *(
+        f"txt_enc.rnn.{kind}_l0" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))]
+    assert states_equal([plain.state_dict()], [spelled.state_dict()])
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"image_pooling": "median"}, "--image_pooling is median"), ({"text_pooling": "first"}, "--text_pooling is first"),
+    ({"precomp_enc_type": "weight_norm"}, "--precomp_enc_type is weight_norm"),
+    ({"data_name": "coco", "image_pooling": "gpo"}, "coco holds photos"),
+    ({"data_name": "f30k", "precomp_enc_type": "mlp"}, "f30k holds photos")], ids=str)
+def test_choices_that_are_none_are_refused(changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        VSE(options(**changes))
+
+
+@pytest.mark.parametrize("parts", [{"image_pooling": "max"}, {"precomp_enc_type": "mlp"}], ids=str)
+def test_vectors_are_no_regions(parts):
+    with pytest.raises(InputError, match=r"over regions.*\(3, 5\)"):
+        VSE(options(**parts)).embed_images(torch.randn(3, 5))
+
+
+def test_batch_norm_needs_more_than_one_region_in_training():
+    vse = VSE(options(**INFINITY_PARTS))
+    with pytest.raises(InputError, match="--batch_size"):
+        vse.img_enc(torch.ones(1, 1, 5))
+    vse.val_start()
+    assert vse.img_enc(torch.ones(1, 1, 5)).shape == (1, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@EVERY_POOLING
+def test_pooled_embeddings_on_cuda_equal_the_cpu_s(parts):
+    torch.manual_seed(4)
+    vse = VSE(options(**parts))
+    images = regions([3, 1, 6], 6).float()
+    expected = vse.forward_emb(images, *CAPTIONS)
+    found = vse.cuda().forward_emb(images, *CAPTIONS)
+    assert all((mine.cpu() - theirs).abs().max() < 1e-4 for mine, theirs in zip(found, expected))
+
+
 # Parts ------------------------------------------------------------------------------------------
 
 def test_the_family_s_names_are_importable_from_here():
@@ -157,8 +483,13 @@ def test_a_precomputed_image_is_mapped_normalised_and_made_absolute(use_abs, no_
 def gru_loop(encoder, words):
     """One caption through a GRU of any number of layers, number by number."""
     weights = {name: value.tolist() for name, value in encoder.state_dict().items()}
+    return normalised(gru_loop_states(weights, encoder.rnn.num_layers, words))
+
+
+def gru_loop_states(weights, layers, words):
+    """The top layer's state after the last word; weights: lists by their state names."""
     inputs = [weights["embed.weight"][word] for word in words]
-    for layer in range(encoder.rnn.num_layers):
+    for layer in range(layers):
         w_in, w_out, b_in, b_out = (weights[f"rnn.{name}_l{layer}"] for name in
                                     ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         size, outputs = len(w_out[0]), []
@@ -172,7 +503,7 @@ def gru_loop(encoder, words):
             state = [(1 - update[i]) * new[i] + update[i] * state[i] for i in range(size)]
             outputs.append(state)
         inputs = outputs
-    return [x / math.hypot(*state) for x in state]
+    return state
 
 
 @pytest.mark.parametrize("captions", [[[1, 5, 6, 7, 2]], [[1, 2], [1, 2]], [[1, 5, 6, 7, 8, 2], [1, 4, 4, 2], [1, 2]],
@@ -214,6 +545,29 @@ def test_lengths_may_be_a_list_or_a_tensor():
     encoder = EncoderText(9, 3, 4, 1)
     captions = torch.tensor([[1, 5, 2], [1, 2, 0]])
     assert torch.equal(encoder(captions, [3, 2]), encoder(captions, torch.tensor([3, 2])))
+
+
+def test_captions_may_come_by_the_family_s_name():
+    encoder = EncoderText(9, 3, 4, 1).double()
+    found = encoder(x=torch.tensor([[1, 5, 2]]), lengths=[3])[0].tolist()
+    assert found == pytest.approx(gru_loop(encoder, [1, 5, 2]), abs=1e-12)
+
+
+@pytest.mark.parametrize("volatile", [False, True])
+@pytest.mark.parametrize("rest", [(), ((7, 8), torch.tensor([7, 8]))], ids=["batch", "batch with its indices"])
+def test_volatile_means_without_gradients_and_the_same_embeddings(rest, volatile):
+    torch.manual_seed(3)
+    vse = VSE(options())
+    images, captions = torch.randn(2, 5), torch.tensor([[1, 5, 2], [1, 2, 0]])
+    found = vse.forward_emb(images, captions, [3, 2], *rest, volatile=volatile)
+    assert [embeddings.requires_grad for embeddings in found] == [not volatile] * 2
+    weight = vse.img_enc.fc.weight.tolist()
+    for image, embedding in zip(images.tolist(), found[0].tolist()):
+        mapped = [sum(w * x for w, x in zip(row, image)) for row in weight]
+        assert embedding == pytest.approx([x / math.hypot(*mapped) for x in mapped], abs=1e-6)
+    assert found[1].tolist() == [pytest.approx(gru_loop(vse.txt_enc, words), abs=1e-6) for words in ([1, 5, 2], [1, 2])]
+    with torch.no_grad():  # does not bring gradients back
+        assert not vse.forward_emb(images, captions, [3, 2], *rest)[0].requires_grad
 
 
 def test_both_encoders_keep_float64():

@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import RAW, ROOT, TINY, load, states_equal
+import torch
+from conftest import RAW, ROOT, TINY, in_shell, load, run_script, scalars, states_equal
 
 import run_record
 import train
@@ -81,6 +84,21 @@ def test_a_resumed_raw_image_run_ends_the_same_whatever_the_workers(workdir, mon
     stopped(monkeypatch, flags, 2)
     train.main([*flags, "--resume", RUN, "--workers", "1"])
     assert states_equal(load(RUN)["model"], load("runs/whole/checkpoint.pth.tar")["model"])
+
+
+@pytest.mark.parametrize("then, now", [(False, True), (True, False)])
+def test_a_run_goes_on_where_adam_is_fused_and_where_it_is_not(workdir, monkeypatch, whole_run, then, now):
+    def adam(fused):
+        return lambda parameters, **options: true_adam(parameters, **{**options, "fused": fused})
+    true_adam = torch.optim.Adam  # fused on a CPU and on CUDA, not on MPS
+    monkeypatch.setattr(torch.optim, "Adam", adam(then))
+    stopped(monkeypatch, FLAGS, 6)
+    assert load(RUN)["optimizer"]["param_groups"][0]["fused"] is then
+    monkeypatch.setattr(torch.optim, "Adam", adam(now))
+    train.main([*FLAGS, "--resume", RUN])
+    assert load(RUN)["optimizer"]["param_groups"][0]["fused"] is now
+    for found, expected in zip(load(RUN)["model"], whole_run[0]["model"]):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_save_step_writes_checkpoints_within_an_epoch(workdir, monkeypatch):
@@ -212,6 +230,76 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(workdir):
     assert "Training goes on" in said and before == 1
     assert load(RUN)["epoch"] == 60
     assert not list(Path("runs/runX").glob("*.tmp"))
+
+
+# Output that fails ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("redirection, stdout, last_line", [
+    (">/dev/full", 0, "output.*No space left"), ("2>/dev/full", 6, None), ("1>&-", 0, "output.*closed"),
+    ("2>&-", 6, None), ("| head -1", 1, "output.*Broken pipe")])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_figures_that_cannot_be_printed_cost_no_epoch(workdir, whole_run, redirection, stdout, last_line):
+    found = in_shell(" ".join([str(ROOT / "train.py"), *FLAGS, redirection]), workdir)
+    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
+    assert len(re.findall(r"^rsum: \d", found.stdout, re.M)) == stdout
+    assert re.search(f"error: standard {last_line}", found.stderr.splitlines()[-1]) if last_line else not found.stderr
+    content, log = whole_run
+    assert states_equal(load(RUN)["model"], content["model"]) and load(RUN)["epoch"] == 3
+    assert [line["step"] for line in log_of()] == [line["step"] for line in log]
+    assert json.loads(Path("runs/runX/run.json").read_text())["result"]["outcome"] == "finished"
+
+
+def test_the_files_are_written_before_the_figures_are_printed(workdir, monkeypatch):
+    def unprintable(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train, "log", lambda message: message.startswith("Dev:") and unprintable())
+    with pytest.raises(OSError, match="No space"):
+        train.main([*FLAGS, "--val_step", "100", "--num_epochs", "1"])
+    assert load(RUN)["epoch"] == load("runs/runX/model_best.pth.tar")["epoch"] == 1
+    assert log_of()[-1]["kind"] == "validation" and ("rsum", 4) in [event[:2] for event in scalars("runs/runX")]
+
+
+# Disks that fill up -----------------------------------------------------------------------------
+
+BIG = [*TINY, "--embed_size", "64", "--word_dim", "32", "--batch_size", "4", "--save_all", "--record_val", "--log_step",
+       "1"]  # checkpoints of 260 kB; an epoch takes up more than one block of the logs' files
+
+
+@pytest.mark.parametrize("kilobytes", [500, 700])
+def test_a_disk_that_stays_full_ends_the_run_with_one_sentence_and_whole_files(workdir, small_disk, kilobytes):
+    disk = small_disk(kilobytes)
+    found = run_script("train.py", *BIG, "--num_epochs", "4", "--logger_name", str(disk), cwd=workdir)
+    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
+    assert "Training goes on" in found.stderr and found.stdout.count("rsum") == 4
+    assert re.search(r"error: .*\.pth\.tar could not be written \(No space left on device\): free some space",
+                     found.stderr.splitlines()[-1])
+    assert not list(disk.glob("*.tmp")) and load(str(disk / "checkpoint.pth.tar"))["epoch"] >= 1
+    for path in disk.glob("*.pth.tar"):
+        load(str(path))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_step(workdir, small_disk, monkeypatch, capsys):
+    train.main([*BIG, "--num_epochs", "5", "--logger_name", "runs/whole"])
+    disk, true_validate = small_disk(3000), train.validate
+
+    def validate(run):
+        filler = disk / "filler"
+        if run.epoch == 1:
+            filler.write_bytes(bytes(4096 * (shutil.disk_usage(disk).free // 4096)))
+            assert shutil.disk_usage(disk).free == 0
+        if run.epoch == 3:
+            filler.unlink()
+        return true_validate(run)
+    monkeypatch.setattr(train, "validate", validate)
+    train.main([*BIG, "--num_epochs", "5", "--logger_name", str(disk)])
+    assert capsys.readouterr().err.count("checkpoint.pth.tar could not be written (No space left on device)") == 2
+    assert sorted(path.name for path in disk.glob("Epoch-*")) == [f"Epoch-{n}-model.pth.tar" for n in (1, 4, 5)]
+    assert states_equal(load(str(disk / "checkpoint.pth.tar"))["model"],
+                        load("runs/whole/checkpoint.pth.tar")["model"])
+    events, expected = ([event[:2] for event in scalars(folder)] for folder in (disk, "runs/whole"))
+    rest = iter(expected)
+    assert all(event in rest for event in events)  # whole, in order, some left out
+    assert len(events) < len(expected) and events[-11:] == expected[-11:]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(workdir):

@@ -24,13 +24,31 @@ def test_a_folder_that_a_living_run_holds_is_refused(tmp_path):
 
 
 def test_a_killed_run_gives_the_folder_free_and_its_temporary_files_go(tmp_path):
-    code = ("import os, signal, run_record\nheld = run_record.lock('run')\n"
-            "open('run/checkpoint.pth.tar.x.tmp', 'w').close()\nos.kill(os.getpid(), signal.SIGKILL)")
+    names = ["checkpoint.pth.tar", "model_best.pth.tar", "Epoch-12-model.pth.tar", "log.jsonl", "run.json"]
+    code = ("import contextlib, os, signal, sys, run_record, errors\nheld = run_record.lock('run')\n"
+            "with contextlib.ExitStack() as files:\n"
+            "    for name in sys.argv[1:]:\n"
+            "        files.enter_context(errors.replacing(os.path.join('run', name)))\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)")
     root = os.path.dirname(run_record.__file__)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
-    assert (tmp_path / "run" / "checkpoint.pth.tar.x.tmp").exists()
+    subprocess.run([sys.executable, "-c", code, *names], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
+    assert all(len(list((tmp_path / "run").glob(f"{name}.*.tmp"))) == 1 for name in names)
     run_record.lock(str(tmp_path / "run")).close()
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert os.listdir(tmp_path / "run") == [".lock"]
+
+
+def test_what_is_not_the_run_s_own_stays(tmp_path):
+    strangers = ["thesis.tmp", "thesis.tex.abcdefgh.tmp", "checkpoint.pth.tar.tmp", "checkpoint.pth.tar.old.tmp",
+                 "my-checkpoint.pth.tar.abcdefgh.tmp", "Epoch-x-model.pth.tar.abcdefgh.tmp", "run.json"]
+    for name in strangers:
+        (tmp_path / name).write_text("hers")
+    for name in ("x.tmp", "log.jsonl.abcdefgh.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run.json.abcdefgh.tmp").symlink_to("thesis.tmp")
+    run_record.lock(str(tmp_path)).close()
+    assert sorted(os.listdir(tmp_path)) == sorted([*strangers, ".lock", "x.tmp", "log.jsonl.abcdefgh.tmp",
+                                                   "run.json.abcdefgh.tmp"])
+    assert all((tmp_path / name).read_text() == "hers" for name in strangers)
 
 
 def test_log_lines_are_appended_whole(tmp_path):

@@ -1,16 +1,21 @@
 """The sample data set: the same everywhere, complete or absent, and laid out as the loaders read it."""
 
+import errno
 import hashlib
 import json
+import os
 import random
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_script
 from PIL import Image
 
 import sample_data
+from errors import InputError
 
 CAPTIONS_PER_IMAGE = 5
 SPLITS = {"train": 500, "dev": 200, "test": 200}
@@ -175,8 +180,41 @@ def test_a_file_in_the_way_is_an_error(few, tmp_path, monkeypatch):
         (tmp_path / "sample").touch()
 
     monkeypatch.setattr(sample_data, "WRITERS", {"sample": put_a_file_there})
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match=f"--data_path {tmp_path}"):
         sample_data.draw(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["taken", "taken/data"], ids=["a file", "below a file"])
+def test_a_data_folder_that_cannot_be_made_is_refused_by_its_flag(few, tmp_path, name):
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(InputError, match=f"--data_path {tmp_path / name} ") as caught:
+        sample_data.draw(tmp_path / name)
+    assert "\n" not in str(caught.value) and file_bytes(tmp_path) == {Path("taken"): b"x"}
+
+
+@pytest.mark.parametrize("step, number", [("mkdtemp", errno.EROFS), ("mkdtemp", errno.EACCES), ("save", errno.ENOSPC)])
+def test_a_data_folder_that_cannot_be_written_is_refused_by_its_flag(few, tmp_path, monkeypatch, step, number):
+    """Read-only, another user's, full."""
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*{"mkdtemp": (tempfile, "mkdtemp"), "save": (np, "save")}[step], fail)
+    with pytest.raises(InputError, match=rf"--data_path {tmp_path} \({os.strerror(number)}\)"):
+        sample_data.draw(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawn_data_is_not_drawn_again_where_nothing_can_be_written(few, tmp_path, monkeypatch):
+    sample_data.draw(tmp_path)
+    monkeypatch.setattr(tempfile, "mkdtemp", None)
+    assert sample_data.draw(tmp_path) == []
+
+
+def test_the_script_ends_with_2_and_one_line(tmp_path):
+    (tmp_path / "taken").write_text("x")
+    result = run_script("sample_data.py", "--data_path", "taken", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--data_path taken" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_script_says_what_it_did(few, tmp_path, capsys):

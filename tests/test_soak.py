@@ -1,8 +1,12 @@
-"""A run that is killed again and again ends as if it had never been: `python -m pytest -m soak -s` (minutes)."""
+"""A run that is killed, or whose disk fills up, again and again ends as if that had never been.
+
+    python -m pytest -m soak -s  # minutes
+"""
 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +20,7 @@ import checkpoint
 import sample_data
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 30
+ROUNDS, DISK_ROUNDS = 30, 5
 FLAGS = ["--data_name", "sample_precomp", "--embed_size", "48", "--word_dim", "24", "--batch_size", "32",
          "--learning_rate", "0.001", "--num_epochs", "12", "--log_step", "1", "--save_step", "1", "--val_step", "25",
          "--memory_bank", "--mb_k", "20", "--device", "cpu"]
@@ -34,10 +38,23 @@ def finish(process):
     assert process.returncode == 0, said
 
 
-@pytest.mark.soak
-def test_killed_runs_resume_exactly(tmp_path):
+@pytest.fixture
+def undisturbed(tmp_path):
+    """A folder with the data and the run to which nothing happened, runs/whole."""
     sample_data.draw(tmp_path / "data")
     finish(start(tmp_path, "--logger_name", "runs/whole"))
+    return tmp_path
+
+
+def differing(one, other):
+    """How many tensors of two checkpoints' models differ."""
+    return sum(not torch.equal(value, theirs[key]) for state, theirs in zip(one["model"], other["model"])
+               for key, value in state.items())
+
+
+@pytest.mark.soak
+def test_killed_runs_resume_exactly(undisturbed):
+    tmp_path = undisturbed
     run, rng = tmp_path / "runs" / "killed", random.Random(7)
     kills = kills_in_save = 0
     while kills < ROUNDS:
@@ -56,8 +73,7 @@ def test_killed_runs_resume_exactly(tmp_path):
 
     whole, killed = (checkpoint.load(str(tmp_path / "runs" / name / "checkpoint.pth.tar")) for name in
                      ("whole", "killed"))
-    mismatches = sum(not torch.equal(value, other[key]) for state, other in zip(whole["model"], killed["model"])
-                     for key, value in state.items())
+    mismatches = differing(whole, killed)
     logs = [[json.loads(line) for line in (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()]
             for name in ("whole", "killed")]
     steps, expected = ([line["step"] for line in log if line["kind"] == "step"] for log in reversed(logs))
@@ -69,3 +85,54 @@ def test_killed_runs_resume_exactly(tmp_path):
     assert whole["best_rsum"] == killed["best_rsum"] and whole["Eiters"] == killed["Eiters"]
     assert not list(run.glob("*.tmp"))
     assert not [name for name in os.listdir(run) if "tmp" in name]
+
+
+def fill(disk):
+    """Leave no room on it."""
+    with open(disk / "filler", "ab") as filler:
+        while free := shutil.disk_usage(disk).free:
+            filler.write(bytes(free))
+            filler.flush()
+
+
+def said_until(process, wanted, disk=None):
+    """Read what a process says until a line has one of the words; where a disk is given, it is full all the while."""
+    for line in process.stderr:
+        if disk:
+            fill(disk)
+        if any(word in line for word in wanted):
+            return line
+    raise AssertionError(f"it ended with {process.wait()} and never said {wanted}")
+
+
+@pytest.mark.soak
+def test_runs_whose_disk_fills_up_resume_exactly(undisturbed, small_disk):
+    disk, rng, rounds = small_disk(4000), random.Random(11), []
+    last, flags = str(disk / "checkpoint.pth.tar"), ["--logger_name", str(disk), "--resume", "auto"]
+    for number in range(DISK_ROUNDS):
+        process = start(undisturbed, *flags)
+        said_until(process, ["Resumed", "Epoch"])
+        time.sleep(rng.uniform(0.2, 0.8))
+        said_until(process, ["could not be written (No space left on device)"], disk)
+        kept = checkpoint.load(last)["Eiters"]
+        if number % 2:  # stopped while it is full
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=60)[1]
+            assert process.returncode == 2 and "error: " in said.splitlines()[-1] and "Traceback" not in said
+            assert checkpoint.load(last)["Eiters"] == kept
+            (disk / "filler").unlink()
+        else:  # killed when there was room again, and it had gone on
+            (disk / "filler").unlink()
+            while checkpoint.load(last)["Eiters"] == kept:
+                assert said_until(process, ["Epoch"])
+            process.kill()
+            process.communicate()
+        rounds.append((kept, checkpoint.load(last)["Eiters"]))
+    finish(start(undisturbed, *flags))
+
+    whole, filled = (checkpoint.load(path) for path in (str(undisturbed / "runs/whole/checkpoint.pth.tar"), last))
+    print(f"\nsteps of the checkpoint when the disk was full, and at the round's end: {rounds}; "
+          f"{differing(whole, filled)} tensors differ")
+    assert differing(whole, filled) == 0 and len(rounds) == DISK_ROUNDS
+    assert whole["best_rsum"] == filled["best_rsum"] and whole["Eiters"] == filled["Eiters"]
+    assert not list(disk.glob("*.tmp"))

@@ -26,6 +26,7 @@ import compute_results
 import sample_data
 import train
 from errors import InputError
+from loss import loss_kind
 from model import VSE
 from vocab import vocabulary_of, write_vocabulary
 
@@ -121,6 +122,17 @@ def test_the_learning_rate_falls_to_a_tenth_every_lr_update_epochs(epoch, lr_upd
     opt = Namespace(learning_rate=0.002, lr_update=lr_update, lr_warmup_steps=0)
     train.adjust_learning_rate(Namespace(epoch=epoch, steps=0, opt=opt, optimizer=Namespace(param_groups=[group])))
     assert group["lr"] == pytest.approx(0.002 * factor)
+
+
+@pytest.mark.parametrize("schedule", json.loads((REFERENCE / "vse_infty" / "schedule.json").read_text()),
+                         ids=lambda schedule: f"warm-up {schedule['options']['vse_mean_warmup_epochs']}")
+def test_the_warm_up_is_vse_infinity_s(schedule):
+    flags = ["--max_violation", "--warmup_epochs", str(schedule["options"]["vse_mean_warmup_epochs"])]
+    opt = Namespace(**{**vars(train.parse_args(flags)), "img_dim": 5, "embed_size": 4, "vocab_size": 9, "word_dim": 3})
+    run = train.Run(opt, VSE(opt), (None, None), None)
+    for place in schedule["epochs"]:
+        run.epoch = place["epoch"]
+        assert loss_kind(train.epoch_criterion(run).opt) == ("max" if place["max_violation"] else "sum")
 
 
 # Runs on precomputed features -------------------------------------------------------------------
@@ -595,8 +607,17 @@ def released_start(folder):
     shutil.copytree(RELEASED / "vocab", folder / "vocab")
 
 
+def spoilt_start(folder):
+    content = load(RELEASED / "runs" / "local" / "model_best.pth.tar")
+    content["model"][0]["fc.bias"][3] = float("nan")
+    torch.save(content, folder / "start.pth.tar")
+
+
 BAD = {  # what is done to the folder, the flags, and what the sentence names
     "no data folder": (nothing, ["--data_path", "nowhere"], ["nowhere"]),
+    "a file in place of the sample data": (nothing, ["--data_name", "sample_precomp", "--data_path",
+                                                     "data/tiny_precomp/dev_caps.txt"],
+                                           ["--data_path data/tiny_precomp/dev_caps.txt"]),
     "no such data": (nothing, ["--data_name", "potato_precomp"], ["potato_precomp"]),
     "no training captions": (remove("data/tiny_precomp/train_caps.txt"), [], ["train_caps.txt"]),
     "no dev captions": (remove("data/tiny_precomp/dev_caps.txt"), [], ["dev_caps.txt"]),
@@ -626,7 +647,7 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
     "vocabulary with code": (words(b"cos\nsystem\n(S'touch smuggled'\ntR.", "vocab/tiny_precomp_vocab.pkl"), [],
                              ["tiny_precomp_vocab.pkl", "os.system"]),
     "vocabulary folder that is a file": (nothing, ["--vocab_path", "data/f8k/dataset_flickr8k.json"],
-                                         ["dataset_flickr8k.json"]),
+                                         ["--vocab_path data/f8k/dataset_flickr8k.json is not a folder"]),
     "resume from nothing": (nothing, ["--resume", "nowhere.pth.tar"], ["nowhere.pth.tar"]),
     "init from nothing": (nothing, ["--init_from", "nowhere.pth.tar"], ["nowhere.pth.tar"]),
     "resume from a folder": (nothing, ["--resume", "data"], ["data"]),
@@ -637,6 +658,8 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
                                    ["--resume start.pth.tar", "--init_from"]),
     "init from another model": (released_start, [*RELEASED_FLAGS, "--embed_size", "8", "--init_from", "start.pth.tar"],
                                 ["start.pth.tar", "embed_size"]),
+    "resume from nan": (spoilt_start, ["--resume", "start.pth.tar"], ["start.pth.tar", "fc.bias", "NaN"]),
+    "init from nan": (spoilt_start, ["--init_from", "start.pth.tar"], ["start.pth.tar", "fc.bias", "NaN"]),
     "init without its vocabulary": (released_start, ["--init_from", "start.pth.tar"],
                                    ["start.pth.tar", "--vocab_path"]),
     "both starts": (nothing, ["--init_from", "a", "--resume", "b"], ["--init_from", "--resume"]),

@@ -90,8 +90,10 @@ def test_a_lone_surrogate_of_a_json_caption_is_read(reading):
     ("a\u2028b\x85c\x1cd\re\n".encode(), ["a\u2028b\x85c\x1cd\re"]),
     ("\u00a0caf\u00e9\u3000\n".encode(), ["\u00a0caf\u00e9\u3000"]),
     (b"a\x00b\n", ["a\x00b"]),
+    (b"\xef\xbb\xbfone\ntwo\n", ["one", "two"]),
+    (b"one\n\xef\xbb\xbftwo\n", ["one", "\ufefftwo"]),
 ], ids=["plain", "no last newline", "crlf", "empty lines", "one empty", "empty last", "white space", "other breaks",
-        "unicode spaces", "nul"])
+        "unicode spaces", "nul", "byte order mark", "mark elsewhere"])
 def test_caption_files_split_at_newlines_and_lose_ascii_space_only(tmp_path, content, captions):
     (tmp_path / "caps.txt").write_bytes(content)
     assert read_captions(str(tmp_path / "caps.txt")) == captions
@@ -105,10 +107,16 @@ def test_captions_that_are_not_utf8_are_refused_with_their_line(tmp_path, conten
         read_captions(str(tmp_path / "caps.txt"))
 
 
-def test_an_empty_caption_file_is_refused(tmp_path):
-    (tmp_path / "caps.txt").write_bytes(b"")
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"], ids=["nothing", "byte order mark"])
+def test_an_empty_caption_file_is_refused(tmp_path, content):
+    (tmp_path / "caps.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"caps\.txt is empty"):
         read_captions(str(tmp_path / "caps.txt"))
+
+
+def test_the_family_reads_a_caption_file_by_its_own_name(tmp_path):
+    (tmp_path / "caps.txt").write_bytes("A dog.\n\n Un café \n".encode())
+    assert vocab.from_txt(str(tmp_path / "caps.txt")) == ["A dog.", "", "Un café"]
 
 
 @pytest.mark.parametrize("reader", [read_captions, read_json, read_flickr_json, read_vocabulary])
@@ -338,6 +346,57 @@ def test_a_vocabulary_that_cannot_number_captions_is_refused(tmp_path, content, 
         path.write_bytes(pickle.dumps(record))
     with pytest.raises(InputError, match=rf"x_vocab\.{suffix}"):
         read_vocabulary(str(path))
+
+
+NUMBERS = {word: place for place, word in enumerate(SPECIAL)}
+
+
+@pytest.mark.parametrize("content, named", [
+    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 5, "cat": 4, "dog": 5}}', "'dog' twice"),
+    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 9, "dog": 4}}', "'dog' twice"),
+    ('{"word2idx": {"dog": 0}, "word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}}', "'word2idx' twice"),
+    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4}, "idx2word": '
+     '{"0": "<pad>", "1": "<start>", "2": "<end>", "3": "<unk>", "4": "b", "4": "a"}}', "'4' twice")],
+    ids=["a word", "a word of two numbers", "a table", "a number"])
+def test_a_json_vocabulary_with_a_key_twice_is_refused(tmp_path, content, named):
+    (tmp_path / "x_vocab.json").write_text(content)
+    with pytest.raises(InputError, match=rf"x_vocab\.json has {named}"):
+        read_vocabulary(str(tmp_path / "x_vocab.json"))
+
+
+@pytest.mark.parametrize("idx2word", [
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "dog", 4: "<unk>"},
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>"}, [*SPECIAL, "dog"],
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 4: "dog", 5: "cat"},
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 5: "dog"},
+    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 4: ["dog"]}],
+    ids=["swapped", "one less", "a list", "one more", "another number", "no word"])
+@pytest.mark.parametrize("suffix", ["json", "pkl"])
+def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path, idx2word, suffix):
+    path = tmp_path / f"x_vocab.{suffix}"
+    content = {"word2idx": {**NUMBERS, "dog": 4}, "idx2word": idx2word, "idx": 5}
+    if suffix == "json":
+        path.write_text(json.dumps(content))
+    else:
+        record = Vocabulary()
+        record.__dict__ = content
+        path.write_bytes(pickle.dumps(record))
+    with pytest.raises(InputError, match=rf"x_vocab\.{suffix} contradicts itself"):
+        read_vocabulary(str(path))
+
+
+@pytest.mark.parametrize("more", [{}, {"idx2word": {}}, {"idx2word": None}], ids=str)
+def test_a_json_vocabulary_without_idx2word_is_read(tmp_path, more):
+    (tmp_path / "x_vocab.json").write_text(json.dumps({"word2idx": {**NUMBERS, "dog": 4}, **more}))
+    assert read_vocabulary(str(tmp_path / "x_vocab.json")).words == [*SPECIAL, "dog"]
+
+
+@pytest.mark.parametrize("call", [lambda path: find_vocabulary(path, "x"),
+                                  lambda path: vocab.main(["--data_name", "tiny_precomp", "--vocab_path", path])],
+                         ids=["reading", "writing"])
+def test_a_file_in_place_of_the_folder_is_refused_by_the_flag(workdir, call):
+    with pytest.raises(InputError, match="--vocab_path data/f8k/dataset_flickr8k.json is not a folder"):
+        call("data/f8k/dataset_flickr8k.json")
 
 
 def test_an_absent_vocabulary_is_none(tmp_path):

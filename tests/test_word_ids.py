@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import REFERENCE
 
 from vocab import tokenize, vocabulary_of
-from word_ids import by_length, number_words
+from word_ids import WordIds, by_length, drop_words, number_words
 
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "dog", "cat", "red", "the", "is", ".", "on", "grass"]
 
@@ -135,3 +136,66 @@ def test_another_release_of_the_tokenizer_has_its_own_cache(tmp_path, monkeypatc
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
     number_words(["a dog"], vocabulary, cache_dir=str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# Size augmentation ------------------------------------------------------------------------------
+
+VOCAB_SIZE, MASK = 71, 70
+
+
+def numbered(lengths):
+    """Captions of different words: ids from 1000 on, so that no drawn id is one of them."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return WordIds(torch.arange(1000, 1000 + int(offsets[-1]), dtype=torch.int32), offsets)
+
+
+def dropped(captions, rate, seed=0):
+    return drop_words(captions, rate, VOCAB_SIZE, MASK, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.7, 1.0])
+def test_words_that_are_left_keep_their_order_and_caption(rate):
+    captions = numbered([5, 1, 12, 2, 30] * 40)
+    left = dropped(captions, rate)
+    assert left.words.dtype == torch.int32 and len(left) == len(captions)
+    for before, after in zip(unpacked(captions), unpacked(left)):
+        own = [word for word in after if word >= 1000]
+        assert 1 <= len(after) <= len(before) and own == sorted(set(own)) and set(own) <= set(before)
+        assert all(word < VOCAB_SIZE for word in after if word not in own)
+
+
+def test_without_a_rate_every_word_is_left():
+    captions = numbered([3, 2])
+    assert unpacked(dropped(captions, 0.0)) == unpacked(captions)
+
+
+def test_one_word_is_left_of_each_caption_and_not_always_the_same():
+    captions = numbered([2] * 3000)
+    alone = [(before, after[0]) for before, after in zip(unpacked(captions), unpacked(dropped(captions, 1.0)))
+             if len(after) == 1 and after[0] >= 1000]
+    first = sum(before[0] == word for before, word in alone)
+    assert len(alone) == pytest.approx(0.4 ** 2 * 3000, rel=0.2)  # both were to be removed
+    assert first == pytest.approx(len(alone) / 2, rel=0.2)
+
+
+def test_the_shares_of_masked_drawn_and_removed_words_are_the_released_ones():
+    n = 200_000
+    words = dropped(numbered([20] * (n // 20)), 0.2).words
+    drawn = words[words < VOCAB_SIZE]
+    masks = int((drawn == MASK).sum())
+    shares = {"masked": (masks - n * 0.02 / VOCAB_SIZE) / n, "drawn": (len(drawn) - masks) / n * 71 / 70,
+              "removed": 1 - len(words) / n}
+    assert shares == pytest.approx({"masked": 0.1, "drawn": 0.02, "removed": 0.08}, abs=4 * (0.1 * 0.9 / n) ** 0.5)
+    released = json.loads((REFERENCE / "vse_infty" / "augmentation.json").read_text())["rates"]
+    sampling = 4 * (0.1 * 0.9 / released["words"]) ** 0.5
+    assert shares["masked"] == pytest.approx(released["masked_share"], abs=2 * sampling)
+    assert shares["removed"] == pytest.approx(released["removed_share"], abs=2 * sampling)
+    assert len(set(drawn.tolist())) == VOCAB_SIZE  # any word, the special ones too
+
+
+def test_the_draws_follow_from_the_generator_and_the_captions_are_as_before():
+    captions = numbered([9] * 5)
+    before = unpacked(captions)
+    assert unpacked(dropped(captions, 0.5, 1)) == unpacked(dropped(captions, 0.5, 1)) != unpacked(
+        dropped(captions, 0.5, 2))
+    assert unpacked(captions) == before

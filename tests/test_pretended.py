@@ -1,0 +1,77 @@
+"""Both scripts, whole, on a CUDA and an MPS device that are only pretended (see pretended.py)."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import RAW, ROOT, TINY
+
+
+def flags(these):
+    """Without their --device."""
+    place = these.index("--device")
+    return these[:place] + these[place + 2:]
+
+
+TINY, RAW = flags(TINY), flags(RAW)
+BANK = ["--memory_bank", "--mb_rate", "0.5", "--mb_k", "5"]
+COMMANDS = {
+    "hal with the bank, features on the device": ["train.py", *TINY, *BANK, "--features_on_device"],
+    "bf16, features beside it": ["train.py", *TINY, *BANK, "--amp", "bf16", "--no-features_on_device",
+                                 "--logger_name", "runs/bf16", "--warmup_epochs", "1", "--lr_warmup_steps", "3"],
+    "max-margin, order": ["train.py", *TINY, "--max_violation", "--measure", "order", "--use_abs", "--num_layers", "2",
+                          "--logger_name", "runs/order", "--save_step", "2"],
+    "resumed": ["train.py", *TINY, "--max_violation", "--measure", "order", "--use_abs", "--num_layers", "2",
+                "--logger_name", "runs/order", "--num_epochs", "3", "--resume", "auto"],
+    "sum-margin, photos and a CNN": ["train.py", *RAW, "--data_name", "f8k", "--finetune", "--sum_violation",
+                                     "--logger_name", "runs/raw"],
+    "hubs and corrections": ["compute_results.py", "--hubness", "--correction", "all", "--tune_correction", "--report",
+                             "report", "--save_embeddings", "--save_json", "figures.json"],
+    "folds": ["compute_results.py", "--split", "testall", "--fold5", "--correction", "nnn", "--save_csv", "it.csv"],
+    "order": ["compute_results.py", "--model_path", "runs/order/model_best.pth.tar", "--hubness", "--correction",
+              "qbnorm", "--transductive"],
+    "photos": ["compute_results.py", "--model_path", "runs/raw/model_best.pth.tar"],
+}
+# What a training step goes through. It may wait where figures are logged, and on MPS, where the fused Adam passes over
+# found_inf, for whether they are finite.
+STEP = {"train.py", "data.py", "images.py", "word_ids.py", "model.py", "gru.py", "loss.py", "memory_bank.py",
+        "watch.py", "meters.py"}
+MAY_WAIT = {"cuda": {"record"}, "mps": {"record", "train_step"}}
+
+
+@pytest.fixture(scope="module", params=["cuda", "mps"])
+def outcome(request, tmp_path_factory, drawn_data):
+    """(kind, {command: exit code}, findings) of all commands, one after the other in one process."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copytree(drawn_data, folder / "data")
+    run = subprocess.run([sys.executable, str(ROOT / "tests" / "pretended.py"), request.param,
+                          json.dumps(list(COMMANDS.values()))], cwd=folder, capture_output=True, text=True, timeout=300)
+    codes, found = json.loads(run.stdout.splitlines()[-1])
+    return request.param, dict(zip(COMMANDS, codes)), found, run.stderr
+
+
+def of(outcome, what):
+    """What was found of a kind in the project, but for backward passes."""
+    return [finding for finding in outcome[2] if finding[0] == what and finding[1] != "embedding_dense_backward"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs_to_its_end(outcome, command):
+    assert outcome[1][command] == 0, outcome[3][-3000:]
+
+
+@pytest.mark.parametrize("what", ["crash", "mixed", "wide"])
+def test_nothing_that_the_device_would_refuse(outcome, what):
+    assert of(outcome, what) == []
+
+
+def test_no_step_waits_for_the_device(outcome):
+    assert {(file, function, line) for _, _, file, function, line, _ in of(outcome, "wait")
+            if file in STEP and function not in MAY_WAIT[outcome[0]]} == set()
+
+
+def test_a_split_s_loss_waits_once_a_validation(outcome):
+    waits = [times for *_, function, _, times in of(outcome, "wait") if function == "split_loss"]
+    assert waits == [2 + 2 + 2 + 1 + 1]  # one an epoch of the first five commands
