@@ -68,6 +68,8 @@ def parse_args(argv=None):
     encoder.add_argument("--pooling", default="pooled", choices=["pooled", "grid", "10crop"],
                          help="pooled: one row a photo; grid: 36 rows, of 6 x 6 cells; 10crop: the mean of ten crops")
     encoder.add_argument("--regions", type=count, help="rows a photo of a detector: its surest boxes, such as 36")
+    encoder.add_argument("--normalise", action="store_true", help="scale each row to length one, as train.py does with "
+                                                                  "raw images' features")
     encoder.add_argument("--dtype", default="float32", choices=["float16", "float32"], help="numbers of the features")
 
     computing = parser.add_argument_group("computing")
@@ -88,7 +90,7 @@ def main(argv=None):
     device = choose_device(own_device(args.device))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or every process would hold memory on the first
-    encoder = build_encoder(args.encoder, args.encoder_weights, args.pooling, args.regions, device)
+    encoder = build_encoder(args.encoder, args.encoder_weights, args.pooling, args.regions, args.normalise, device)
     description = {**encoder.description, "dtype": args.dtype, "amp": args.amp}
     check_output(args.output, description)
     rank, processes = meet_others()

@@ -1,7 +1,7 @@
 """Photos -> feature rows by a named CNN, and `features.json`, which says which one it was.
 
 VSE++ and HAL take 2,048 numbers a photo from a ResNet-152, the mean of ten crops; SCAN 36 rows a photo from
-the surest boxes of a detector. Features are as the CNN gives them, not normalised.
+the surest boxes of a detector. Features are as the CNN gives them unless they are asked for with length one.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from caption_files import read_json
-from errors import InputError
+from errors import InputError, check_regular
 from images import decode_image
 
 FORMAT = 1  # of features.json
@@ -28,8 +28,8 @@ BOX_OVERLAP = 0.5  # intersection over union above which the less sure of two bo
 TIMM = "timm/"
 
 # What makes two sets of features the same kind, with the types that features.json holds them in.
-KIND = {"encoder": str, "weights_sha256": str, "pooling": str, "regions": (int, type(None)), "resize": int,
-        "size": int, "interpolation": str, "mean": list, "std": list, "width": int}
+KIND = {"encoder": str, "weights_sha256": str, "pooling": str, "regions": (int, type(None)), "normalised": bool,
+        "resize": int, "size": int, "interpolation": str, "mean": list, "std": list, "width": int}
 OTHERS = {"format": int, "weights": str, "dtype": str, "amp": str, "versions": dict}
 
 
@@ -55,23 +55,24 @@ class Seen(NamedTuple):
     resize: int  # pixels of the shorter side
     size: int  # pixels of the centre that is cut out
     interpolation: str
-    mean: tuple
-    std: tuple
+    mean: list
+    std: list
 
 
 # Building an encoder ----------------------------------------------------------------------------
 
-def build_encoder(name, weights="imagenet", pooling="pooled", regions=None, device="cpu"):
+def build_encoder(name, weights="imagenet", pooling="pooled", regions=None, normalised=False, device="cpu"):
     """The Encoder of a torchvision CNN, `timm/<name>`, a torchvision detector with `regions` boxes, or `sample`.
 
-    weights: imagenet (a detector's: COCO), none (random, the same every time), or a state dict file.
+    weights: imagenet (a detector's: COCO), none (random, the same every time), or a state dict file. normalised:
+    each row is scaled to length one, as raw images' features are before VSE++'s last layer.
     Raises InputError if there is no such encoder, its weights are not to be had, or it can't pool like that.
     """
     device = torch.device(device)
     if regions is not None:
         net, seen, pooling = _build_boxes(name, weights, pooling, regions)
     elif name == "sample":
-        return _sample_encoder(pooling)
+        return _sample_encoder(pooling, normalised)
     elif name.startswith(TIMM):
         net, seen = _build_timm(name, weights)
     else:
@@ -84,9 +85,9 @@ def build_encoder(name, weights="imagenet", pooling="pooled", regions=None, devi
         width = net.width
     else:
         width = net(torch.zeros(1, 3, seen.size, seen.size, dtype=torch.uint8, device=device)).shape[-1]
-    description = {"format": FORMAT, "encoder": name, "weights": weights, "weights_sha256": digest,
-                   "pooling": pooling, "regions": GRID_SIDE**2 if pooling == "grid" else regions,
-                   **seen._asdict(), "mean": list(seen.mean), "std": list(seen.std), "width": width,
+    description = {"format": FORMAT, "encoder": name, "weights": weights, "weights_sha256": digest, "pooling": pooling,
+                   "regions": GRID_SIDE**2 if pooling == "grid" else regions, "normalised": normalised,
+                   **seen._asdict(), "width": width,
                    "versions": _versions("torch", "torchvision", "pillow", *["timm"] * name.startswith(TIMM))}
     return Encoder(net, _transform(seen, pooling), description, device, 1 if pooling == "boxes" else None)
 
@@ -99,7 +100,7 @@ def encoder_from(description, device="cpu", weights=None):
     boxes = description["pooling"] == "boxes"
     encoder = build_encoder(description["encoder"], weights or description["weights"],
                             "pooled" if boxes else description["pooling"],
-                            description["regions"] if boxes else None, device)
+                            description["regions"] if boxes else None, description["normalised"], device)
     refuse_other(encoder.description, description, "the encoder that can be built here", "the features in use")
     return encoder
 
@@ -124,8 +125,8 @@ def _build_torchvision(name, weights):
         parent, _, last = head[0].rpartition(".")
         setattr(net.get_submodule(parent), last, nn.Identity())
     preset = chosen.transforms()
-    return net, Seen(preset.resize_size[0], preset.crop_size[0], preset.interpolation.value, tuple(preset.mean),
-                     tuple(preset.std))
+    return net, Seen(preset.resize_size[0], preset.crop_size[0], preset.interpolation.value, list(preset.mean),
+                     list(preset.std))
 
 
 def _build_timm(name, weights):
@@ -142,8 +143,7 @@ def _build_timm(name, weights):
         _load_weights(net, weights, name, *[head] if isinstance(head, str) else head or [])
     seen = timm.data.resolve_data_config({}, model=net)
     size = seen["input_size"][-1]
-    return net, Seen(int(size / seen["crop_pct"]), size, seen["interpolation"], tuple(seen["mean"]),
-                     tuple(seen["std"]))
+    return net, Seen(int(size / seen["crop_pct"]), size, seen["interpolation"], list(seen["mean"]), list(seen["std"]))
 
 
 def _build_boxes(name, weights, pooling, regions):
@@ -158,12 +158,12 @@ def _build_boxes(name, weights, pooling, regions):
                                            weights_backbone=None), weights)
     if weights not in ("imagenet", "none"):
         _load_weights(net, weights, name)
-    seen = Seen(net.transform.min_size[0], net.transform.max_size, "bilinear", tuple(net.transform.image_mean),
-                tuple(net.transform.image_std))
+    seen = Seen(net.transform.min_size[0], net.transform.max_size, "bilinear", list(net.transform.image_mean),
+                list(net.transform.image_std))
     return _Boxes(net, regions), seen, "boxes"
 
 
-def _sample_encoder(pooling):
+def _sample_encoder(pooling, normalised):
     """What the embedded data's features are made with: descriptions of 96 x 96 pixels, standardised."""
     import sample_data
     if pooling != "pooled":
@@ -177,9 +177,10 @@ def _sample_encoder(pooling):
         pixels = np.asarray(picture.resize((side, side)))
         return torch.from_numpy(sample_data.standardise(sample_data.describe_pixels(pixels)[None], standard)[0])
 
-    description = {"format": FORMAT, "encoder": "sample", "weights": "none", "pooling": "pooled", "regions": None,
-                   "weights_sha256": hashlib.sha256(b"".join(part.tobytes() for part in standard)).hexdigest(),
-                   "resize": side, "size": side, "interpolation": "bicubic", "mean": [], "std": [],
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in standard)).hexdigest()
+    description = {"format": FORMAT, "encoder": "sample", "weights": "none", "weights_sha256": digest,
+                   "pooling": "pooled", "regions": None, "normalised": normalised,
+                   **Seen(side, side, "bicubic", [], [])._asdict(),
                    "width": int((standard[1] > sample_data.LEAST_DEVIATION).sum()),
                    "versions": _versions("numpy", "pillow")}
     return Encoder(nn.Identity(), transform, description, torch.device("cpu"))
@@ -203,6 +204,7 @@ def _load_weights(net, path, name, *heads):
     """Load a state dict file but for the heads, which may be of any size or absent."""
     def is_head(key):
         return any(key.startswith(head + ".") for head in heads)
+    check_regular(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)  # a training run's
@@ -337,7 +339,8 @@ def encode(encoder, pictures, amp="off"):
     amp "bf16": matrix products and convolutions are in bf16.
     """
     with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=amp == "bf16"):
-        return encoder.net(pictures.to(encoder.device, non_blocking=True)).float().cpu()
+        rows = encoder.net(pictures.to(encoder.device, non_blocking=True)).float()
+    return (nn.functional.normalize(rows, dim=-1) if encoder.description["normalised"] else rows).cpu()
 
 
 def encode_photo(encoder, path):
@@ -391,5 +394,6 @@ def refuse_other(found, expected, found_where, expected_where):
 
 def _in_words(description):
     regions = "" if description["regions"] is None else f" {description['regions']}"
+    length = ", length one" if description["normalised"] else ""
     return (f"{description['encoder']} (weights {description['weights_sha256'][:12]}, {description['pooling']}"
-            f"{regions}, {description['size']} pixels)")
+            f"{regions}, {description['size']} pixels{length})")

@@ -237,6 +237,13 @@ def test_a_photo_too_thin_to_resize_is_refused(tmp_path):
         encode_photo(build_encoder(SMALL, "none"), tmp_path / "thin.png")
 
 
+def test_normalised_rows_have_length_one_and_the_same_direction(photo):
+    rows, normalised = (encode_photo(build_encoder(SMALL, "none", "grid", None, wanted), photo)
+                        for wanted in (False, True))
+    for row, scaled in zip(rows.double(), normalised.double()):
+        assert torch.allclose(scaled, row / (row * row).sum().sqrt(), atol=1e-6)
+
+
 def test_bf16_is_near_float32(photo):
     encoder = build_encoder("resnet18", "none")
     pictures = encoder.transform(Image.open(photo))[None]
@@ -276,7 +283,7 @@ def test_a_features_json_that_is_torn_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("change", [
     {"encoder": "resnet18"}, {"weights_sha256": "0"}, {"pooling": "10crop"}, {"regions": 36}, {"size": 225},
-    {"resize": 224}, {"mean": [0, 0, 0]}, {"width": 3}])
+    {"normalised": True}, {"resize": 224}, {"mean": [0, 0, 0]}, {"width": 3}])
 def test_other_encoders_are_refused(described, change):
     other = {**described, **change}
     assert not same_encoder(described, other)
@@ -290,7 +297,7 @@ def test_the_same_encoder_may_come_from_elsewhere(described, change):
     refuse_other(described, {**described, **change}, "data/a", "checkpoint b")
 
 
-@pytest.mark.parametrize("flags", [(SMALL, "none", "10crop"),
+@pytest.mark.parametrize("flags", [(SMALL, "none", "10crop", None, True),
                                    ("fasterrcnn_mobilenet_v3_large_320_fpn", "none", "pooled", 3)])
 def test_a_description_is_enough_to_encode_a_new_photo(photo, flags):
     encoder = build_encoder(*flags)
