@@ -33,7 +33,7 @@ from caption_files import CaptionedPhoto, read_caption_texts, read_photo_caption
 from device import choose_device
 from errors import ArgumentParser, InputError, number, replacing, run_script
 from features import build_encoder, check_photo, encode, read_features_json, refuse_other
-from images import decode_image, image_path, photo_names, worker_options
+from images import decode_image, image_path, photo_names
 from word_ids import CAPTIONS_PER_IMAGE
 
 BLOCKS = ".blocks"  # below the output folder: what is finished, until all is
@@ -319,24 +319,30 @@ def load_photos(args, names, blocks, encoder):
     workers = min(args.workers, len(batches))
     return iter(torch.utils.data.DataLoader(
         Photos(args.images, names, encoder), batch_sampler=batches, collate_fn=collate,
-        prefetch_factor=AHEAD if workers else None, pin_memory=encoder.device.type == "cuda",
-        **worker_options(workers)))
+        num_workers=workers, prefetch_factor=AHEAD if workers else None, worker_init_fn=leave_interrupts,
+        pin_memory=encoder.device.type == "cuda"))
+
+
+def leave_interrupts(worker):
+    """Ctrl-C is the first process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def next_part(loader, encoder, amp):
     """The next batch, encoded."""
     try:
         numbers, pictures, small, broken = next(loader)
-    except RuntimeError as error:
-        raise InputError(f"a process that decodes photos has ended ({str(error).splitlines()[0]}): where memory is "
-                         "short, ask for fewer --workers or a smaller --batch_size; call again to go on") from error
-    if not numbers:
-        return Part([], np.empty((0, *encoder.row_shape), np.float32), 0, broken)
-    try:
-        return Part(numbers, encode(encoder, pictures, amp).numpy(), small, broken)
+        rows = encode(encoder, pictures, amp).numpy() if numbers else np.empty((0, *encoder.row_shape), np.float32)
+        return Part(numbers, rows, small, broken)
     except torch.OutOfMemoryError as error:
-        raise InputError(f"the device's memory does not hold {len(numbers)} photos at once: ask for a smaller "
-                         "--batch_size; call again to go on") from error
+        raise InputError("the device's memory does not hold so many photos at once: ask for a smaller --batch_size; "
+                         "called again, it goes on") from error
+    except RuntimeError as error:  # a process's end is told wherever this one is just then
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(f"a process that decodes photos has ended ({str(error).splitlines()[0]}): where memory is "
+                         "short, ask for fewer --workers or a smaller --batch_size; called again, it goes on"
+                         ) from error
 
 
 def write_block(block, parts, args, photos):

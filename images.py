@@ -64,12 +64,12 @@ class ImageDataset(torch.utils.data.Dataset):
         self.epoch = epoch
         return _from_workers(torch.utils.data.DataLoader(
             self, batch_sampler=[batch.tolist() for batch in batches], collate_fn=collate_fn,
-            pin_memory=torch.cuda.is_available(), **worker_options(workers)))
+            pin_memory=torch.cuda.is_available(), **_worker_options(workers)))
 
     def load_images(self, batch_size, workers=0, stride=1):
         """Each image (each so manieth, with a stride) once, in order, in batches (B, 3, H, W)."""
         images = torch.utils.data.Subset(_Images(self), range(0, len(self.image_files), stride))
-        return _from_workers(torch.utils.data.DataLoader(images, batch_size=batch_size, **worker_options(workers)))
+        return _from_workers(torch.utils.data.DataLoader(images, batch_size=batch_size, **_worker_options(workers)))
 
 
 def _from_workers(loader):
@@ -84,7 +84,7 @@ def _from_workers(loader):
             batches._shutdown_workers()
 
 
-def worker_options(workers):
+def _worker_options(workers):
     """DataLoader's options: draws of its own kept out of the run's, signals left to the main process."""
     return {"num_workers": workers, "generator": torch.Generator(), "worker_init_fn": _outlive_signals}
 

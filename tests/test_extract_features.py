@@ -294,6 +294,26 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(folder, watched, stop_a
     assert tree(folder / "out") == tree(folder / "whole")
 
 
+def test_a_run_killed_before_its_last_step_encodes_nothing_again(folder, watched, monkeypatch):
+    watched.extract("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_features, "write_features", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        watched.extract("out", stop_at=99)
+    assert not (folder / "out/features.json").exists()
+    assert watched.extract("out") == []
+    assert tree(folder / "out") == tree(folder / "whole")
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "fewer --workers"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "smaller --batch_size"),
+    (RuntimeError("a bug"), None)])
+def test_what_memory_does_not_hold_is_said(folder, monkeypatch, error, reason):
+    monkeypatch.setattr(extract_features, "encode", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(InputError if reason else RuntimeError, match=reason or "a bug"):
+        extract(encoder=SAMPLE)
+
+
 def test_photos_that_changed_since_are_encoded_anew(folder, watched):
     watched.extract("out", stop_at=4)
     draw_photo(folder / "photos/5.png", seed=99, size=(50, 30))
