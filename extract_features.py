@@ -32,7 +32,7 @@ from tqdm import tqdm
 from caption_files import CaptionedPhoto, read_caption_texts, read_photo_captions
 from device import choose_device
 from errors import ArgumentParser, InputError, number, replacing, run_script
-from features import build_encoder, check_photo, encode, read_features_json, refuse_other
+from features import POOLINGS, build_encoder, check_photo, encode, read_features_json, refuse_other
 from images import decode_image, image_path, photo_names
 from word_ids import CAPTIONS_PER_IMAGE
 
@@ -65,7 +65,7 @@ def parse_args(argv=None):
                                                                 "torchvision detector (with --regions), or sample")
     encoder.add_argument("--encoder_weights", default="imagenet", metavar="imagenet|none|FILE",
                          help="none: random ones, the same every time; a detector's imagenet is COCO")
-    encoder.add_argument("--pooling", default="pooled", choices=["pooled", "grid", "10crop"],
+    encoder.add_argument("--pooling", default="pooled", choices=POOLINGS,
                          help="pooled: one row a photo; grid: 36 rows, of 6 x 6 cells; 10crop: the mean of ten crops")
     encoder.add_argument("--regions", type=count, help="rows a photo of a detector: its surest boxes, such as 36")
     encoder.add_argument("--normalise", action="store_true", help="scale each row to length one, as train.py does with "
@@ -445,11 +445,10 @@ def write_texts(folder, split, photos):
     """
     if split == GALLERY:
         return write_lines(folder, f"{split}_ids.txt", [photo.name for photo in photos])
-    times = [1 if all(len(photo.captions) == CAPTIONS_PER_IMAGE for photo in photos) else len(photo.captions)
-             for photo in photos]
+    five_each = all(len(photo.captions) == CAPTIONS_PER_IMAGE for photo in photos)
     captions = write_lines(folder, f"{split}_caps.txt", [caption for photo in photos for caption in photo.captions])
     return captions + write_lines(folder, f"{split}_ids.txt", [
-        photo.name for photo, repeated in zip(photos, times) for _ in range(repeated)])
+        photo.name for photo in photos for _ in range(1 if five_each else len(photo.captions))])
 
 
 def write_features(folder, splits, blocks, row_shape, dtype):

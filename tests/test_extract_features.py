@@ -173,6 +173,16 @@ def test_broken_photos_are_left_out_and_listed(folder, capsys):
     assert "6 of 10 photos could not be read" in capsys.readouterr().out
 
 
+def test_a_block_may_be_broken_altogether(folder, watched):
+    for number in range(4):
+        (folder / f"photos/{number}.png").write_bytes(b"no photo")
+    assert watched.extract("out") == [3, 1, 2]
+    assert lines(folder / "out/gallery_ids.txt") == [f"{number}.png" for number in range(4, 10)]
+    encoder = build_once("shufflenet_v2_x0_5", "none")
+    assert np.allclose(np.load(folder / "out/gallery_ims.npy"), [
+        encode_photo(encoder, f"photos/{number}.png").numpy() for number in range(4, 10)], rtol=1e-3, atol=1e-8)
+
+
 def test_broken_txt_goes_when_nothing_is_broken_any_more(folder):
     good = (folder / "photos/2.png").read_bytes()
     (folder / "photos/2.png").write_bytes(b"no photo")
