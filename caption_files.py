@@ -57,6 +57,11 @@ def read_json(path, pairs_hook=None):
         raise InputError(f"{path} is not valid JSON ({error}): it may be cut short; fetch it again") from error
 
 
+def is_precomputed(data_name):
+    """Whether a data set is one of features, by its name: `..._precomp`, or VSE++'s plain `precomp`."""
+    return data_name.endswith("precomp")
+
+
 def flickr_json_name(data_name):
     """The Karpathy-layout file of a raw-image data set: dataset_flickr8k.json for f8k, dataset_<name>.json else."""
     name = {"f8k": "flickr8k", "f30k": "flickr30k"}.get(data_name, data_name)

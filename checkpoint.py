@@ -16,8 +16,9 @@ import zipfile
 import numpy as np
 import torch
 
+from caption_files import is_precomputed
 from errors import InputError, check_regular, replacing
-from vocab import READINGS, vocabulary_of
+from vocab import MASK, READINGS, find_vocabulary, vocabulary_of, vocabulary_path
 
 # What an older checkpoint (VSE++'s) may lack, with the released defaults.
 OPTION_DEFAULTS = {
@@ -25,15 +26,20 @@ OPTION_DEFAULTS = {
     "num_layers": 1, "word_dim": 300, "embed_size": 1024, "img_dim": 4096, "crop_size": 224, "batch_size": 128,
     "workers": 10, "use_restval": False, "data_path": "data", "data_name": "precomp", "vocab_path": "./vocab/",
     "logger_name": "runs/runX", "margin": 0.2, "max_violation": False, "sum_violation": False, "memory_bank": False,
+    "text_pooling": "last", "bi_gru": False, "no_txtnorm": False, "precomp_enc_type": "basic", "drop_words": 0.0,
+    "drop_regions": 0.0, "weight_decay": 0.0, "raw_feature_norm": "clipped_l2norm", "agg_func": "LogSumExp",
+    "lambda_lse": 6.0, "lambda_softmax": 9.0,
 }
+# Those that may be None: what pools regions, how many there are, a vocabulary's own name, and SCAN's direction.
+REGION_OPTIONS = ("image_pooling", "regions", "vocab_name", "cross_attn")
 # What a resumed run may change; whatever else differs would make another model of it.
 FREE_OPTIONS = {
     "data_path", "vocab_path", "cache_dir", "features_on_device", "logger_name", "resume", "init_from", "cnn_weights",
     "num_epochs", "learning_rate", "lr_update", "workers", "device", "amp", "log_step", "val_step", "save_step",
-    "save_all", "keep", "record_val", "reset_train", "skip_bad_steps", "collapse_patience", "on_collapse"}
+    "save_all", "keep", "record_val", "reset_train", "model_name", "skip_bad_steps", "collapse_patience", "on_collapse"}
 # What the weights of one model share with another's.
 MODEL_OPTIONS = ("img_dim", "embed_size", "word_dim", "num_layers", "vocab_size", "measure", "use_abs", "no_imgnorm",
-                 "cnn_type")
+                 "cnn_type", "image_pooling", "text_pooling", "bi_gru", "precomp_enc_type", "no_txtnorm", "cross_attn")
 WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SCALARS = [argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
             np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
@@ -77,6 +83,7 @@ def load(path):
     """
     content = _read(path)
     _check(content, path)
+    _adopt_vse_infinity(content)
     _complete(content["opt"], _sizes(content["model"]), path)
     return content
 
@@ -107,9 +114,23 @@ def _read(path):
                          ) from error
 
 
+def _adopt_vse_infinity(content):
+    """Give a checkpoint of VSE-infinity's region and BiGRU code the options that describe its model here.
+
+    Its states' names tell it. Its data lie in `<data_path>/precomp`, and its vocabulary is SCAN's with <mask>.
+    """
+    opt = content["opt"]
+    if hasattr(opt, "text_pooling") or "gpool.linear.weight" not in content["model"][1]:
+        return
+    opt.image_pooling = opt.text_pooling = "gpo"
+    opt.precomp_enc_type, opt.bi_gru = "mlp", True
+    opt.vocab_name = "coco_precomp" if "coco" in str(getattr(opt, "data_name", "")) else "f30k_precomp"
+    opt.data_name = "precomp"
+
+
 def _complete(opt, sizes, path):
     """Give the options what they lack; raises InputError where they are of another kind or deny the weights' sizes."""
-    for name, value in {**OPTION_DEFAULTS, **sizes}.items():
+    for name, value in {**OPTION_DEFAULTS, **sizes, **dict.fromkeys(REGION_OPTIONS)}.items():
         if not hasattr(opt, name):
             setattr(opt, name, value)
     for name, value in OPTION_DEFAULTS.items():
@@ -117,8 +138,11 @@ def _complete(opt, sizes, path):
                 isinstance(value, float) and isinstance(getattr(opt, name), int)):
             raise InputError(f"checkpoint {path} has a {type(getattr(opt, name)).__name__} for the option {name}, "
                              f"which should be like {value!r}")
+    if not all(getattr(opt, name) is None or type(getattr(opt, name)) is kind
+               for name, kind in zip(REGION_OPTIONS, (str, int, str, str))):
+        raise InputError(f"checkpoint {path} has options of another kind: {', '.join(REGION_OPTIONS)}")
     for name, value in sizes.items():
-        if getattr(opt, name) != value and not (name == "img_dim" and not opt.data_name.endswith("_precomp")):
+        if getattr(opt, name) != value and not (name == "img_dim" and not is_precomputed(opt.data_name)):
             given = getattr(opt, name) if type(getattr(opt, name)) is int else "something else"
             raise InputError(f"checkpoint {path} contradicts itself: its options give {name} as {given}, its weights "
                              f"have {value}")
@@ -144,17 +168,25 @@ def _check(content, path):
         if not tensor.float().isfinite().all():
             raise InputError(f"checkpoint {path}: {name} has NaN or infinity, so its model is broken: take an earlier "
                              "checkpoint")
-    needed = {("fc.weight", 0): 2, ("embed.weight", 1): 2, ("rnn.weight_hh_l0", 1): 2}
+    content["model"] = states = [_bare_names(state) for state in states]
+    needed = {(_image_weight(states[0]), 0): 2, ("embed.weight", 1): 2, ("rnn.weight_hh_l0", 1): 2}
     for (name, part), dimensions in needed.items():
         if name not in states[part] or states[part][name].dim() != dimensions:
             raise InputError(f"checkpoint {path} has no {name} of {dimensions} dimensions: it is not of this family")
     sizes = _sizes(states)
-    if min(sizes.values()) < 1 or len(states[0]["fc.weight"]) != sizes["embed_size"]:
+    if min(sizes.values()) < 1 or len(states[0][_image_weight(states[0])]) != sizes["embed_size"]:
         raise InputError(f"checkpoint {path}: its weights do not fit each other ({sizes})")
     if not isinstance(content["opt"], argparse.Namespace):
         raise InputError(f"checkpoint {path}: 'opt' is not an argparse.Namespace")
     if content.get("caption_reading", "text") not in READINGS:
         raise InputError(f"checkpoint {path}: unknown caption reading")
+
+
+def _bare_names(state):
+    """A state without the `module.` that DataParallel puts before every name."""
+    if not all(str(name).startswith("module.") for name in state):
+        return state
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _whole(tensor):
@@ -169,8 +201,13 @@ def _sizes(states):
     image_state, text_state = states
     vocab_size, word_dim = text_state["embed.weight"].shape
     return {"vocab_size": vocab_size, "word_dim": word_dim, "embed_size": text_state["rnn.weight_hh_l0"].shape[1],
-            "num_layers": sum(str(name).startswith("rnn.weight_ih_l") for name in text_state),
-            "img_dim": image_state["fc.weight"].shape[1]}
+            "num_layers": sum(bool(re.fullmatch(r"rnn\.weight_ih_l\d+", str(name))) for name in text_state),
+            "img_dim": image_state[_image_weight(image_state)].shape[1]}
+
+
+def _image_weight(state):
+    """The name of the image encoder's linear weight: SCAN may have it in two parts."""
+    return "fc.weight_v" if "fc.weight_v" in state else "fc.weight"
 
 
 def load_weights(model, content, path):
@@ -189,18 +226,33 @@ def caption_reading(content):
     released reading if its features were precomputed.
     """
     opt = content["opt"]
-    released = hasattr(opt, "local_alpha") and opt.data_name.endswith("_precomp")
+    released = hasattr(opt, "local_alpha") and is_precomputed(opt.data_name)
     return content.get("caption_reading", "released" if released else "text")
 
 
-def vocabulary(content, path):
-    """The Vocabulary that a checkpoint carries, or None; raises InputError where it does not fit the weights."""
-    words = content.get("vocabulary")
-    if words is None:
-        return None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise InputError(f"checkpoint {path}: 'vocabulary' is not a list of words")
-    return vocabulary_of(words, f"the vocabulary in {path}")
+def vocabulary(content, path, vocab_path=None):
+    """The Vocabulary that a checkpoint was trained with: its own words, else the file of its data set.
+
+    vocab_path: the folder of the file, which is then taken even if the checkpoint carries words. Raises InputError
+    where there is none, or none that fits the weights.
+    """
+    opt, words = content["opt"], content.get("vocabulary")
+    if words is not None and not vocab_path:
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise InputError(f"checkpoint {path}: 'vocabulary' is not a list of words")
+        found = vocabulary_of(words, f"the vocabulary in {path}")
+    else:
+        vocab_path, name = vocab_path or opt.vocab_path, opt.vocab_name or opt.data_name
+        found = find_vocabulary(vocab_path, name)
+        if found is None:
+            raise InputError(f"{path} carries no vocabulary, and there is none in {vocabulary_path(vocab_path, name)} "
+                             "(or .pkl): name the folder of the one it was trained with by --vocab_path")
+        if opt.drop_words or opt.vocab_name:
+            found.add_word(MASK)
+    if len(found) != opt.vocab_size:
+        raise InputError(f"the vocabulary for {opt.data_name} in {vocab_path or path} has {len(found)} words, the "
+                         f"checkpoint {path} was trained with {opt.vocab_size}: name the right one with --vocab_path")
+    return found
 
 
 def written(path):

@@ -22,7 +22,7 @@ from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from vocab import READINGS
 
-BANK_IMAGES = 10_000
+BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
 
 
 def parse_args(argv=None):
@@ -43,6 +43,7 @@ def add_source_flags(group):
     """What to evaluate."""
     group.add_argument("--model_path", default="runs/runX/model_best.pth.tar", help="checkpoint file")
     group.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
+    group.add_argument("--data_name", help="data set to evaluate on (default: the checkpoint's)")
     group.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
                                             "vocab_path where it carries none)")
     group.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
@@ -62,7 +63,7 @@ def add_hub_flags(group):
                        help="split whose images and captions tell which targets are hubs (default: train)")
     group.add_argument("--correction_bank_images", type=number(int, 0),
                        help="at most so many images of it, evenly spread, with their captions (0: all; default: "
-                            f"{BANK_IMAGES})")
+                            f"{BANK_IMAGES}, with cross attention {BANK_REGION_IMAGES})")
     group.add_argument("--transductive", action="store_true", help="take the evaluated queries themselves as the bank")
     group.add_argument("--correction_k", type=number(int, 1),
                        help="csls, nnn, qbnorm: nearest of the bank (default: 10, 128, 1)")
@@ -158,7 +159,8 @@ def load_bank(options, result):
     split = options.correction_bank or "train"
     loader = result.checkpoint.loader(split)
     n_images = loader.dataset.n_images
-    limit = BANK_IMAGES if options.correction_bank_images is None else options.correction_bank_images or n_images
+    most = BANK_REGION_IMAGES if result.checkpoint.opt.cross_attn else BANK_IMAGES
+    limit = most if options.correction_bank_images is None else options.correction_bank_images or n_images
     images, captions = embed(result.checkpoint.model, loader, stride=-(-n_images // limit))
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
 

@@ -8,11 +8,12 @@ Every data set has `n_images` and `image_of`: for each caption its image's numbe
 """
 
 import os
+import sys
 
 import numpy as np
 import torch
 
-from caption_files import flickr_json_name, read_captions
+from caption_files import flickr_json_name, is_precomputed, read_captions
 from errors import InputError, check_regular
 from images import (  # noqa: F401 (handed on: the family imports them from here)
     CocoDataset,
@@ -22,16 +23,19 @@ from images import (  # noqa: F401 (handed on: the family imports them from here
     collate_fn,
     image_transform,
 )
-from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, five_each, number_words, seed_for
+from pooling import drop_regions, region_lengths
+from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, drop_words, five_each, number_words, seed_for
 
 FULL_IMG_DIM = 4096  # the released default, without effect on raw images
-FEATURE_BLOCK = 4096  # rows of a feature file checked at a time
+CHECKED_BYTES = 2**26  # of a feature file, looked at at a time
+WORD_DRAW, REGION_DRAW = 3, 4  # of size augmentation, beside the orders' 0 to 2
 
 
 # Data sets --------------------------------------------------------------------------------------
 
 class PrecompDataset:
-    """Precomputed features: `<data_path>/<split>_ims.npy` (n_images, img_dim) and `<split>_caps.txt`.
+    """Precomputed features: `<data_path>/<split>_ims.npy` (n_images, img_dim) or, of regions, (n_images, regions,
+    img_dim), and `<split>_caps.txt`.
 
     Which captions belong to which image tells `caption_layout`. Features stay memory-mapped unless `place` moves
     them. Raises InputError if a file is missing or broken, they do not match, or the width is not `img_dim`.
@@ -46,8 +50,8 @@ class PrecompDataset:
         self.images = open_features(feature_file)
         ids_file = os.path.join(data_path, f"{data_split}_ids.txt")
         self.image_of, self.row_of = caption_layout(self.images, len(self.captions), feature_file, ids_file)
-        if img_dim is not None and self.images.shape[1] != img_dim:
-            raise InputError(f"{feature_file} has features of width {self.images.shape[1]}, but {img_dim} was "
+        if img_dim is not None and self.images.shape[-1] != img_dim:
+            raise InputError(f"{feature_file} has features of width {self.images.shape[-1]}, but {img_dim} was "
                              "expected: check --img_dim, or the checkpoint against the data")
         if data_split == "dev" and len(self.captions) > DEV_CAPTIONS:
             cap = DEV_CAPTIONS
@@ -59,12 +63,13 @@ class PrecompDataset:
         self.word_ids = self.placed_word_ids = number_words(self.captions, vocab, reading, cache_dir)
         self.lengths = self.word_ids.lengths
         self.device, self.placed_row_of = torch.device("cpu"), self.row_of
+        self.drops_words = self.drops_regions = self.region_counts = None
 
     def __len__(self):
         return len(self.word_ids)
 
     def __getitem__(self, index):
-        """(image (img_dim,), word ids (T,), caption index, image index) of one caption."""
+        """(image (img_dim,) or (regions, img_dim), word ids (T,), caption index, image index) of one caption."""
         return self.images[self.row_of[index]].float(), self.word_ids[index], index, int(self.image_of[index])
 
     def place(self, device, features_on_device=None):
@@ -80,26 +85,58 @@ class PrecompDataset:
             self.images = self.images.to(device)
         self.placed_row_of = self.row_of.to(self.images.device)
 
-    def _rows(self, rows):
-        """Feature rows (float32) on the device; from the feature file through pinned memory, without waiting."""
-        features = self.images.index_select(0, rows.to(self.images.device))
+    def augment(self, drop_words, drop_regions, vocab, seed):
+        """From now on `load` leaves out words and regions at these rates where it is told to (VSE-infinity's size
+        augmentation); what is left out follows from seed and epoch alone."""
+        if drop_words:
+            self.drops_words = drop_words, len(vocab), vocab("<mask>"), seed
+        if drop_regions:
+            self.drops_regions = drop_regions, seed
+            self.region_counts = torch.cat([region_lengths(block) for block in self.images.split(_block(self.images))])
+
+    def _epoch_words(self, epoch, augmented):
+        """(WordIds on the CPU, the same on the device) of an epoch."""
+        if not augmented or not self.drops_words:
+            return self.word_ids, self.placed_word_ids
+        *how, seed = self.drops_words
+        words = drop_words(self.word_ids, *how, torch.Generator().manual_seed(seed_for(seed, epoch, WORD_DRAW)))
+        return words, words.to(self.device)
+
+    def _region_draws(self, epoch, augmented):
+        """(captions, regions) of an epoch, uniform in [0, 1), or None."""
+        if not augmented or not self.drops_regions:
+            return None
+        generator = torch.Generator().manual_seed(seed_for(self.drops_regions[1], epoch, REGION_DRAW))
+        return torch.rand(len(self), self.images.shape[1], generator=generator)
+
+    def _rows(self, rows, counts=None, draws=None):
+        """Feature rows (float32) on the device; from the feature file through pinned memory, without waiting.
+
+        counts and draws: of these rows, where regions are to be left out.
+        """
+        features = self.images.index_select(0, rows.to(self.images.device, non_blocking=True))
+        if draws is not None:
+            features = drop_regions(features, counts, self.drops_regions[0], draws)
         if self.device.type == "cuda" and not features.is_cuda:
             features = features.pin_memory()
         return features.to(self.device, non_blocking=True).float()
 
-    def load(self, batches, workers=0, epoch=0):
+    def load(self, batches, workers=0, epoch=0, augmented=False):
         """For each (B,) tensor of caption indices: images, captions, lengths, ids, indices, longest caption first.
 
-        lengths stay on the CPU, the others are on the data set's device.
+        lengths stay on the CPU, the others are on the data set's device. augmented: whether to do what `augment` set.
         """
         if not len(batches):
             return
-        batches = [indices[by_length(self.lengths[indices])] for indices in batches]
+        (words, placed_words), draws = self._epoch_words(epoch, augmented), self._region_draws(epoch, augmented)
+        all_lengths = words.lengths
+        batches = [indices[by_length(all_lengths[indices])] for indices in batches]
         placed = torch.cat(batches).to(self.device)  # at once: a copy a step would wait for the GPU each time
         for indices, there in zip(batches, placed.split([len(indices) for indices in batches])):
-            lengths = self.lengths[indices]
+            lengths = all_lengths[indices]
             rows = self.placed_row_of[indices if self.images.device.type == "cpu" else there]
-            yield self._rows(rows), self.placed_word_ids.padded(there, int(lengths[0])), lengths, there, there
+            dropped = () if draws is None else (self.region_counts[self.row_of[indices]], draws[indices])
+            yield self._rows(rows, *dropped), placed_words.padded(there, int(lengths[0])), lengths, there, there
 
     def load_images(self, batch_size, workers=0, stride=1):
         """The features of each image (each so manieth, with a stride) once, in order, in batches."""
@@ -157,7 +194,8 @@ def read_ids(path):
 
 
 def open_features(path):
-    """The (n, width) features in a .npy file as a memory-mapped tensor, checked to be finite numbers."""
+    """The (n, width) or (n, regions, width) features in a .npy file as a memory-mapped tensor, checked to be finite
+    numbers. A few images of nothing but zeros are counted in one line, a file of them is refused."""
     check_regular(path)
     try:
         features = np.load(path, mmap_mode="c", allow_pickle=False)  # private pages: the file is never written to
@@ -170,17 +208,36 @@ def open_features(path):
     if not isinstance(features, np.ndarray) or features.dtype.kind not in "fiu":
         kind = features.dtype if isinstance(features, np.ndarray) else type(features).__name__
         raise InputError(f"feature file {path} holds {kind}, not numbers: save float16 or float32 features")
-    if features.ndim != 2 or 0 in features.shape:
-        raise InputError(f"feature file {path} has shape {features.shape}: it must be (images, feature width)")
+    if features.ndim not in (2, 3) or 0 in features.shape:
+        raise InputError(f"feature file {path} has shape {features.shape}: it must be (images, feature width) or "
+                         "(images, regions, feature width)")
     if features.dtype not in (np.float16, np.float32):
         with np.errstate(over="ignore"):
             features = features.astype(np.float32)  # other kinds are rare enough to be held in memory
-    for start in range(0, len(features), FEATURE_BLOCK):
-        finite = np.isfinite(features[start:start + FEATURE_BLOCK]).all(axis=1)
+    _check_numbers(features, path)
+    return torch.from_numpy(features)
+
+
+def _block(features):
+    """How many rows of features to look at at a time."""
+    return max(1, CHECKED_BYTES * len(features) // features.nbytes)
+
+
+def _check_numbers(features, path):
+    """Raise InputError where features are not finite, or regions nothing but zeros."""
+    block, axes, empty = _block(features), tuple(range(1, features.ndim)), 0
+    for start in range(0, len(features), block):
+        rows = features[start:start + block]
+        finite = np.isfinite(rows).all(axis=axes)
         if not finite.all():
             raise InputError(f"feature file {path} has NaN or infinity in row {start + int(finite.argmin())}: "
                              "make the features again")
-    return torch.from_numpy(features)
+        if features.ndim == 3:
+            empty += int(np.count_nonzero(~rows.any(axis=axes)))
+    if empty == len(features):
+        raise InputError(f"feature file {path} holds nothing but zeros: make the features again")
+    if empty:
+        print(f"Warning: {path} has {empty} images whose regions are all zero", file=sys.stderr)
 
 
 # Loaders ----------------------------------------------------------------------------------------
@@ -202,9 +259,9 @@ class Loader:
         generator = torch.Generator().manual_seed(seed_for(self.seed, self.epoch, draw))
         return torch.randperm(len(self.dataset), generator=generator).split(self.batch_size)
 
-    def load(self, batches):
-        """Iterate over the batches of the given caption indices."""
-        return self.dataset.load(batches, self.workers, self.epoch)
+    def load(self, batches, **options):
+        """Iterate over the batches of the given caption indices; options: for the data set's `load`."""
+        return self.dataset.load(batches, self.workers, self.epoch, **options)
 
     def __iter__(self):
         return self.load(self.batches())
@@ -217,7 +274,7 @@ def get_dataset(split, data_name, vocab, crop_size, opt):
     """
     folder = os.path.join(opt.data_path, data_name)
     options = {"reading": getattr(opt, "caption_reading", None) or "text", "cache_dir": getattr(opt, "cache_dir", None)}
-    if data_name.endswith("_precomp"):
+    if is_precomputed(data_name):
         return PrecompDataset(folder, "dev" if split == "val" else split, vocab, img_dim=getattr(opt, "img_dim", None),
                               **options)
     options |= {"seed": getattr(opt, "seed", 0), "skip_broken": getattr(opt, "skip_broken_images", False)}
@@ -233,12 +290,43 @@ def get_dataset(split, data_name, vocab, crop_size, opt):
 
 
 def get_loaders(data_name, vocab, crop_size, batch_size, workers, opt):
-    """The shuffled training loader and the dev loader; sets opt.img_dim where it is None."""
+    """The shuffled training loader and the dev loader.
+
+    Sets opt.img_dim and, for regions, opt.image_pooling where they are None, and opt.regions to their number.
+    """
     train = get_dataset("train", data_name, vocab, crop_size, opt)
+    precomputed = is_precomputed(data_name)
     if getattr(opt, "img_dim", None) is None:
-        opt.img_dim = train.images.shape[1] if data_name.endswith("_precomp") else FULL_IMG_DIM
+        opt.img_dim = train.images.shape[-1] if precomputed else FULL_IMG_DIM
+    if precomputed and train.images.dim() == 3:
+        opt.regions = train.images.shape[1]
+        if not getattr(opt, "cross_attn", None):
+            opt.image_pooling = getattr(opt, "image_pooling", None) or "mean"
+    check_form(train, opt)
+    if getattr(opt, "drop_words", 0) or getattr(opt, "drop_regions", 0):
+        if not precomputed:
+            raise InputError(f"--drop_words and --drop_regions are for precomputed features, and {data_name} holds "
+                             "photos: leave them out")
+        train.augment(opt.drop_words, opt.drop_regions, vocab, opt.seed)
     return (Loader(train, batch_size, shuffle=True, workers=workers, seed=getattr(opt, "seed", 0)),
             get_test_loader("dev", data_name, vocab, crop_size, batch_size, workers, opt))
+
+
+def check_form(dataset, opt):
+    """Raise InputError where a data set has regions and the model that the options describe has none, or other ones."""
+    shape, expected = getattr(getattr(dataset, "images", None), "shape", ()), getattr(opt, "regions", None)
+    over_regions = (bool(getattr(opt, "image_pooling", None) or getattr(opt, "cross_attn", None))
+                    or getattr(opt, "precomp_enc_type", "basic") == "mlp")
+    if len(shape) == 3 and not over_regions:
+        raise InputError(f"the model is over vectors, and the features are {shape[1]} regions an image, of shape "
+                         f"{tuple(shape)}: evaluate it on those that it was trained on")
+    if len(shape) != 3 and (over_regions or getattr(opt, "drop_regions", 0)):
+        raise InputError("the model is over regions (--image_pooling, --precomp_enc_type mlp, --drop_regions or "
+                         f"--cross_attn), and the features are of shape {tuple(shape)}: it needs (images, regions, "
+                         "width)")
+    if len(shape) == 3 and expected not in (None, shape[1]):
+        raise InputError(f"the features have {shape[1]} regions an image, and the model was trained on {expected}: "
+                         "evaluate it on those that it was trained on")
 
 
 def get_test_loader(split_name, data_name, vocab, crop_size, batch_size, workers, opt):
@@ -247,6 +335,7 @@ def get_test_loader(split_name, data_name, vocab, crop_size, batch_size, workers
     if (dataset.image_of.diff() < 0).any():
         raise InputError(f"split {split_name} of {data_name} does not have the captions of an image together, as "
                          "evaluation needs them: sort its caption ids by image")
+    check_form(dataset, opt)
     if isinstance(dataset, ImageDataset):
         dataset.transform = image_transform(False, crop_size)  # the training split's, too, is not augmented here
     return Loader(dataset, batch_size, workers=workers)

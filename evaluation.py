@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import checkpoint
+from caption_files import is_precomputed
 from data import get_test_loader
 from device import choose_device, choose_matmul_precision
 from errors import InputError, replacing
@@ -20,7 +21,7 @@ from loss import order_sim  # noqa: F401 (handed on: the family imports it from 
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
 from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
-from vocab import find_vocabulary, vocabulary_path
+from scan import CrossAttention, Words, build
 from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
 
 FOLDS = 5
@@ -29,7 +30,8 @@ FOLDS = 5
 # Embedding --------------------------------------------------------------------------------------
 
 def embed(model, loader, stride=1):
-    """A split's embeddings on the model's device: (N, D), each image once, and (C, D), one a caption.
+    """A split's embeddings on the model's device: (N, D), each image once, and (C, D), one a caption; of SCAN,
+    regions (N, R, D) and `scan.Words`.
 
     Equal captions are encoded once, so that they get equal embeddings to the bit. With a stride only
     each so manieth image is taken, with its captions.
@@ -37,24 +39,37 @@ def embed(model, loader, stride=1):
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
     n_images = -(-dataset.n_images // stride)
-    images = torch.cat([model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() == 2 else batch)
+    images = torch.cat([model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() < 4 else batch)
                         for batch in dataset.load_images(batch_size, loader.workers, stride)])[:n_images]
     chosen = torch.arange(len(dataset))[dataset.image_of % stride == 0]
     padded = dataset.word_ids.padded(chosen, int(dataset.word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
-    captions = torch.cat([model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
-                          for batch in order.split(batch_size)])
+    batches = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
+               for batch in order.split(batch_size)]
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
-    return images, captions[place_of[caption_of].to(captions.device)]
+    if batches[0].dim() == 3:
+        return images, Words.joined(batches, lengths[order], place_of[caption_of])
+    return images, torch.cat(batches)[place_of[caption_of].to(images.device)]
+
+
+def similarity_source(opt, images, captions):
+    """The source of similarities (see `ranking`) of what `embed` gives; opt: measure, or SCAN's options."""
+    if getattr(opt, "cross_attn", None):
+        return CrossAttention(images, captions, opt)
+    return SOURCES[opt.measure](images, captions)
 
 
 def encode_data(model, data_loader, log_step=10, logging=print):
-    """The family's call: image and caption embeddings as arrays (C, D), one row a caption each."""
+    """The family's call: image and caption embeddings as arrays (C, D), one row a caption each; of SCAN (C, R, D),
+    (C, longest, D) and the lengths (C,)."""
     images, captions = embed(model, data_loader)
     logging(f"Images: {len(images)}, Captions: {len(captions)}")
+    if isinstance(captions, Words):
+        return (images.cpu()[data_loader.dataset.image_of].numpy(), captions.padded().cpu().numpy(),
+                captions.lengths.numpy())
     return images.cpu()[data_loader.dataset.image_of].numpy(), captions.cpu().numpy()
 
 
@@ -161,8 +176,13 @@ def split_loss(images, captions, criterion, batch_size, bank=None, image_of=None
     """
     image_of = image_numbers(image_of, len(images), len(captions)).to(captions.device)
     batches = torch.arange(len(captions), device=captions.device).split(batch_size)
-    losses = [criterion(images[image_of[indices]], captions[indices], *(bank or (None,) * 3), indices)
-              for indices in batches]
+    if isinstance(captions, Words):
+        source = CrossAttention(images, captions, criterion.opt)
+        losses = [criterion.of_similarities(source.of(images[image_of[indices]], captions[indices.cpu()]), None, None)
+                  for indices in batches]
+    else:
+        losses = [criterion(images[image_of[indices]], captions[indices], *(bank or (None,) * 3), indices)
+                  for indices in batches]
     return sum(loss * len(indices) for loss, indices in zip(torch.stack(losses).tolist(), batches)) / len(captions)
 
 
@@ -186,7 +206,7 @@ class Checkpoint(NamedTuple):
 
     def similarities(self, images, captions):
         """The source of similarities of what `embed` gives, for `ranking` and `corrections`."""
-        return SOURCES[self.opt.measure](images, captions)
+        return similarity_source(self.opt, images, captions)
 
     def loader(self, split):
         """The loader of a split of its data set."""
@@ -198,7 +218,7 @@ class Checkpoint(NamedTuple):
 def load_for_evaluation(opt_eval):
     """The Checkpoint opt_eval.model_path.
 
-    opt_eval may also have data_path, vocab_path, device, batch_size, caption_reading, skip_broken_images.
+    opt_eval may also have data_path, data_name, vocab_path, device, batch_size, caption_reading, skip_broken_images.
     Raises InputError where checkpoint and vocabulary do not fit each other.
     """
     path = opt_eval.model_path
@@ -211,15 +231,13 @@ def load_for_evaluation(opt_eval):
     opt.cache_dir = os.path.join(opt.data_path, ".cache")  # never one that a stranger's checkpoint names
     opt.skip_broken_images = getattr(opt_eval, "skip_broken_images", False)
     opt.cnn_weights = "none"  # the checkpoint's own take their place
-    vocabulary = None if getattr(opt_eval, "vocab_path", None) else checkpoint.vocabulary(content, path)
-    vocabulary = vocabulary or find_vocabulary(opt.vocab_path, opt.data_name)
-    if vocabulary is None:
-        raise InputError(f"no vocabulary {vocabulary_path(opt.vocab_path, opt.data_name)} (or .pkl): name its folder "
-                         "with --vocab_path")
-    if len(vocabulary) != opt.vocab_size:
-        raise InputError(f"the vocabulary for {opt.data_name} in {opt.vocab_path} has {len(vocabulary)} words, the "
-                         f"checkpoint {path} was trained with {opt.vocab_size}: name the right one with --vocab_path")
-    model = VSE(opt)
+    vocabulary = checkpoint.vocabulary(content, path, getattr(opt_eval, "vocab_path", None))
+    data_name = getattr(opt_eval, "data_name", None) or opt.data_name
+    if is_precomputed(data_name) != is_precomputed(opt.data_name):
+        raise InputError(f"--data_name {data_name}: the checkpoint {path} was trained on {opt.data_name}, and one of "
+                         "them is of photos, the other of features: name a data set of the same kind")
+    opt.data_name = data_name
+    model = build(opt)
     checkpoint.load_weights(model, content, path)
     device = choose_device(getattr(opt_eval, "device", "auto"))
     choose_matmul_precision(device, content.get("float32_products"))
@@ -249,6 +267,9 @@ def evaluate(opt_eval, split, top=1):
     opt_eval: as for `load_for_evaluation`, and fold5.
     """
     loaded = load_for_evaluation(opt_eval)
+    if loaded.opt.cross_attn and getattr(opt_eval, "save_embeddings", False):
+        raise InputError("--save_embeddings is for models with one vector an item, and this one is SCAN, with one for "
+                         "each region and word: leave it out")
     loader, opt, n_folds = loaded.loader(split), loaded.opt, FOLDS if getattr(opt_eval, "fold5", False) else 1
     n_images = loader.dataset.n_images
     if n_folds > 1 and not five_each(loader.dataset.image_of):

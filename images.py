@@ -59,8 +59,8 @@ class ImageDataset(torch.utils.data.Dataset):
         picture = decode_image(self.image_files[number])
         return self.transform(picture) if self.transform else picture
 
-    def load(self, batches, workers=0, epoch=0):
-        """For each (B,) tensor of caption indices a batch as `collate_fn` makes it."""
+    def load(self, batches, workers=0, epoch=0, augmented=False):
+        """For each (B,) tensor of caption indices a batch as `collate_fn` makes it; photos are always augmented."""
         self.epoch = epoch
         return _from_workers(torch.utils.data.DataLoader(
             self, batch_sampler=[batch.tolist() for batch in batches], collate_fn=collate_fn,

@@ -3,7 +3,7 @@
 `similarities[i, j]` is S_ij, the similarity of image i and caption j of a batch of B pairs;
 the pairs sit on the diagonal. HAL is Liu et al., AAAI 2020, section 3; the sum-margin and
 max-margin losses are those of VSE++ (Faghri et al., BMVC 2018). Deviations from the released
-code are listed in README.md.
+code are listed in docs/deviations.md.
 """
 
 from argparse import Namespace

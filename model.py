@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from caption_files import is_precomputed
 from errors import InputError, check_regular
 from gru import last_states, word_states
 from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on: the family imports them from here)
@@ -207,13 +208,13 @@ class EncoderImageFull(EncoderImagePrecomp):
 
 def EncoderImage(data_name, img_dim, embed_size, finetune=False, cnn_type="vgg19", use_abs=False, no_imgnorm=False,
                  cnn_weights="imagenet", *, image_pooling=None, precomp_enc_type="basic"):
-    """The image encoder of a data set: precomputed features where its name ends in `_precomp`, else a full CNN.
+    """The image encoder of a data set: precomputed features where its name ends in `precomp`, else a full CNN.
 
     Raises InputError for a choice that is none, or that does not go with photos.
     """
     _check_choice("image_pooling", image_pooling or "mean", IMAGE_POOLINGS)
     _check_choice("precomp_enc_type", precomp_enc_type, ENC_TYPES)
-    if data_name.endswith("_precomp"):
+    if is_precomputed(data_name):
         return EncoderImagePrecomp(img_dim, embed_size, use_abs, no_imgnorm, image_pooling, precomp_enc_type)
     if image_pooling or precomp_enc_type == "mlp":
         raise InputError("--image_pooling and --precomp_enc_type mlp are for precomputed regions, but "

@@ -25,19 +25,21 @@ def region_lengths(images):
     return (images.any(2) * places).amax(1).clamp(min=1)
 
 
-def drop_regions(images, rate, generator):
+def drop_regions(images, lengths, rate, draws):
     """Size augmentation: (B, K, D) regions -> (B, K', D), each region left out with probability `rate`.
 
     The order is kept, and at least one region of each image; images are padded with zero rows to the longest.
-    generator: of the draws, on the CPU. (VSE-infinity; its own draws are NumPy's, so these only agree in distribution.)
+    lengths: (B,) regions of each image; draws: (B, K) uniform in [0, 1); both on the CPU, so that no GPU is waited for.
+    (VSE-infinity's; its own draws are NumPy's, so that any others agree with it in distribution only.)
     """
-    lengths, places = region_lengths(images).cpu().unsqueeze(1), torch.arange(images.shape[1])
-    draws = torch.rand(images.shape[:2], generator=generator).masked_fill(places >= lengths, -1)
+    lengths, places = lengths.unsqueeze(1), torch.arange(images.shape[1])
+    draws = draws.masked_fill(places >= lengths, -1)
     kept = (draws >= rate) | (draws == draws.amax(1, keepdim=True))
     left = kept.sum(1, keepdim=True)
     order = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :int(left.max())]
-    shorter = images[torch.arange(len(images)).unsqueeze(1), order]
-    return shorter.masked_fill_((places[:order.shape[1]] >= left).unsqueeze(2).to(images.device), 0)
+    item, order, gone = (x.to(images.device, non_blocking=True) for x in (
+        torch.arange(len(images)).unsqueeze(1), order, (places[:order.shape[1]] >= left).unsqueeze(2)))
+    return images[item, order].masked_fill_(gone, 0)
 
 
 def mean_pool(features, lengths):

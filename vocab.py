@@ -19,6 +19,7 @@ from caption_files import (
     ASCII_SPACE,
     COCO_ANNOTATIONS,
     flickr_json_name,
+    is_precomputed,
     read_captions,
     read_coco_captions,
     read_flickr_json,
@@ -27,6 +28,7 @@ from caption_files import (
 from errors import ArgumentParser, InputError, check_regular, number, replacing, run_script
 
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
+MASK = "<mask>"  # stands for words that size augmentation hides; the last of a vocabulary that has it
 READINGS = ("text", "released")
 TOKENIZER_VERSION = 1  # goes up with any change of `tokenize`'s words: cached ones are then made again
 MAX_CAPTION = 20_000  # characters; more is a broken file, and would take the memory of the GRU
@@ -124,7 +126,7 @@ def vocabulary_of(words, source="the word list"):
 
 def _caption_sources(data_path, data_name):
     """The caption files that a data set's vocabulary is built from: its training and dev captions."""
-    if data_name.endswith("_precomp"):
+    if is_precomputed(data_name):
         return ["train_caps.txt", "dev_caps.txt"]
     if data_name == "coco":
         return list(COCO_ANNOTATIONS.values())

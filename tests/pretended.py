@@ -198,12 +198,23 @@ def module_to(module, *args, **kwargs):
     return module
 
 
-true_module_to = torch.nn.Module.to
+def pad_packed(data, *rest):
+    """torch._VF._pad_packed_sequence, which writes into a tensor of the CPU that lies beneath the wrapper."""
+    result, lengths = true_pad_packed(data, *rest)
+    if isinstance(data, There) and not isinstance(result, There):
+        found_before = found.copy()
+        result = result + There(torch.zeros(()))  # a wrapper that gradients go through
+        found.clear()
+        found.update(found_before)
+    return result, lengths
+
+
+true_module_to, true_pad_packed = torch.nn.Module.to, torch._VF._pad_packed_sequence
 
 
 def replace_torch_s_own():
     """What PyTorch says of its devices, and what it does to one of them."""
-    torch.nn.Module.to = module_to
+    torch.nn.Module.to, torch._VF._pad_packed_sequence = module_to, pad_packed
     torch.cuda.is_available, torch.backends.mps.is_available = lambda: kind == "cuda", lambda: kind == "mps"
     torch.cuda.device_count, torch.cuda.mem_get_info = lambda: 1, lambda device=None: (10**11, 10**11)
     torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all = list, lambda states: None

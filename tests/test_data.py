@@ -112,13 +112,13 @@ def with_value(value, dtype=np.float32):
 @pytest.mark.parametrize("features, reason", [
     (with_value(np.nan), "row 3"), (with_value(np.inf), "row 3"), (with_value(-np.inf), "row 3"),
     (with_value(np.nan, np.float16), "row 3"), (np.ones(5, np.float32), "shape"),
-    (np.ones((5, 4, 2), np.float32), "shape"), (np.float32(3), "shape"), (np.ones((5, 0), np.float32), "shape"),
+    (np.ones((5, 4, 2, 2), np.float32), "shape"), (np.float32(3), "shape"), (np.ones((5, 0), np.float32), "shape"),
     (np.ones((0, 4), np.float32), "shape"), (np.array([["a"] * 4] * 5), "not numbers"),
     (np.ones((5, 4), np.complex64), "not numbers"), (np.ones((5, 4), bool), "not numbers"),
     (np.zeros((5, 4), "M8[s]"), "not numbers"), (np.zeros(5, [("a", "f4"), ("b", "f4")]), "not numbers"),
     (np.array([[None] * 4] * 5, object), "object"), (np.ones((3, 4), np.float32), "3 rows.*25 captions"),
     (np.ones((26, 4), np.float32), "26 rows.*25 captions")],
-    ids=["nan", "inf", "-inf", "float16 nan", "1-D", "3-D", "0-D", "no width", "no rows", "text", "complex", "bool",
+    ids=["nan", "inf", "-inf", "float16 nan", "1-D", "4-D", "0-D", "no width", "no rows", "text", "complex", "bool",
          "dates", "records", "objects", "too few", "too many"])
 def test_features_that_cannot_be_used_are_refused(tmp_path, words, features, reason):
     folder = precomp(tmp_path / "x_precomp", features, ["a"] * 25)

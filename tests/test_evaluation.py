@@ -82,7 +82,7 @@ def both_ranks(images, captions, measure="cosine"):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("measure", ["cosine", "order"])
-@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 37])
+@pytest.mark.parametrize("n", [1, 2, 16, 37])
 def test_ranks_of_scores_full_of_ties_equal_the_loop(n, measure, dtype):
     images, captions = whole_numbers(n, 5, seed=n, dtype=dtype)
     expected = loops.ranks(exact_scores(images, captions, measure))
@@ -121,9 +121,8 @@ def steps_away(value, steps, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("value", [0.75, -0.75, 0.3, 1.5e-7])
-@pytest.mark.parametrize("steps, before", [(3, True), (1, True), (0, True), (-1, True), (-2, True), (-3, False),
-                                           (-4, False)])
+@pytest.mark.parametrize("value", [-0.75, 1.5e-7])
+@pytest.mark.parametrize("steps, before", [(1, True), (0, True), (-1, True), (-2, True), (-3, False)])
 def test_text_to_image_ties_reach_two_units_in_the_last_place(value, steps, before, dtype):
     """Captions of 1 make the images' embeddings the scores themselves."""
     images = np.array([[dtype(value)], [steps_away(value, steps, dtype)]])
@@ -132,8 +131,8 @@ def test_text_to_image_ties_reach_two_units_in_the_last_place(value, steps, befo
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("value", [0.75, -0.75, 0.3, 1.5e-7])
-@pytest.mark.parametrize("steps, before", [(3, True), (0, True), (-2, True), (-3, False)])
+@pytest.mark.parametrize("value", [-0.75, 0.3])
+@pytest.mark.parametrize("steps, before", [(0, True), (-2, True), (-3, False)])
 def test_image_to_text_ties_reach_two_units_in_the_last_place(value, steps, before, dtype):
     """An image of 1 makes the captions' embeddings the scores; two of its own are lower and do not count."""
     captions = np.full((10, 1), dtype(value) - 1, dtype)
@@ -151,7 +150,7 @@ def test_scores_that_only_float64_tells_apart_are_told_apart():
 
 @pytest.mark.parametrize("measure", ["cosine", "order"])
 @pytest.mark.parametrize("value", [0.0, 0.37, np.nan, np.inf, -np.inf], ids=str)
-@pytest.mark.parametrize("n", [2, 17, 40])
+@pytest.mark.parametrize("n", [2, 40])
 def test_collapsed_embeddings_rank_last(n, value, measure):
     images, captions = np.full((n, 3), value, np.float32), np.full((5 * n, 3), value, np.float32)
     assert both_ranks(images, captions, measure) == [[5 * n - 5] * n, [n - 1] * (5 * n)]
@@ -240,9 +239,13 @@ def test_ranks_on_cuda_equal_the_loop(n, measure):
 
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 0, 4, 9], [0, 5, 10], [4, 5, 9, 10], [3, 3, 4, 5], list(range(101)),
                                    [7] * 6], ids=str)
-@pytest.mark.parametrize("container", [list, np.array, torch.tensor], ids=["list", "array", "tensor"])
-def test_recall_equals_the_loop(ranks, container):
-    assert list(recall_of(container(ranks))) == pytest.approx(loops.recall(ranks), abs=1e-12)
+def test_recall_equals_the_loop(ranks):
+    assert list(recall_of(ranks)) == pytest.approx(loops.recall(ranks), abs=1e-12)
+
+
+@pytest.mark.parametrize("container", [np.array, torch.tensor], ids=["array", "tensor"])
+def test_recall_takes_any_container(container):
+    assert recall_of(container([0, 5, 10])) == recall_of([0, 5, 10])
 
 
 def test_metrics_have_the_averages_and_the_sum_of_the_six_recalls():

@@ -20,10 +20,10 @@ def theirs(rnn, embed, captions, lengths):
     return rnn(pack_padded_sequence(embed(captions), lengths, batch_first=True))[1][-1]
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_states_and_gradients_equal_pytorch_s(num_layers, lengths, dtype, tolerance):
+@pytest.mark.parametrize("lengths, num_layers, dtype, tolerance", [
+    *((lengths, layers, torch.float64, 1e-12) for lengths in LENGTHS for layers in (1, 3)),
+    ([5, 3, 3, 1], 2, torch.float32, 1e-6)], ids=str)
+def test_states_and_gradients_equal_pytorch_s(lengths, num_layers, dtype, tolerance):
     torch.manual_seed(sum(lengths) + num_layers)
     rnn, embed = torch.nn.GRU(3, 4, num_layers, batch_first=True).to(dtype), torch.nn.Embedding(WORDS, 3, dtype=dtype)
     captions, lengths = batch(lengths)
@@ -108,10 +108,10 @@ def test_bf16_products_are_near():
     captions, lengths = batch([5, 5, 3, 2])
     states, exact = last_states(rnn, embed, captions, lengths, torch.bfloat16), theirs(rnn, embed, captions, lengths)
     assert states.dtype == torch.float32
-    assert 0 < (states - exact).abs().max() < 0.02
+    assert 1e-4 < (states - exact).abs().max() < 0.02  # rounded, and not as float32 is
     for near, gradient in zip(*(torch.autograd.grad(last.sum(), rnn.parameters()) for last in (states, exact))):
         assert near.dtype == torch.float32
-        assert 0 < (near - gradient).abs().max() < 0.02 * gradient.abs().max()
+        assert 1e-4 < (near - gradient).abs().max() / gradient.abs().max() < 0.02
 
 
 def test_a_second_backward_is_refused_since_the_first_used_the_states_up():

@@ -17,10 +17,9 @@ from PIL import Image
 
 import checkpoint
 import model
-import report
 import word_ids
 from caption_files import read_captions, read_json
-from data import open_features
+from data import open_features, read_ids
 from errors import InputError
 from images import CocoDataset, FlickrDataset, coco_dataset, decode_image
 from model import VSE
@@ -94,7 +93,8 @@ def open_checkpoint(path):
     """Everything that evaluation takes from one."""
     content = checkpoint.load(path)
     checkpoint.caption_reading(content)
-    checkpoint.vocabulary(content, path)
+    if content.get("vocabulary") is not None:
+        checkpoint.vocabulary(content, path)
     checkpoint.load_weights(VSE(content["opt"]), content, path)
     return content
 
@@ -146,7 +146,7 @@ def in_time():
 
 
 PIPES = {**READERS, "weights.pth": lambda path: model._build_cnn("resnet18", path),
-         "ids.txt": lambda path: report.read_ids(path, None),
+         "ids.txt": read_ids,
          "captions.json": lambda path: read_json(path)}
 
 

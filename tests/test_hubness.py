@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 from hubness import DEPTHS, Hubness, hubness_both_ways, hubness_of, k_occurrence, mean_hubness
-from ranking import Cosine, Ranking, rank_both_ways
+from ranking import SOURCES, Ranking, rank_both_ways
 
 # Six queries, eight targets. Target 1 is a hub; targets 6 and 7 are nobody's neighbour.
 SIMILARITIES = [[.9, .8, .1, .2, .3, .4, .0, .1],
@@ -46,7 +46,7 @@ def test_n_k_of_the_hand_made_example(k, expected):
     assert k_occurrence(torch.tensor(SIMILARITIES).topk(k).indices, 8).tolist() == expected
 
 
-@pytest.mark.parametrize("counts, k", [(N_1, 1), (N_2, 2), ([5, 0, 0, 0], 1), ([0, 3], 1), (list(range(300)), 10),
+@pytest.mark.parametrize("counts, k", [(N_1, 1), (N_2, 2), ([5, 0, 0, 0], 1), ([0, 3], 1), (list(range(201)), 10),
                                        (list(range(300)), 149), (list(range(300)), 150)],
                          ids=["1", "2", "one", "two", "many", "all but the largest", "none"])
 def test_figures_agree_with_the_loop_and_scipy(counts, k):
@@ -75,8 +75,10 @@ def test_without_hubs_every_figure_is_at_its_least():
 
 
 @pytest.mark.parametrize("measure", ["cosine", "order"])
-@pytest.mark.parametrize("n", [2, 37, Cosine.tile_images + 1])
-def test_both_directions_agree_with_loops_over_the_matrix(n, measure):
+@pytest.mark.parametrize("n", [2, 37])
+def test_both_directions_agree_with_loops_over_the_matrix(monkeypatch, n, measure):
+    """37 images are three tiles."""
+    monkeypatch.setattr(SOURCES[measure], "tile_images", 16)
     generator = torch.Generator().manual_seed(n)
     images = torch.randn(n, 20, generator=generator, dtype=torch.float64)
     captions = torch.randn(5 * n, 20, generator=generator, dtype=torch.float64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loss import SIMILARITIES
-from memory_bank import MemoryBank, build_bank, draw_batches, global_weights
+from memory_bank import MemoryBank, build_bank, draw_batches, global_weights, in_batch
 from model import VSE
 
 
@@ -20,6 +20,21 @@ def weights_of(im, s, bank, indices, k, measure="cosine", alpha=40.0, beta=40.0,
     similarity = SIMILARITIES[measure]
     return global_weights(im, s, similarity(im, s), bank, torch.tensor(indices), similarity, k=k, alpha=alpha,
                           beta=beta, epsilon=epsilon)
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it is on a GPU, so that the way taken there is taken here."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("entries, indices", [
+    ([5, 0, 9, 3, 3, 41], [9, 3, 40, 0]), ([0, 1, 2], [2]), ([7, 8], [8, 7]), ([4], [90, 5, 3, 3]), ([99, 98], [1, 2])],
+    ids=["any order", "one index", "all", "none", "beyond"])
+def test_entries_of_the_batch_are_found(entries, indices, kind):
+    found = in_batch(torch.tensor(entries).as_subclass(kind), torch.tensor(indices).as_subclass(kind))
+    assert found.tolist() == [entry in indices for entry in entries]
 
 
 @pytest.mark.parametrize("measure", ["cosine", "order"])
@@ -84,7 +99,7 @@ def test_rate_one_keeps_every_batch():
     assert draw_batches(batches, 1.0, torch.Generator().manual_seed(0)) == batches
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_draw_that_would_keep_nothing_keeps_one_batch(seed):
     batches = ["a", "b", "c"]
     kept = draw_batches(batches, 1e-12, torch.Generator().manual_seed(seed))
@@ -98,6 +113,17 @@ def test_a_draw_keeps_about_the_rate_in_order_and_follows_the_seed():
     assert kept == sorted(set(kept))
     assert kept == draw_batches(batches, 0.05, torch.Generator().manual_seed(3))
     assert kept != draw_batches(batches, 0.05, torch.Generator().manual_seed(4))
+
+
+def test_a_draw_is_added_to_only_where_it_would_keep_nothing():
+    """Of 4 batches at a half, 1 in 16 draws keeps none and then one: 2 + 1/16 on average."""
+    sizes = [len(draw_batches("abcd", 0.5, torch.Generator().manual_seed(seed))) for seed in range(2000)]
+    assert abs(sum(sizes) / len(sizes) - (2 + 1 / 16)) < 0.1  # more than four standard deviations
+
+
+def test_the_one_batch_of_a_draw_of_none_follows_the_seed():
+    kept = [draw_batches(range(1000), 1e-12, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert kept[0] == kept[1] != draw_batches(range(1000), 1e-12, torch.Generator().manual_seed(4))
 
 
 @pytest.fixture

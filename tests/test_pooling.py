@@ -232,7 +232,8 @@ def numbered_images(lengths, longest):
 
 def kept_regions(images, rate, seed=0):
     """For each image the first numbers of the regions that are left; checks that only zeros follow."""
-    left = drop_regions(images, rate, torch.Generator().manual_seed(seed))
+    draws = torch.rand(images.shape[:2], generator=torch.Generator().manual_seed(seed))
+    left = drop_regions(images, region_lengths(images), rate, draws)
     lists = [[row[0] for row in image if row[1]] for image in left.tolist()]
     assert left.shape[1] == max(map(len, lists))
     assert all(left[item, len(numbers):].eq(0).all() for item, numbers in enumerate(lists))
@@ -249,7 +250,7 @@ def test_regions_that_are_left_keep_their_order(rate):
 
 def test_without_a_rate_every_region_is_left():
     images = numbered_images([3, 2], 5)
-    assert torch.equal(drop_regions(images, 0.0, torch.Generator()), images[:, :3])
+    assert torch.equal(drop_regions(images, region_lengths(images), 0.0, torch.rand(images.shape[:2])), images[:, :3])
 
 
 def test_one_region_is_left_of_each_image_and_not_always_the_same():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import RAW, ROOT, TINY
+from test_regions import write_regions
 
 
 def flags(these):
@@ -16,6 +17,7 @@ def flags(these):
 
 
 TINY, RAW = flags(TINY), flags(RAW)
+REGIONS = ["--data_name", "regions_precomp"]
 BANK = ["--memory_bank", "--mb_rate", "0.5", "--mb_k", "5"]
 COMMANDS = {
     "hal with the bank, features on the device": ["train.py", *TINY, *BANK, "--features_on_device"],
@@ -27,17 +29,27 @@ COMMANDS = {
                 "--logger_name", "runs/order", "--num_epochs", "3", "--resume", "auto"],
     "sum-margin, photos and a CNN": ["train.py", *RAW, "--data_name", "f8k", "--finetune", "--sum_violation",
                                      "--logger_name", "runs/raw"],
+    "regions, every pooling": ["train.py", *TINY, *REGIONS, "--logger_name", "runs/regions", *BANK, "--image_pooling",
+                               "gpo", "--precomp_enc_type", "mlp", "--text_pooling", "gpo", "--bi_gru",
+                               "--drop_regions", "0.2", "--drop_words", "0.2", "--weight_decay", "0.01"],
+    "cross attention": ["train.py", *TINY, *REGIONS, "--logger_name", "runs/scan", "--cross_attn", "i2t", "--bi_gru",
+                        "--features_on_device"],
+    "max-margin on cross attention": ["train.py", *TINY, *REGIONS, "--logger_name", "runs/scan2", "--cross_attn", "t2i",
+                                      "--max_violation", "--amp", "bf16", "--no-features_on_device"],
     "hubs and corrections": ["compute_results.py", "--hubness", "--correction", "all", "--tune_correction", "--report",
                              "report", "--save_embeddings", "--save_json", "figures.json"],
     "folds": ["compute_results.py", "--split", "testall", "--fold5", "--correction", "nnn", "--save_csv", "it.csv"],
     "order": ["compute_results.py", "--model_path", "runs/order/model_best.pth.tar", "--hubness", "--correction",
               "qbnorm", "--transductive"],
     "photos": ["compute_results.py", "--model_path", "runs/raw/model_best.pth.tar"],
+    "regions": ["compute_results.py", "--model_path", "runs/regions/model_best.pth.tar", "--hubness"],
+    "cross attention evaluated": ["compute_results.py", "--model_path", "runs/scan/model_best.pth.tar", "--hubness",
+                                  "--correction", "csls"],
 }
 # What a training step goes through. It may wait where figures are logged, and on MPS, where the fused Adam passes over
 # found_inf, for whether they are finite.
 STEP = {"train.py", "data.py", "images.py", "word_ids.py", "model.py", "gru.py", "loss.py", "memory_bank.py",
-        "watch.py", "meters.py"}
+        "watch.py", "meters.py", "pooling.py", "scan.py", "cross_attention.py"}
 MAY_WAIT = {"cuda": {"record"}, "mps": {"record", "train_step"}}
 
 
@@ -46,6 +58,7 @@ def outcome(request, tmp_path_factory, drawn_data):
     """(kind, {command: exit code}, findings) of all commands, one after the other in one process."""
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copytree(drawn_data, folder / "data")
+    write_regions(folder / "data" / "regions_precomp")
     run = subprocess.run([sys.executable, str(ROOT / "tests" / "pretended.py"), request.param,
                           json.dumps(list(COMMANDS.values()))], cwd=folder, capture_output=True, text=True, timeout=300)
     codes, found = json.loads(run.stdout.splitlines()[-1])
@@ -74,4 +87,4 @@ def test_no_step_waits_for_the_device(outcome):
 
 def test_a_split_s_loss_waits_once_a_validation(outcome):
     waits = [times for *_, function, _, times in of(outcome, "wait") if function == "split_loss"]
-    assert waits == [2 + 2 + 2 + 1 + 1]  # one an epoch of the first five commands
+    assert waits == [2 + 2 + 2 + 1 + 1 + 2 + 2 + 2]  # one an epoch of the first eight commands

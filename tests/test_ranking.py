@@ -63,6 +63,40 @@ def test_nan_among_uneven_captions_equals_the_loop(measure, broken):
     assert [side.ranks.tolist() for side in found] == loop_ranks(scores_of(images, captions, measure), image_of)
 
 
+def test_with_no_items_asked_for_the_ranks_are_the_same():
+    images, captions, image_of = uneven(17, seed=3)
+    found = rank_both_ways(images, captions, top=0, image_of=image_of)
+    assert [side.ranks.tolist() for side in found] == loop_ranks(images @ captions.T, image_of)
+    assert [tuple(side.items.shape) for side in found] == [(17, 0), (len(captions), 0)]
+
+
+@pytest.mark.parametrize("tile", [3, 1000])
+@pytest.mark.parametrize("top", [1, 2, 10])
+def test_the_items_are_the_best_in_their_order(monkeypatch, top, tile):
+    rng = np.random.default_rng(2)
+    monkeypatch.setattr(Cosine, "tile_images", tile)
+    *_, image_of = uneven(30, seed=8)
+    images, captions = rng.standard_normal((30, 6)), rng.standard_normal((len(image_of), 6))
+    to_text, to_image = rank_both_ways(images, captions, top=top, image_of=image_of)
+    assert np.array_equal(to_text.items, np.argsort(-images @ captions.T, axis=1)[:, :top])
+    assert np.array_equal(to_image.items, np.argsort(-captions @ images.T, axis=1)[:, :top])
+
+
+def test_several_shifts_give_the_rankings_of_each():
+    rng = np.random.default_rng(6)
+    *_, image_of = uneven(12, seed=9)
+    images, captions = rng.standard_normal((12, 6)), rng.standard_normal((len(image_of), 6))
+    shifts = [None, *((torch.from_numpy(rng.standard_normal(len(captions))), torch.from_numpy(rng.standard_normal(12)))
+                      for _ in range(2))]
+    found = rank_shifted(Cosine(images, captions), shifts, image_of=image_of)
+    assert len(found) == 3
+    for pair, shift in zip(found, shifts):
+        off_captions, off_images = (0, np.zeros(12)) if shift is None else (part.numpy() for part in shift)
+        scores = images @ captions.T
+        assert pair[0].ranks.tolist() == loop_ranks(scores - off_captions, image_of)[0]
+        assert pair[1].ranks.tolist() == loop_ranks(scores - off_images[:, None], image_of)[1]
+
+
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_n_k_of_uneven_captions_equals_the_loop(k):
     rng = np.random.default_rng(0)
@@ -150,8 +184,8 @@ def test_mixed_and_whole_numbers_rank_as_numpy_s_products(kinds):
 
 
 def test_large_whole_numbers_are_told_apart():
-    """Products beyond float32's 2^24."""
-    images, captions = np.array([[5001], [5000]]), np.full((10, 1), 5000)
+    """Products beyond what float32 tells apart: 2^26 + 1 and 2^26."""
+    images, captions = np.array([[2**26 + 1], [2**26]]), np.ones((10, 1), int)
     assert both_ranks(images, captions)[1] == [0] * 5 + [1] * 5
 
 

@@ -240,9 +240,8 @@ def test_polygon_stencil_has_a_hole():
 
 
 @pytest.mark.parametrize("kind", sample_data.KINDS)
-@pytest.mark.parametrize("size", sample_data.SIZES)
-def test_shapes_fill_their_square(kind, size):
-    inside = sample_data.stencil(kind, sample_data.SIZES[size][0])
+def test_shapes_fill_their_square(kind):
+    inside = sample_data.stencil(kind, min(sizes[0] for sizes in sample_data.SIZES.values()))
     assert 0.2 < inside.mean() < 0.95
     assert inside.any(axis=0).mean() > 0.6 and inside.any(axis=1).mean() > 0.6
 

@@ -473,6 +473,21 @@ def test_two_stages_may_differ_in_loss(workdir):
     assert load("runs/b/checkpoint.pth.tar")["opt"].memory_bank
 
 
+@pytest.mark.parametrize("name, value", [
+    ("img_dim", 6), ("embed_size", 5), ("word_dim", 4), ("num_layers", 2), ("vocab_size", 8), ("measure", "order"),
+    ("use_abs", True), ("no_imgnorm", True), ("cnn_type", "resnet152"), ("image_pooling", "mean"),
+    ("text_pooling", "gpo"), ("bi_gru", True), ("precomp_enc_type", "mlp"), ("no_txtnorm", True),
+    ("cross_attn", "t2i")])
+def test_weights_of_another_model_are_not_started_from(name, value):
+    """Those options that leave the weights' shapes alone are told apart, too."""
+    opt = Namespace(data_name="tiny_precomp", img_dim=5, embed_size=4, word_dim=3, num_layers=1, vocab_size=9, seed=0,
+                    measure="cosine", use_abs=False, no_imgnorm=False, cnn_type="vgg19", finetune=False,
+                    image_pooling=None, text_pooling="last", bi_gru=False, precomp_enc_type="basic", no_txtnorm=False,
+                    cross_attn=None, cnn_weights="none", init_from="start.pth.tar")
+    with pytest.raises(InputError, match=f"--init_from start.pth.tar has --{name} {value}, this run"):
+        train.build_model(opt, {"opt": Namespace(**{**vars(opt), name: value}), "model": None}, torch.device("cpu"))
+
+
 # Raw images -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, steps", [
@@ -626,7 +641,7 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
     "captions of another number": (caps("train", b"a dog\n" * 59), [], ["59", "12"]),
     "dev captions of another number": (caps("dev", b"a dog\n" * 26), [], ["26", "5"]),
     "features in one dimension": (ims("train", np.ones(12, np.float32)), [], ["train_ims.npy", "(12,)"]),
-    "features in three dimensions": (ims("train", np.ones((12, 8, 2), np.float32)), [], ["train_ims.npy"]),
+    "features in four dimensions": (ims("train", np.ones((12, 8, 2, 2), np.float32)), [], ["train_ims.npy"]),
     "features of text": (ims("train", np.array([["x"] * 8] * 12)), [], ["train_ims.npy"]),
     "features of objects": (ims("train", np.array([[Smuggled()] * 8] * 12)), [], ["train_ims.npy"]),
     "features torn": (cut("data/tiny_precomp/train_ims.npy", -7), [], ["train_ims.npy"]),

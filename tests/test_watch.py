@@ -26,6 +26,7 @@ def feed(watch, figures, steps, kind="hal", batch=128):
 def test_figures_are_those_of_plain_loops():
     torch.manual_seed(0)
     similarities = torch.randn(5, 5, dtype=torch.float64)
+    similarities[3, 3] = 0  # not positive
     figures = StepFigures(*figures_of(torch.tensor(0.25).double(), torch.tensor(1.0).double(), similarities).tolist())
     pairs = [similarities[i, i].item() for i in range(5)]
     others = [similarities[i, j].item() for i in range(5) for j in range(5) if i != j]
@@ -33,6 +34,11 @@ def test_figures_are_those_of_plain_loops():
     assert figures.positive_share == pytest.approx(sum(value > 0 for value in pairs) / 5)
     assert figures.positive_mean == pytest.approx(sum(pairs) / 5)
     assert figures.negative_mean == pytest.approx(sum(others) / 20)
+
+
+def test_a_batch_of_one_has_no_negatives():
+    figures = figures_of(torch.tensor(0.25), torch.tensor(1.0), torch.tensor([[0.5]], requires_grad=True))
+    assert figures.tolist() == [0.25, 1, 1, 0.5, 0] and not figures.requires_grad
 
 
 @pytest.mark.parametrize("loss, norm", [(float("nan"), 1.0), (float("inf"), 1.0), (0.5, float("nan")),
@@ -44,7 +50,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_seen(loss, norm):
 def test_collapsed_hal_stops_at_its_patience_and_not_before():
     watch = watch_with()
     feed(watch, COLLAPSED, 4)
-    with pytest.raises(InputError, match="collapsed.*--lr_warmup_steps"):
+    with pytest.raises(InputError, match=r"step 1: .*collapsed: for 5 steps.*--lr_warmup_steps.* below 0\.001$"):
         feed(watch, COLLAPSED, 1)
 
 
@@ -81,8 +87,43 @@ def test_max_margin_away_from_its_trivial_point_is_left_alone(changes):
     assert not said
 
 
+@pytest.mark.parametrize("share, collapsed", [(0.0, True), (0.049, True), (1 - 0.95, True), (0.051, False)])
+def test_hal_has_collapsed_where_19_of_20_pairs_are_not_positive(share, collapsed):
+    said = []
+    feed(watch_with(said, on_collapse="warn"), GOOD._replace(positive_share=share), 5)
+    assert len(said) == collapsed
+
+
+@pytest.mark.parametrize("loss, gap, stuck", [
+    (51.2, 0.0, True), (53.7, 0.0, True), (53.8, 0.0, False), (48.7, 0.0, True), (48.6, 0.0, False),
+    (51.2, 0.0099, True), (51.2, 0.0101, False), (51.2, -0.0099, True), (51.2, -0.0101, False)])
+def test_max_margin_is_stuck_within_a_twentieth_of_its_trivial_point(loss, gap, stuck):
+    """The loss of 2 x 128 x 0.2, the pairs' lead over the others of the margin of 0.2."""
+    said = []
+    feed(watch_with(said), GOOD._replace(loss=loss, positive_mean=0.4, negative_mean=0.4 - gap), 5, kind="max")
+    assert len(said) == stuck
+
+
+@pytest.mark.parametrize("loss, gap, stuck", [(0.25, 0.125, True), (0.75, 0.0, True), (0.25, 0.1875, False)])
+def test_the_bounds_themselves_are_stuck(monkeypatch, loss, gap, stuck):
+    """Where all numbers are exact: a trivial loss of 0.5, half of it and half the margin of 0.25 allowed."""
+    monkeypatch.setattr("watch.STUCK_WITHIN", 0.5)
+    said = []
+    feed(watch_with(said, margin=0.25), GOOD._replace(loss=loss, positive_mean=0.5, negative_mean=0.5 - gap), 5,
+         kind="max", batch=1)
+    assert len(said) == stuck
+
+
+def test_max_margin_of_no_margin_has_no_trivial_point():
+    said = []
+    feed(watch_with(said, margin=0.0), GOOD._replace(loss=0.0, positive_mean=0.4, negative_mean=0.4), 9, kind="max")
+    assert not said
+
+
 def test_sum_margin_is_not_watched_for_collapse():
-    feed(watch_with(), COLLAPSED, 20, kind="sum")
+    said = []
+    feed(watch_with(said), COLLAPSED, 20, kind="sum")
+    assert not said
 
 
 def test_a_step_that_is_not_finite_stops_with_the_last_good_loss():
@@ -98,14 +139,41 @@ def test_bad_steps_in_a_row_may_be_let_pass_up_to_a_number():
     for _ in range(3):
         feed(watch, BAD, 2)
         feed(watch, GOOD, 1)
-    assert len(said) == 6
-    with pytest.raises(InputError):
+    assert [message[-14:] for message in said] == ["d (1 in a row)", "d (2 in a row)"] * 3
+    with pytest.raises(InputError, match="step 3: .*not finite"):
         feed(watch, BAD, 3)
+
+
+def test_bad_steps_say_nothing_of_a_collapse():
+    """Neither do they count, nor do they end its count."""
+    watch = watch_with(skip_bad_steps=20)
+    feed(watch, COLLAPSED, 4)
+    feed(watch, BAD, 9)
+    with pytest.raises(InputError, match="for 5 steps"):
+        feed(watch, COLLAPSED, 1)
 
 
 def test_a_restored_watch_goes_on_counting():
     first, second = watch_with(), watch_with()
     feed(first, COLLAPSED, 4)
     second.restore(first.state())
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="for 5 steps"):
         feed(second, COLLAPSED, 1)
+
+
+def test_a_restored_watch_knows_bad_steps_and_the_last_good_loss():
+    first, second = watch_with(skip_bad_steps=2), watch_with(skip_bad_steps=2)
+    feed(first, GOOD, 1)
+    feed(first, BAD, 2)
+    second.restore(first.state())
+    with pytest.raises(InputError, match=r"last good loss 0\.5"):
+        feed(second, BAD, 1)
+
+
+def test_a_restored_watch_has_warned_already():
+    said = []
+    first, second = watch_with(said, on_collapse="warn"), watch_with(said, on_collapse="warn")
+    feed(first, COLLAPSED, 5)
+    second.restore(first.state())
+    feed(second, COLLAPSED, 5)
+    assert len(said) == 1

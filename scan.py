@@ -1,0 +1,192 @@
+"""SCAN: an image encoder that keeps every region, and a text encoder that keeps every word.
+
+Stacked Cross Attention (Lee et al., ECCV 2018). Similarities are those of `cross_attention.py`, losses those of
+`loss.py`. State names, the order of random draws and the calls are the released code's, so that its checkpoints
+load here, ours load there, and one seed gives the same initial weights.
+"""
+
+from argparse import Namespace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from cross_attention import (  # noqa: F401 (handed on: the family imports them from here)
+    EPS,
+    choice,
+    cross_attention_similarities,
+    func_attention,
+    shard_xattn_i2t,
+    shard_xattn_t2i,
+    xattn_score_i2t,
+    xattn_score_t2i,
+)
+from gru import word_states
+from model import VSE, EncoderImagePrecomp, _init_fc
+
+
+def l2norm(X):
+    """Vectors (..., D) scaled to length 1 as released, X / (|X| + eps); zero stays zero, its gradient finite."""
+    lengths = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+    return X / (lengths.masked_fill(lengths == 0, 1) + EPS)
+
+
+class _WeightNormLinear(nn.Module):
+    """A linear layer of weight g V / |V|, |V| over the whole matrix, with the released code's state names."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        drawn = nn.Linear(in_features, out_features)
+        self.bias, self.weight_g = drawn.bias, nn.Parameter(drawn.weight.detach().norm())
+        self.weight_v = drawn.weight
+
+    def forward(self, X):
+        return linear(X, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+
+
+class RegionEncoder(EncoderImagePrecomp):
+    """Region features (B, R, img_dim) -> regions (B, R, embed_size); precomp_enc_type: basic or weight_norm."""
+
+    def __init__(self, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False):
+        nn.Module.__init__(self)
+        self.no_imgnorm = no_imgnorm
+        self.fc = {"basic": nn.Linear, "weight_norm": _WeightNormLinear}[precomp_enc_type](img_dim, embed_size)
+        if precomp_enc_type == "basic":
+            _init_fc(self.fc)
+
+    def load_state_dict(self, state_dict, strict=True):
+        """Load the state; PyTorch 0.3's files have the one scalar of weight_norm as (1,)."""
+        scalar = {name: value.reshape(()) for name, value in state_dict.items() if name == "fc.weight_g"}
+        return super().load_state_dict({**state_dict, **scalar}, strict)
+
+    def forward(self, images):
+        """images: (B, R, img_dim); a region of zeros is mapped like every other."""
+        regions = self.fc(images)
+        regions = regions.to(self.fc.bias.dtype)  # autocast's products may be in bf16
+        return regions if self.no_imgnorm else l2norm(regions)
+
+
+class WordEncoder(nn.Module):
+    """Word ids -> every word's state of the GRU's top layer, with bi_gru the mean of both directions'."""
+
+    def __init__(self, vocab_size, word_dim, embed_size, num_layers, bi_gru=False, no_txtnorm=False):
+        super().__init__()
+        self.no_txtnorm = no_txtnorm
+        self.embed = nn.Embedding(vocab_size, word_dim)
+        self.rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=bi_gru)
+        with torch.no_grad():
+            self.embed.weight.uniform_(-0.1, 0.1)
+
+    def forward(self, captions, lengths):
+        """captions: (B, T) word ids, longest caption first; lengths: (B,) -> (B, T, embed_size), 0 past a length."""
+        lengths = torch.as_tensor(lengths).cpu()
+        if captions.device.type == "cpu":
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            with torch.autocast("cpu", enabled=False):  # word_states casts what it multiplies, and nothing else
+                states = word_states(self.rnn, self.embed, captions, lengths, dtype)
+        else:
+            packed = self.rnn(pack_padded_sequence(self.embed(captions), lengths, batch_first=True))[0]
+            states = pad_packed_sequence(packed, batch_first=True, total_length=captions.shape[1])[0]
+            if self.rnn.bidirectional:
+                states = states.unflatten(2, (2, -1)).mean(2)
+        states = states.to(self.embed.weight.dtype)
+        return states if self.no_txtnorm else l2norm(states)
+
+
+class SCAN(VSE):
+    """Both encoders, as `VSE` has them, of which `img_enc` gives every region and `txt_enc` every word.
+
+    opt needs what builds them: img_dim, embed_size, precomp_enc_type, no_imgnorm, vocab_size, word_dim, num_layers,
+    bi_gru, no_txtnorm; and amp, as in `VSE`. Raises InputError for an unknown precomp_enc_type.
+    """
+
+    def __init__(self, opt):
+        nn.Module.__init__(self)
+        self.amp = getattr(opt, "amp", "off") == "bf16"
+        self.img_enc = RegionEncoder(opt.img_dim, opt.embed_size,
+                                     choice(opt, "precomp_enc_type", ("basic", "weight_norm")), opt.no_imgnorm)
+        self.txt_enc = WordEncoder(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru,
+                                   opt.no_txtnorm)
+
+    def forward_emb(self, images, captions, lengths, *rest, volatile=False):
+        """A batch, longest caption first -> regions (B, R, D), words (B, T, D), and the lengths as they came."""
+        return *super().forward_emb(images, captions, lengths, *rest, volatile=volatile), lengths
+
+    forward = forward_emb
+
+
+def build(opt):
+    """The model that options describe, SCAN with cross_attn, else VSE."""
+    return (SCAN if getattr(opt, "cross_attn", None) else VSE)(opt)
+
+
+class Words(NamedTuple):
+    """n captions by their words' embeddings, in one flat array: vectors[starts[c]:starts[c] + lengths[c]]."""
+
+    vectors: torch.Tensor  # (words of distinct captions, D)
+    starts: torch.Tensor  # (n,) on the CPU
+    lengths: torch.Tensor  # (n,) on the CPU
+
+    @classmethod
+    def joined(cls, batches, lengths, places):
+        """Of batches (B, T, D) of distinct captions with these lengths in all; places: for each caption which it is."""
+        counts = iter(lengths.tolist())
+        vectors = torch.cat([caption[:next(counts)] for batch in batches for caption in batch])
+        return cls(vectors, (lengths.cumsum(0) - lengths)[places], lengths[places])
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, chosen):
+        """Some of the captions."""
+        return Words(self.vectors, self.starts[chosen], self.lengths[chosen])
+
+    @property
+    def device(self):
+        """Where the vectors are."""
+        return self.vectors.device
+
+    def chunk(self, n):
+        """In n parts."""
+        return [Words(self.vectors, *part) for part in zip(self.starts.chunk(n), self.lengths.chunk(n))]
+
+    def padded(self):
+        """(n, longest, D): what stands past a caption's end is not its own."""
+        places = self.starts.unsqueeze(1) + torch.arange(int(self.lengths.max()))
+        return self.vectors[places.clamp_(max=len(self.vectors) - 1).to(self.device)]
+
+
+class CrossAttention:
+    """Cross-attention scores of (N, R, D) images and Words, as a source of similarities (see `ranking`).
+
+    opt: as for `cross_attention_similarities`; products are in the embeddings' own precision, whatever amp says.
+    """
+
+    tile_images, width = 64, 64
+
+    def __init__(self, images, captions, opt):
+        self.images, self.captions, self.opt = images, captions, Namespace(**{**vars(opt), "amp": "off"})
+        self.n_images, self.n_captions = len(images), len(captions)
+
+    def of(self, images, captions):
+        """(n, m) scores of some regions (n, R, D) with some Words."""
+        with torch.no_grad():
+            return cross_attention_similarities(images, captions.padded(), captions.lengths, self.opt)
+
+    def tile(self, images, captions, shape):
+        """(images, captions) scores of two slices."""
+        return self.of(self.images[images], self.captions[captions])
+
+    def across(self, side, targets):
+        """(targets, queries) scores of a slice of targets with all queries."""
+        if side == "i2t":
+            return self.of(self.images, self.captions[targets]).t().contiguous()
+        return self.of(self.images[targets], self.captions)
+
+    def pairs(self, images, captions):
+        """(n,) scores of pairs, given by the numbers of their images and captions."""
+        scores = [self.of(self.images[i:i + 1], self.captions[c:c + 1]) for i, c in zip(images.tolist(),
+                                                                                      captions.tolist())]
+        return torch.cat(scores).flatten()

@@ -1,0 +1,66 @@
+"""README.md and docs/ against what they tell of: commands parse, flags exist, links and files are there."""
+
+import importlib
+import re
+import runpy
+import shlex
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+COMMAND = re.compile(r"(?:^|`)(?:python3|\S+/python) (\w+\.py\b[^`\n&#]*)", re.MULTILINE)
+COMMANDS = sorted({command.strip() for text in TEXTS.values() for command in COMMAND.findall(text)})
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    return {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+            for line in text.splitlines() if line.startswith("#")}
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_s_flags_are_taken(tmp_path, monkeypatch, command):
+    (tmp_path / "data/sample_precomp/images").mkdir(parents=True)  # --images must be a folder
+    monkeypatch.chdir(tmp_path)
+    script, *flags = shlex.split(command)
+    parse_args = importlib.import_module(script.removesuffix(".py")).parse_args
+    if flags == ["--help"]:
+        with pytest.raises(SystemExit, match="0"):
+            parse_args(flags)
+    else:
+        parse_args(flags)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_flags_named_in_text_exist(page):
+    known = {flag for script in ROOT.glob("*.py")
+             for flag in re.findall(r'add_argument\("(--\w+)"', script.read_text(encoding="utf-8"))} | {"--help"}
+    assert set(re.findall(r"(?<![\w-])--\w+", TEXTS[page])) <= known
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXTS[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_files_of_the_readme_s_table_are_there():
+    table = TEXTS["README.md"].split("## What is where")[1].split("\n## ")[0]
+    cells = re.findall(r"^\|[a-z ]*\| (`.*?) \|", table, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`(.+?)`", cell)]
+    assert len(names) > 20 and [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_plot_s_figures_are_the_table_s():
+    table = runpy.run_path(ROOT / "docs/plot_results.py")["read_table"](ROOT / "docs/results.md")
+    assert list(table) == ["sum-margin", "max-margin", "HAL", "HAL+bank"]
+    assert table["HAL+bank"]["rsum"] == (303.2, 1.2) and table["sum-margin"]["t2i N10 skewness"] == (0.42, 0.01)
