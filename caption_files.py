@@ -1,11 +1,17 @@
-"""Reading captions of every layout: text files, Karpathy's JSON, COCO's JSON."""
+"""Reading captions of every layout: text files, tables, Karpathy's JSON, COCO's JSON."""
 
 import codecs
+import csv
 import json
+import os
+import re
+from typing import NamedTuple
 
 from errors import InputError, check_regular
 
 ASCII_SPACE = " \t\n\r\x0b\x0c"
+# What a split may be called, and what the data set's files call it.
+SPLITS = {"train": "train", "restval": "train", "dev": "dev", "val": "dev", "test": "test", "testall": "testall"}
 COCO_ANNOTATIONS = {"train": "annotations/captions_train2014.json", "val": "annotations/captions_val2014.json"}
 
 
@@ -64,7 +70,10 @@ def flickr_json_name(data_name):
 
 def read_flickr_json(path):
     """The `images` of a Karpathy-layout JSON file, each checked to have filename, split and raw sentences."""
-    content = read_json(path)
+    return _flickr_images(read_json(path), path)
+
+
+def _flickr_images(content, path):
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
         raise InputError(f"{path} has no list 'images': it should be a Karpathy split file")
@@ -79,9 +88,122 @@ def read_flickr_json(path):
 
 def read_coco_captions(path):
     """The captions of a COCO caption file, in its order; raises InputError if it is missing or broken."""
-    content = read_json(path)
+    return [annotation["caption"] for annotation in _coco_annotations(read_json(path), path)]
+
+
+def _coco_annotations(content, path):
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not all(isinstance(annotation, dict) and isinstance(
             annotation.get("caption"), str) for annotation in annotations):
         raise InputError(f"{path} has no list 'annotations' with a 'caption' each: it should be a COCO caption file")
-    return [annotation["caption"] for annotation in annotations]
+    return annotations
+
+
+# A photo's captions, of every layout ------------------------------------------------------------
+
+class CaptionedPhoto(NamedTuple):
+    """A photo with any number of captions."""
+
+    name: str  # its path below the folder of photos; bytes that are not UTF-8 as surrogates
+    captions: list  # of str, each on one line
+    split: str | None  # one of SPLITS' values, or None where the file gives none
+
+
+def read_photo_captions(path):
+    """The CaptionedPhotos of a table (CSV or TSV), a Karpathy JSON or a COCO caption JSON, in the file's order.
+
+    Empty captions are left out. Raises InputError if the file is missing, broken, or contradicts itself.
+    """
+    if not path.lower().endswith(".json"):
+        return _collect(path, _table_rows(path))
+    content = read_json(path)
+    rows = _coco_rows if isinstance(content, dict) and "annotations" in content else _flickr_rows
+    return _collect(path, rows(content, path))
+
+
+def read_caption_texts(folder, names):
+    """The photos `names` as CaptionedPhotos, with the lines of `<folder>/a.txt` for `a.jpg`, where there is one.
+
+    Raises InputError if a text file cannot be read or is not UTF-8.
+    """
+    return _collect(folder, _text_rows(folder, names))
+
+
+def _collect(path, rows):
+    """CaptionedPhotos of rows (where, name, caption or None, split or None), one for each name."""
+    photos = {}
+    for where, name, caption, split in rows:
+        if split is not None and split not in SPLITS:
+            raise InputError(f"{path}, {where}: split is {split!r}: it must be one of {', '.join(SPLITS)}")
+        split = SPLITS.get(split)
+        photo = photos.setdefault(name, CaptionedPhoto(name, [], split))
+        if photo.split != split:
+            raise InputError(f"{path}, {where}: photo {name} is in split {split or 'none'}, but before in "
+                             f"{photo.split or 'none'}: give each photo one split")
+        caption = re.sub(r"[\r\n]+", " ", caption or "").strip(ASCII_SPACE)
+        if re.search("[\ud800-\udfff]", caption):
+            raise InputError(f"{path}, {where}: the caption is not UTF-8; convert the file to UTF-8")
+        if caption:
+            photo.captions.append(caption)
+    unsplit = next((photo for photo in photos.values() if photo.split is None), None)
+    if unsplit and any(photo.split for photo in photos.values()):
+        raise InputError(f"{path}: photo {unsplit.name} has no split, but others have: give all of them one, or none")
+    return list(photos.values())
+
+
+def _table_rows(path):
+    """Rows of a table with a header: columns image, caption and, where there is one, split."""
+    check_regular(path)
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",\t;", key=first.count), strict=True)
+            header = [cell.strip().lower() for cell in next(reader, [])]
+            if not {"image", "caption"} <= set(header):
+                raise InputError(f"{path} has the columns {header}: its first line must name image and caption (and, "
+                                 "if you like, split), parted by commas or tabs")
+            image, caption = header.index("image"), header.index("caption")
+            split = header.index("split") if "split" in header else None
+            for cells in filter(None, reader):
+                if len(cells) != len(header):
+                    raise InputError(f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has "
+                                     f"{len(header)}: put quotation marks around cells with a comma or tab")
+                name = cells[split].strip().lower() if split is not None else None
+                yield f"line {reader.line_num}", cells[image], cells[caption], name or None
+    except OSError as error:
+        raise InputError(f"caption file {path} cannot be read ({error.strerror}): check --captions") from error
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}: check the quotation marks there") from error
+
+
+def _flickr_rows(content, path):
+    """Rows of a Karpathy-layout file; a photo's folder comes before its name where the file gives one (`filepath`)."""
+    for place, image in enumerate(_flickr_images(content, path)):
+        folder = image.get("filepath")
+        name = f"{folder}/{image['filename']}" if isinstance(folder, str) and folder else image["filename"]
+        for sentence in image["sentences"] or [{"raw": None}]:
+            yield f"images[{place}]", name, sentence["raw"], image["split"]
+
+
+def _coco_rows(content, path):
+    """Rows of a COCO caption file, in the order of its annotations."""
+    annotations = _coco_annotations(content, path)
+    try:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        rows = [(names[annotation["image_id"]], annotation["caption"]) for annotation in annotations]
+        if not all(isinstance(name, str) for name in names.values()):
+            raise TypeError("a file_name is no text")
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} needs 'images' with 'id' and 'file_name', and 'annotations' with the 'image_id' of "
+                         f"one of them ({type(error).__name__}: {error})") from error
+    for place, (name, caption) in enumerate(rows):
+        yield f"annotations[{place}]", name, caption, None
+
+
+def _text_rows(folder, names):
+    for name in names:
+        path = os.path.join(folder, os.path.splitext(name)[0] + ".txt")
+        found = os.path.isfile(path) and os.path.getsize(path)
+        for caption in read_captions(path) if found else [None]:
+            yield path, name, caption, None

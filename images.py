@@ -17,6 +17,7 @@ from errors import InputError, check_regular
 from word_ids import DEV_CAPTIONS, by_length, number_words, seed_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 WORKER_GRACE = 20  # seconds
 
 
@@ -96,18 +97,57 @@ def _outlive_signals(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
-def decode_image(path):
-    """A PIL picture in RGB; raises InputError if it cannot be decoded or is absurdly large (Pillow's limit)."""
+def decode_image(path, as_seen=False):
+    """A PIL picture in RGB; raises InputError if it cannot be decoded or is absurdly large (Pillow's limit).
+
+    path: of a file, or an open one. as_seen: as a viewer shows it, turned as its EXIF data says, the clear parts
+    white, 16-bit greys scaled to 8 bits. The released code does none of this, so data sets of raw images don't, either.
+    """
     from PIL import Image
-    check_regular(path)
+    if not hasattr(path, "read"):
+        check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                return file.convert("RGB")
+                return _as_seen(file) if as_seen else file.convert("RGB")
     except Exception as error:  # decoders raise many kinds on broken files
         raise InputError(f"image {path} cannot be read ({error}): fetch it again, or leave such images out with "
                          "--skip_broken_images") from error
+
+
+def _as_seen(picture):
+    """A PIL picture -> one in RGB that looks like what a viewer shows."""
+    from PIL import Image, ImageOps
+    picture.load()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            picture = ImageOps.exif_transpose(picture)
+    except Exception:  # EXIF data may be torn in a picture that is whole: it has no orientation then
+        pass
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def photo_names(folder):
+    """Paths, relative to the folder, of the photo files in it and below, by their bytes' order.
+
+    Hidden files and folders are passed over. Raises InputError if the folder is not there.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"photo folder {folder} is not there: check the path")
+    names = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = os.path.relpath(place, folder)
+        names += [os.path.normpath(os.path.join(below, name)) for name in files
+                  if name.lower().endswith(PHOTO_ENDINGS) and not name.startswith(".")]
+    return sorted(names, key=os.fsencode)
 
 
 def _is_whole(path):
@@ -148,7 +188,7 @@ class _Images(torch.utils.data.Dataset):
         return self.dataset.image(number)
 
 
-def _image_path(root, name, source):
+def image_path(root, name, source):
     """A path inside `root`; raises InputError for a file name that reaches outside it."""
     if not name or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
         raise InputError(f"{source} names the image {name!r}, which lies outside {root}: mend that file")
@@ -162,7 +202,7 @@ class FlickrDataset(ImageDataset):
         images = [image for image in read_flickr_json(json) if image["split"] == split and image["sentences"]]
         if not images:
             raise InputError(f"{json} has no image of split {split!r} with a caption")
-        files = [_image_path(root, image["filename"], json) for image in images]
+        files = [image_path(root, image["filename"], json) for image in images]
         captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
         image_of = [number for number, image in enumerate(images) for _ in image["sentences"]]
         super().__init__(files, captions, image_of, vocab, transform, **options)
@@ -183,7 +223,7 @@ class CocoDataset(ImageDataset):
                 caption, image_id = annotations[caption_id]
                 if image_id not in names:
                     raise InputError(f"{annotation_file} has no image {image_id} for caption {caption_id}")
-                path = _image_path(folder, names[image_id], annotation_file)
+                path = image_path(folder, names[image_id], annotation_file)
                 image_of.append(numbers.setdefault(path, len(numbers)))
                 captions.append(caption)
         super().__init__(list(numbers), captions, image_of, vocab, transform, **options)

@@ -356,12 +356,21 @@ def compute_features(examples):
     similarity is negative. Sums are taken over integers only, so that their order does not matter.
     """
     descriptions = np.stack([describe_pixels(example.pixels) for example in examples])
-    training = np.array([example.split == "train" for example in examples])
-    centred = descriptions - descriptions[training].sum(axis=0) // training.sum()
-    deviation = np.sqrt((centred[training] ** 2).sum(axis=0) / training.sum())
+    return standardise(descriptions, standard(descriptions[[example.split == "train" for example in examples]]))
+
+
+def standard(descriptions):
+    """The centre and the deviation, (width,) each, of the training split's descriptions (n, width)."""
+    centre = descriptions.sum(axis=0) // len(descriptions)
+    return centre, np.sqrt(((descriptions - centre) ** 2).sum(axis=0) / len(descriptions))
+
+
+def standardise(descriptions, standard):
+    """Descriptions (n, width) -> features (n, width of what varies) float32, rows of length one."""
+    centre, deviation = standard
     varies = deviation > LEAST_DEVIATION
     # in hundredths of a deviation
-    scores = np.rint(100 * centred[:, varies] / deviation[varies]).astype(np.int64)
+    scores = np.rint(100 * (descriptions - centre)[:, varies] / deviation[varies]).astype(np.int64)
     scores = scores.clip(-100 * MOST_DEVIATIONS, 100 * MOST_DEVIATIONS)
     return (scores / np.sqrt((scores**2).sum(axis=1, keepdims=True))).astype(np.float32)
 

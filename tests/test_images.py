@@ -1,0 +1,69 @@
+"""Photo files: as a viewer shows them, as the released code reads them, and found in folders."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from errors import InputError
+from images import decode_image, photo_names
+
+PIXELS = np.arange(3 * 4 * 3, dtype=np.uint8).reshape(3, 4, 3) * 7
+# What each EXIF orientation asks a viewer to do to the stored rows and columns.
+TURNS = {1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
+         5: lambda p: p.swapaxes(0, 1), 6: lambda p: p[::-1].swapaxes(0, 1),
+         7: lambda p: p[::-1, ::-1].swapaxes(0, 1), 8: lambda p: p[:, ::-1].swapaxes(0, 1)}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_photo_is_turned_as_its_exif_data_says(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(decode_image(tmp_path / "a.png", as_seen=True)), TURNS[orientation](PIXELS))
+    assert np.array_equal(np.asarray(decode_image(tmp_path / "a.png")), PIXELS)  # the released code does not turn it
+
+
+@pytest.mark.parametrize("exif", [b"MM\0\x2a\0\0\0\x08\0\xff\x01\x12", b"no TIFF"])
+def test_torn_exif_data_does_not_make_a_photo_broken(tmp_path, exif):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=b"Exif\0\0" + exif)
+    assert np.array_equal(np.asarray(decode_image(tmp_path / "a.png", as_seen=True)), PIXELS)
+
+
+def test_clear_parts_are_white(tmp_path):
+    pixels = np.array([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]], np.uint8)
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
+    seen = np.asarray(decode_image(tmp_path / "a.png", as_seen=True)).astype(int)
+    expected = np.array([[[200, 100, 50], [255, 255, 255], [244, 224, 214]]])  # a fifth of the colour, four of white
+    assert abs(seen - expected).max() <= 1
+    assert np.asarray(decode_image(tmp_path / "a.png")).tolist() == [[[200, 100, 50]] * 3]
+
+
+def test_a_palettes_clear_colour_is_white(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.save(tmp_path / "a.png", transparency=1)
+    assert np.asarray(decode_image(tmp_path / "a.png", as_seen=True)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bit_greys_are_scaled_to_8(tmp_path, ending):
+    greys = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    Image.fromarray(greys).save(tmp_path / f"a.{ending}")
+    seen = np.asarray(decode_image(tmp_path / f"a.{ending}", as_seen=True))
+    assert seen.tolist() == [[[0] * 3, [1] * 3, [128] * 3, [255] * 3]]
+
+
+def test_photos_are_found_at_any_depth_in_the_order_of_their_bytes(tmp_path):
+    for name in ("b.jpg", "a.JPEG", "sub/c.png", "sub/deep/d.webp", "notes.txt", ".hidden.jpg", ".trash/e.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    odd = os.fsdecode(b"\xff.jpg")
+    (tmp_path / odd).touch()
+    assert photo_names(tmp_path) == ["a.JPEG", "b.jpg", "sub/c.png", "sub/deep/d.webp", odd]
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(InputError, match="nowhere is not there"):
+        photo_names(tmp_path / "nowhere")
