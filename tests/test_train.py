@@ -622,6 +622,11 @@ def released_start(folder):
     shutil.copytree(RELEASED / "vocab", folder / "vocab")
 
 
+def released_start_alone(folder):
+    released_start(folder)
+    shutil.rmtree(folder / "vocab")
+
+
 def spoilt_start(folder):
     content = load(RELEASED / "runs" / "local" / "model_best.pth.tar")
     content["model"][0]["fc.bias"][3] = float("nan")
@@ -675,7 +680,7 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
                                 ["start.pth.tar", "embed_size"]),
     "resume from nan": (spoilt_start, ["--resume", "start.pth.tar"], ["start.pth.tar", "fc.bias", "NaN"]),
     "init from nan": (spoilt_start, ["--init_from", "start.pth.tar"], ["start.pth.tar", "fc.bias", "NaN"]),
-    "init without its vocabulary": (released_start, ["--init_from", "start.pth.tar"],
+    "init without its vocabulary": (released_start_alone, ["--init_from", "start.pth.tar"],
                                    ["start.pth.tar", "--vocab_path"]),
     "both starts": (nothing, ["--init_from", "a", "--resume", "b"], ["--init_from", "--resume"]),
     "rate of 0": (nothing, ["--mb_rate", "0"], ["--mb_rate"]),
