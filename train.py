@@ -651,13 +651,10 @@ class Nowhere:
         """Nothing."""
 
 
-def carry_out(opt):
-    """Train as the options say."""
-    device = choose_device(distributed.device_name(opt.device))
+def set_up(opt, device):
+    """(The run, whether its vocabulary is new, its Products): from data and, if any, the checkpoint to start from."""
     if opt.data_name in sample_data.WRITERS:
         distributed.machine_by_machine(lambda: sample_data.draw(opt.data_path))
-    last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"
-    written = checkpoint.written(last)
     start, opt.resume, opt.caption_reading = distributed.from_first(
         lambda: (load_start(opt), opt.resume, opt.caption_reading), checkpoint.ADMITTED)
     products = choose_products(device, start and opt.resume and start.get("float32_products"), opt.amp, opt.batch_size,
@@ -672,21 +669,35 @@ def carry_out(opt):
     share_batch_norm(run.model)
     if opt.resume:
         run.restore(start)
+    return run, is_new, products
+
+
+def write_new(vocabulary, opt):
+    """Write a vocabulary that training has built, now that the data it was built from has been found good."""
+    path = vocabulary_path(opt.vocab_path, opt.data_name)
+    write_vocabulary(vocabulary_of([word for word in vocabulary.words if word != MASK]), path)
+    log(f"There was no vocabulary: built {path} with {len(vocabulary)} words")
+
+
+def carry_out(opt):
+    """Train as the options say."""
+    device = choose_device(distributed.device_name(opt.device))
+    last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"
+    written = checkpoint.written(last)
+    run, is_new, products = set_up(opt, device)
     if not distributed.is_first():
         run.scalars = run.log = Nowhere()
         with stoppable() as stop:
             train(run, stop)
         return
-    if is_new:  # written now that the data it was built from has been found good
-        path = vocabulary_path(opt.vocab_path, opt.data_name)
-        write_vocabulary(vocabulary_of([word for word in vocabulary.words if word != MASK]), path)
-        log(f"There was no vocabulary: built {path} with {len(vocabulary)} words")
+    if is_new:
+        write_new(run.vocabulary, opt)
     held = run_record.lock(opt.logger_name)
     if resuming and checkpoint.written(last) != written:
         raise InputError(f"--resume auto: another run has written {last} in the meantime: start again")
     log(f"Device: {device}, float32 products: {products}, amp: {amp_in_words(opt.amp, device, products)}")
     run.scalars, run.log = tensorboard(opt.logger_name), run_record.Log(opt.logger_name, run.steps)
-    note = run_record.Record(opt.logger_name, opt, device, loaders[0].dataset, run.steps)
+    note = run_record.Record(opt.logger_name, opt, device, run.train_loader.dataset, run.steps)
     outcome = "failed"
     try:
         with stoppable() as stop:
