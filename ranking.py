@@ -6,8 +6,8 @@ Tiles come from a source of similarities, `Cosine` or `Order` of two embedding m
     width                   numbers held to make one similarity
     tile(images, captions, shape)  (images, captions) scores of two slices, valid until the next call; all tiles of a
                             ranking are at most of `shape`, and what is alike in any of them must score alike
-    across(side, targets)   (targets, all queries) scores of a slice of targets: captions in "i2t", images in "t2i"; valid
-                            until the next call, too
+    across(side, targets)   (targets, all queries) scores of a slice of targets, captions in "i2t", images in "t2i";
+                            valid until the next call, too
     pairs(images, captions) (n,) scores of listed pairs
 Scores are float32 or float64.
 
