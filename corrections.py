@@ -120,7 +120,8 @@ def corrections_of(side, source, wanted):
     height = max(1, BLOCK // (n_bank * source.width))
     depth = max((parameters["k"] for name, parameters in wanted if name == "qbnorm"), default=0)
     keeps_all = any(name == "sinkhorn" for name, _ in wanted)
-    shifts, rows, nearest = {place: [] for place, (name, _) in enumerate(wanted) if name != "sinkhorn"}, [], None
+    shifts = {place: [] for place, (name, _) in enumerate(wanted) if name != "sinkhorn"}
+    matrix = nearest = None
     for start in range(0, n_targets, height):
         similarities = source.across(side, slice(start, min(start + height, n_targets)))
         for place, parts in shifts.items():
@@ -130,8 +131,8 @@ def corrections_of(side, source, wanted):
             nearest = nearest or Best(n_bank, min(depth, n_targets), similarities)
             nearest.update(slice(None), similarities, 0, start)
         if keeps_all:
-            rows.append(similarities.clone())
-    matrix = torch.cat(rows) if rows else None
+            matrix = similarities.new_empty(n_targets, n_bank) if matrix is None else matrix
+            matrix[start:start + height] = similarities
     corrections = []
     for place, (name, parameters) in enumerate(wanted):
         shift = torch.cat(shifts[place]) if place in shifts else sinkhorn(matrix, **parameters)
