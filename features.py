@@ -310,6 +310,7 @@ class _Boxes(nn.Module):
         self.width = detector.roi_heads.box_predictor.cls_score.in_features
 
     def forward(self, picture):
+        """picture: one photo, (1, 3, H, W) uint8."""
         from torchvision.ops import nms
         images, _ = self.detector.transform(list(picture.float().div(255)))
         maps = self.detector.backbone(images.tensors)
