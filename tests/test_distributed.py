@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import together
 import torch
-from conftest import RAW, RELEASED, ROOT, load, write_flickr
+from conftest import RAW, RELEASED, ROOT, TINY, load, write_flickr
+from test_regions import write_regions
 
 import distributed
 import reproduce
@@ -120,14 +121,14 @@ def test_fewer_pairs_than_processes():
 
 def whole(name):
     """As together.gradients_of, by one plain backward pass over the whole batch, sorted by length as a loader does."""
-    model, loader, criterion, bank, _ = together.case(name)
+    model, loader, criterion, similarity, bank, _ = together.case(name)
     indices = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(3))
     indices = torch.tensor(sorted(indices.tolist(), key=lambda i: -int(loader.dataset.lengths[i])))
     words = torch.zeros(len(indices), int(loader.dataset.lengths.max()), dtype=torch.int64)
     for row, index in enumerate(indices.tolist()):
         words[row, :loader.dataset.lengths[index]] = loader.dataset.word_ids[index]
-    pair = model.forward_emb(loader.dataset.images[indices], words, loader.dataset.lengths[indices])
-    loss = criterion(*pair, *(bank or (None,) * 3), indices)
+    embeddings = model.forward_emb(loader.dataset.images[indices], words, loader.dataset.lengths[indices])
+    loss = criterion.of_similarities(similarity(*embeddings), *embeddings[:2], *(bank or (None,) * 3), indices)
     loss.backward()
     return ({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers()),
             loss.detach())
@@ -206,6 +207,21 @@ def test_four_processes_train_as_one_in_double(folder, in_double):
     train.main([*flags, "--logger_name", "runs/one"])
     check_same_run("runs/one", "runs/runX", 1e-10, 1e-12)
     assert load(RUN)["model"][0]["fc.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("attention", [
+    ["--cross_attn", "t2i", "--bi_gru", "--drop_words", "0.2", "--drop_regions", "0.4"],
+    ["--cross_attn", "i2t", "--agg_func", "Mean", "--max_violation", "--precomp_enc_type", "weight_norm"]],
+    ids=lambda flags: flags[1])
+def test_regions_and_words_train_on_three_processes_and_in_pieces_as_on_one(folder, in_double, attention):
+    write_regions(folder / "data" / "tiny_precomp")
+    flags = [*TINY, *attention, "--log_step", "1"]  # 60 captions: 16, 16, 16, 12
+    code, _, said = ended(torchrun(3, TOGETHER, "double", *flags, "--micro_batch", "3"))
+    assert code == 0, said
+    train.main([*flags, "--logger_name", "runs/one"])
+    check_same_run("runs/one", "runs/runX", 1e-10, 1e-12)
+    train.main([*flags, "--logger_name", "runs/pieces", "--micro_batch", "5"])
+    check_same_run("runs/one", "runs/pieces", 1e-10, 1e-12)
 
 
 def test_photos_train_on_three_processes_as_on_one(folder, in_double):
