@@ -182,18 +182,21 @@ def mean_metrics(folds):
 def split_loss(images, captions, criterion, batch_size, bank=None, image_of=None):
     """Mean loss over a split's captions in batches of `batch_size`, in file order, as validation logs it.
 
-    image_of: for each caption its image's number; None: equally many captions for each image.
+    image_of: for each caption its image's number; None: equally many captions for each image. Several processes share
+    the batches.
     """
     image_of = image_numbers(image_of, len(images), len(captions)).to(captions.device)
-    batches = torch.arange(len(captions), device=captions.device).split(batch_size)
+    parts = [slice(start, start + batch_size) for start in range(0, len(captions), batch_size)]
+    indices, losses, attention = torch.arange(len(captions), device=captions.device), images.new_zeros(len(parts)), None
     if isinstance(captions, Words):
-        source = CrossAttention(images, captions, criterion.opt)
-        losses = [criterion.of_similarities(source.of(images[image_of[indices]], captions[indices.cpu()]), None, None)
-                  for indices in batches]
-    else:
-        losses = [criterion(images[image_of[indices]], captions[indices], *(bank or (None,) * 3), indices)
-                  for indices in batches]
-    return sum(loss * len(indices) for loss, indices in zip(torch.stack(losses).tolist(), batches)) / len(captions)
+        attention = CrossAttention(images, captions, criterion.opt)
+    for place in range(distributed.rank(), len(parts), distributed.size()):
+        part = parts[place]
+        own = images[image_of[part]], captions[part]
+        losses[place] = criterion.of_similarities(attention.of(*own), None, None) if attention else criterion(
+            *own, *(bank or (None,) * 3), indices[part])
+    distributed.add_up([losses])
+    return sum(loss * len(indices[part]) for loss, part in zip(losses.tolist(), parts)) / len(captions)
 
 
 # A checkpoint's evaluation ----------------------------------------------------------------------

@@ -136,9 +136,9 @@ def whole(name):
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory):
-    """What four processes found for each of together.CASES."""
-    out = tmp_path_factory.mktemp("gradients") / "found"
-    code, _, said = ended(torchrun(4, TOGETHER, "gradients", str(out)))
+    """What four processes found for each of together.CASES, and of RANKINGS."""
+    out = tmp_path_factory.mktemp("computed") / "found"
+    code, _, said = ended(torchrun(4, TOGETHER, "compute", str(out)))
     assert code == 0, said
     return torch.load(out, weights_only=False)
 
@@ -158,8 +158,16 @@ def test_four_processes_have_one_s_gradients(name, of_four):
     check_same_gradients(of_four[name], whole(name), 1e-10 if "cnn" in name else 1e-12)
 
 
-def test_all_processes_have_the_same_gradients_to_the_bit(of_four):
+def test_all_processes_have_the_same_to_the_bit(of_four):
     assert of_four["equal"]
+
+
+@pytest.mark.parametrize("number", range(len(together.RANKINGS)))
+def test_four_processes_rank_as_one_to_the_bit(number, of_four):
+    expected = together.rankings_of(*together.RANKINGS[number])
+    for mine, theirs in zip(of_four["rankings"][number], expected, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert torch.equal(one.ranks, other.ranks) and torch.equal(one.items, other.items)
 
 
 @pytest.mark.parametrize("name", [name for name in together.CASES if "micro" in name])

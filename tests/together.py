@@ -1,6 +1,6 @@
 """What a process of torchrun does in tests of distributed.py:
 
-    torchrun --standalone --nproc_per_node 4 tests/together.py gradients OUT   # into OUT.<number of processes>
+    torchrun --standalone --nproc_per_node 4 tests/together.py compute OUT
     torchrun --standalone --nproc_per_node 3 tests/together.py double <train.py's flags>
     torchrun --standalone --nproc_per_node 2 tests/together.py differing <flag> <value> <train.py's flags>
 """
@@ -24,6 +24,7 @@ from errors import run_script  # noqa: E402
 from loss import ContrastiveLoss  # noqa: E402
 from memory_bank import MemoryBank  # noqa: E402
 from model import l2norm  # noqa: E402
+from ranking import SOURCES, rank_shifted  # noqa: E402
 from scan import build  # noqa: E402
 from shares import gradients, share_batch_norm, shared_batches  # noqa: E402
 from word_ids import WordIds  # noqa: E402
@@ -57,6 +58,9 @@ CASES = {
     "cnn, fewer pairs than processes": ({"data_name": "photos"}, 3, None),
     "cnn that is frozen": ({"data_name": "photos", "finetune": False}, 6, None),
 }
+# Measure, images, images of a tile, items kept.
+RANKINGS = [("cosine", 40, 3, 10), ("cosine", 40, 3, 1), ("cosine", 40, 3, 0), ("order", 29, 7, 10),
+            ("cosine", 3, 512, 2)]
 
 
 class Pairs(data.PrecompDataset):
@@ -106,14 +110,27 @@ def gradients_of(name):
             loss.detach())
 
 
-def all_gradients(out):
-    """The first process writes what all have computed; the others, whether theirs are the same to the bit."""
+def rankings_of(measure, n, tile, top):
+    """Rankings, plain and shifted, of n images with 1 to 7 captions each, whose similarities are full of ties."""
+    draws = torch.Generator().manual_seed(n)
+    image_of = torch.arange(n).repeat_interleave(torch.randint(1, 8, (n,), generator=draws))
+    images, captions = (torch.randint(-1, 2, (rows, 5), generator=draws).float() for rows in (n, len(image_of)))
+    shift = [torch.randint(0, 3, (rows,), generator=draws).float() for rows in (len(image_of), n)]
+    source = SOURCES[measure](images, captions)
+    source.tile_images = tile
+    return rank_shifted(source, [None, shift], top, image_of)
+
+
+def found_by_all(out):
+    """The first process writes what all have computed, and whether it is the same to the bit on all."""
     found = {name: gradients_of(name) for name in CASES}
-    found["equal"] = True
+    found["equal"], found["rankings"] = True, [rankings_of(*case) for case in RANKINGS]
     for name in CASES:
         flat = torch.cat([value.flatten().double() for value in (*found[name][0].values(), *found[name][1].values())])
         everyone = distributed.gather(flat.unsqueeze(0), [1] * distributed.size())
         found["equal"] &= bool((everyone == everyone[0]).all())
+    items = torch.cat([part.flatten() for case in found["rankings"] for pair in case for side in pair for part in side])
+    found["equal"] &= bool((distributed.gather(items.unsqueeze(0), [1] * distributed.size()) == items).all())
     if distributed.is_first():
         torch.save(found, out)
 
@@ -129,9 +146,9 @@ def in_double():
 def main():
     """Do as the arguments say."""
     what, *rest = sys.argv[1:]
-    if what == "gradients":
+    if what == "compute":
         with distributed.session():
-            all_gradients(rest[0])
+            found_by_all(rest[0])
     elif what == "double":
         in_double()
         train.main(rest)
