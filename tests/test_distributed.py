@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import together
 import torch
-from conftest import RAW, RELEASED, ROOT, TINY, load, write_flickr
+from conftest import RAW, REFERENCE, RELEASED, ROOT, TINY, load, write_flickr
 from test_regions import write_regions
 
+import compute_results
 import distributed
 import reproduce
 import train
@@ -26,6 +27,7 @@ TRAIN = ["--data_name", "f8k_precomp", "--embed_size", "32", "--word_dim", "16",
          "--learning_rate", "0.002", "--num_epochs", "3", "--log_step", "1", "--val_step", "50",
          "--device", "cpu", "--caption_reading", "text"]  # 20 steps an epoch
 BANK = ["--memory_bank", "--mb_rate", "0.3", "--mb_k", "40"]
+SCAN_RELEASED = REFERENCE / "scan" / "checkpoints"
 RUN = "runs/runX/checkpoint.pth.tar"
 
 
@@ -277,6 +279,21 @@ def test_an_evaluation_by_three_processes_prints_the_released_lines_once(folder,
     assert code == 0, said
     assert out.splitlines() == json.loads((RELEASED / "expected.json").read_text())[run]["printed"]
     assert Path("ranks.pth.tar").exists()
+
+
+@pytest.mark.parametrize("run", ["t2i"])
+def test_an_evaluation_of_regions_by_two_processes_prints_what_one_does_once(tmp_path, monkeypatch, capsys, run):
+    for name in ("data", "vocab", "runs"):
+        shutil.copytree(SCAN_RELEASED / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model_path", f"runs/{run}/model_best.pth.tar", "--device", "cpu", "--hubness", "--correction", "qbnorm",
+             "--correction_bank_images", "9"]
+    code, out, said = ended(torchrun(2, "compute_results.py", *flags))
+    assert code == 0, said
+    expected = json.loads((SCAN_RELEASED / "expected.json").read_text())[run]["printed"][3:]
+    assert out.splitlines()[:len(expected)] == expected
+    compute_results.main(flags)
+    assert out == capsys.readouterr().out
 
 
 # Bad input --------------------------------------------------------------------------------------
