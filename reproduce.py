@@ -261,7 +261,12 @@ class Calls:
 
     def map(self, function, items):
         """[function(item)], several at a time; the first error stops everything."""
-        futures = [self.pool.submit(function, *item) for item in items]
+        def unless_stopped(*item):
+            if self.signal:
+                raise Stopped
+            return function(*item)
+
+        futures = [self.pool.submit(unless_stopped, *item) for item in items]
         try:
             return [future.result() for future in futures]
         except BaseException as error:
