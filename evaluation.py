@@ -27,6 +27,7 @@ from scan import SCAN, CrossAttention, Words, build
 from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
 
 FOLDS = 5
+BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
 
 
 # Embedding --------------------------------------------------------------------------------------
@@ -255,6 +256,17 @@ def load_for_evaluation(opt_eval):
     device = choose_device(distributed.device_name(getattr(opt_eval, "device", "auto")))
     choose_products(device, content.get("float32_products"))
     return Checkpoint(model.to(device), opt, vocabulary, path, content.get("features"))
+
+
+def embed_bank(loaded, split, limit=None):
+    """(images, captions), as `embed` gives them, of a Checkpoint's split, by which `corrections` tell hubs.
+
+    limit: so many images at most, evenly spread, with their captions; 0: all; None: the usual number.
+    """
+    loader = loaded.loader(split)
+    n_images = loader.dataset.n_images
+    most = BANK_REGION_IMAGES if loaded.opt.cross_attn else BANK_IMAGES
+    return embed(loaded.model, loader, stride=-(-n_images // (most if limit is None else limit or n_images)))
 
 
 class Evaluation(NamedTuple):
