@@ -23,8 +23,8 @@ from evaluation import (
     BANK_IMAGES,
     BANK_REGION_IMAGES,
     as_dict,
+    bank_stride,
     embed,
-    embed_bank,
     evaluate,
     mean_metrics,
     metrics_of,
@@ -166,7 +166,9 @@ def load_bank(options, result):
     if options.transductive:
         return None, "transductive: the bank is the evaluated queries themselves"
     split = options.correction_bank or "train"
-    images, captions = embed_bank(result.checkpoint, split, options.correction_bank_images)
+    loader = result.checkpoint.loader(split)
+    stride = bank_stride(result.checkpoint.opt, loader.dataset.n_images, options.correction_bank_images)
+    images, captions = embed(result.checkpoint.model, loader, stride)
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
 
 

@@ -36,31 +36,51 @@ def embed(model, loader, stride=1):
     """A split's embeddings on the model's device: (N, D), each image once, and (C, D), one a caption; of SCAN,
     regions (N, R, D) and `scan.Words`.
 
-    Equal captions are encoded once, so that they get equal embeddings to the bit. With a stride only
-    each so manieth image is taken, with its captions.
+    With a stride only each so manieth image is taken, with its captions.
     """
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
     n_images = -(-dataset.n_images // stride)
-    part = (0, 1) if isinstance(model, SCAN) else (distributed.rank(), distributed.size())
-    none = torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
+    part = _part(model)
     own = [model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() < 4 else batch)[:len(batch)]
            for batch in dataset.load_images(batch_size, loader.workers, stride, part)]
-    join = (lambda own, *_: torch.cat(own)) if isinstance(model, SCAN) else distributed.gather_batches
-    images = join(own, [len(one) for one in torch.arange(n_images).split(batch_size)], none)
-    chosen = torch.arange(len(dataset))[dataset.image_of % stride == 0]
-    padded = dataset.word_ids.padded(chosen, int(dataset.word_ids.lengths.max()))
+    images = _joined(model, own, [len(one) for one in torch.arange(n_images).split(batch_size)])
+    return images, embed_texts(model, dataset.word_ids, batch_size, dataset.image_of % stride == 0)
+
+
+def embed_texts(model, word_ids, batch_size, chosen=None):
+    """The embeddings (C, D) of `word_ids.WordIds`, or of SCAN `scan.Words`, on the model's device.
+
+    Equal captions are encoded once, so that they get equal embeddings to the bit. chosen: (n,) bool, which to take.
+    """
+    model.val_start()
+    chosen = torch.arange(len(word_ids)) if chosen is None else torch.arange(len(word_ids))[chosen]
+    padded = word_ids.padded(chosen, int(word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
-    batches = order.split(batch_size)
+    batches, part = order.split(batch_size), _part(model)
     own = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
            for batch in batches[part[0]::part[1]]]
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
     if isinstance(model, SCAN):
-        return images, Words.joined(own, lengths[order], place_of[caption_of])
-    return images, join(own, [len(batch) for batch in batches], none)[place_of[caption_of].to(images.device)]
+        return Words.joined(own, lengths[order], place_of[caption_of])
+    texts = _joined(model, own, [len(batch) for batch in batches])
+    return texts[place_of[caption_of].to(texts.device)]
+
+
+def _part(model):
+    """(the first batch that this process embeds, the distance to the next)."""
+    return (0, 1) if isinstance(model, SCAN) else (distributed.rank(), distributed.size())
+
+
+def _joined(model, own, sizes):
+    """All processes' batches of embeddings in one; sizes: of all batches."""
+    if isinstance(model, SCAN):
+        return torch.cat(own)
+    none = torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
+    return distributed.gather_batches(own, sizes, none)
 
 
 def similarity_source(opt, images, captions):
@@ -258,15 +278,13 @@ def load_for_evaluation(opt_eval):
     return Checkpoint(model.to(device), opt, vocabulary, path, content.get("features"))
 
 
-def embed_bank(loaded, split, limit=None):
-    """(images, captions), as `embed` gives them, of a Checkpoint's split, by which `corrections` tell hubs.
+def bank_stride(opt, n_images, limit=None):
+    """Each how manieth image of a split is in the bank by which `corrections` tell hubs.
 
-    limit: so many images at most, evenly spread, with their captions; 0: all; None: the usual number.
+    limit: so many images at most, evenly spread; 0: all; None: the usual number.
     """
-    loader = loaded.loader(split)
-    n_images = loader.dataset.n_images
-    most = BANK_REGION_IMAGES if loaded.opt.cross_attn else BANK_IMAGES
-    return embed(loaded.model, loader, stride=-(-n_images // (most if limit is None else limit or n_images)))
+    most = BANK_REGION_IMAGES if opt.cross_attn else BANK_IMAGES
+    return -(-n_images // (most if limit is None else limit or n_images))
 
 
 class Evaluation(NamedTuple):
