@@ -179,12 +179,12 @@ def correct(options, result):
     if options.tune_correction:
         loader = loaded.loader("dev")
         dev = embed(loaded.model, loader)
-        parameters = corrections.tune(names, loaded.similarities(*dev), bank_sources(loaded, dev, bank or dev), given,
-                                      loader.dataset.image_of)
+        tuned = corrections.tune(names, loaded.similarities(*dev), bank_sources(loaded, dev, bank or dev), given,
+                                 loader.dataset.image_of)
         words += "; parameters chosen on dev"
     else:
-        parameters = [(corrections.parameters_of(name, **given),) * 2 for name in names]
-    wanted_i2t, wanted_t2i = (list(zip(names, side)) for side in zip(*parameters))
+        tuned = [corrections.Tuned(*(corrections.parameters_of(name, **given),) * 2, None) for name in names]
+    wanted_i2t, wanted_t2i = (list(zip(names, side)) for side in list(zip(*tuned))[:2])
     folds = []
     for (images, captions, image_of), rankings in zip(result.parts(), result.rankings):
         own = images, captions
@@ -194,8 +194,8 @@ def correct(options, result):
         folds.append(corrections.rank_corrected(loaded.similarities(*own), rankings, list(pairs), max(DEPTHS),
                                                 image_of))
     outcome = {}
-    for name, (i2t, t2i), rankings in zip(names, parameters, zip(*folds)):
-        outcome[name] = {"parameters": {"i2t": i2t, "t2i": t2i}, "rankings": rankings,
+    for name, (i2t, t2i, dev_rsum), rankings in zip(names, tuned, zip(*folds)):
+        outcome[name] = {"parameters": {"i2t": i2t, "t2i": t2i}, "dev_rsum": dev_rsum, "rankings": rankings,
                          "metrics": mean_metrics([metrics_of(pair) for pair in rankings]),
                          "hubness": hubness_of_folds(rankings)}
     return words, outcome
@@ -254,8 +254,9 @@ def carry_out(options):
         words, outcome = correct(options, result)
         print_corrections(words, (result.metrics, hubs), outcome)
         more["correction_bank"] = words
-        more["corrections"] = {name: {"parameters": one["parameters"], **as_dict(one["metrics"]),
-                                      "hubness": hubness_as_dict(one["hubness"])} for name, one in outcome.items()}
+        more["corrections"] = {name: {"parameters": one["parameters"], "dev_rsum": one["dev_rsum"],
+                                      **as_dict(one["metrics"]), "hubness": hubness_as_dict(one["hubness"])}
+                               for name, one in outcome.items()}
     if distributed.is_first():
         write_results(options, options.split, result, more)
     if options.report and distributed.is_first():

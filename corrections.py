@@ -164,8 +164,16 @@ def _where_active(correction, plain, corrected):
                    torch.where(active.unsqueeze(1), corrected.items, plain.items))
 
 
+class Tuned(NamedTuple):
+    """The parameters chosen for image to text and text to image, and the rsum that they gave."""
+
+    i2t: dict
+    t2i: dict
+    rsum: float
+
+
 def tune(names, source, banks, given, image_of=None):
-    """For each method the parameters with the best sum of recalls, one dictionary for each direction: [(i2t's, t2i's)].
+    """For each method the parameters with the best sum of recalls: a list of `Tuned`.
 
     source and image_of: of the dev split, as for `ranking.rank_shifted`; banks: the sources that `corrections_of` takes
     for i2t and t2i; given: {parameter: value}, not varied, or None.
@@ -182,5 +190,7 @@ def tune(names, source, banks, given, image_of=None):
     best = []
     for name in names:
         own = [place for place, (other, _) in enumerate(wanted) if other == name]
-        best.append(tuple(wanted[max(own, key=lambda place: hits[place][side])][1] for side in (0, 1)))
+        i2t, t2i = (max(own, key=lambda place: hits[place][side]) for side in (0, 1))
+        rsum = 100 * (hits[i2t][0] / source.n_images + hits[t2i][1] / source.n_captions)
+        best.append(Tuned(wanted[i2t][1], wanted[t2i][1], rsum))
     return best

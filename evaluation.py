@@ -18,6 +18,7 @@ from caption_files import is_precomputed
 from data import get_test_loader
 from device import choose_device, choose_products
 from errors import InputError, replacing
+from features import features_of
 from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
@@ -209,17 +210,22 @@ class Checkpoint(NamedTuple):
     model: VSE
     opt: object
     vocabulary: object
+    path: str = ""
+    features: dict | None = None  # what describes those that it was trained on
 
     def similarities(self, images, captions):
         """The source of similarities of what `embed` gives, for `ranking` and `corrections`."""
         return similarity_source(self.opt, images, captions)
 
     def loader(self, split):
-        """The loader of a split of its data set."""
+        """The loader of a split of its data set; raises InputError where that has features of another kind."""
         opt = self.opt
-        return distributed.machine_by_machine(lambda: get_test_loader(
-            split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size, min(opt.workers, os.cpu_count()),
-            opt))
+
+        def load():
+            features_of(opt.data_path, opt.data_name, self.features, self.path)
+            return get_test_loader(split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size,
+                                   min(opt.workers, os.cpu_count()), opt)
+        return distributed.machine_by_machine(load)
 
 
 def load_for_evaluation(opt_eval):
@@ -248,7 +254,7 @@ def load_for_evaluation(opt_eval):
     checkpoint.load_weights(model, content, path)
     device = choose_device(distributed.device_name(getattr(opt_eval, "device", "auto")))
     choose_products(device, content.get("float32_products"))
-    return Checkpoint(model.to(device), opt, vocabulary)
+    return Checkpoint(model.to(device), opt, vocabulary, path, content.get("features"))
 
 
 class Evaluation(NamedTuple):
