@@ -10,6 +10,7 @@ names are answered. docs/search.md says what a proxy in front has to add.
 import functools
 import ipaddress
 import json
+import logging
 import os
 import queue
 import re
@@ -43,7 +44,7 @@ THUMBNAIL = 400  # pixels
 THUMBNAILS = 512  # kept in memory: some 10 MB
 DECODERS = 2  # photos decoded at a time: each may take some 300 MB
 BATCH = 64  # questions answered together, at most
-WAITING = 256  # questions that wait; who comes then is told to come again
+WAITING = 64  # questions that wait; who comes then is told to come again
 ANSWER_SECONDS = 30  # until a question is given up
 SERVER = {"threads": 32, "connection_limit": 256, "backlog": 128, "channel_timeout": 30, "cleanup_interval": 10,
           "asyncore_use_poll": True, "ident": None, "max_request_body_size": UPLOAD_LIMIT + 1,
@@ -291,6 +292,7 @@ class Pages:
         asked = [self.asker.words(question, top, corrected) for corrected in ([True, False] if compare else [True])]
         hits, *plain = [wait(future) for future in asked]
         return self._page("search_words.html", top=top, cards=self._cards(hits, *plain),
+                          in_vain="compare" in request.args and not compare,
                           plain=self._cards(*plain, hits) if compare else None, more=_more(hits, top))
 
     def photo(self):
@@ -490,6 +492,7 @@ def make_server(app, host, port):
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--host {host} --port {port} cannot be listened at ({reason}): give another port, or an "
                          "address of this machine") from error
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that a request waits a moment is no news
     server = create_server(app, sockets=[bound], **SERVER)
     server.channel_class = Channel
     return server

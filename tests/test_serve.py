@@ -13,6 +13,7 @@ import time
 import zlib
 from html.parser import HTMLParser
 
+import load_search
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -21,6 +22,7 @@ from PIL import Image
 from waitress import wasyncore
 from werkzeug.exceptions import ServiceUnavailable
 
+import search
 import serve
 from errors import InputError
 
@@ -541,6 +543,27 @@ def test_a_port_in_use_is_an_error(searcher, port):
 def test_a_host_that_is_not_here_is_an_error(searcher, host):
     with pytest.raises(InputError, match="cannot be listened at"):
         serve.make_server(serve.make_app(searcher), host, 0)
+
+
+def test_clients_by_the_dozen_find_no_error(port):
+    figures, errors = load_search.load(port, os.getpid(), 12, 1.5, ["a star", "blue boat", "green"])
+    assert errors == [] and figures["requests"] > 12 and figures["p50_ms"] <= figures["p99_ms"] < 60_000
+
+
+# A gallery as search.py builds it ---------------------------------------------------------------
+
+def test_a_model_s_gallery(evaluated, capsys):
+    question = "a red dog in the snow"
+    search.main(["--precomp", "data/tiny_precomp", "--json", question])
+    printed = json.loads(capsys.readouterr().out)
+    client = checked_client(serve.make_app(search.open_searcher(search.parse_args([]))))
+    assert client.post("/api/search", json={"query": question}).json == printed and len(printed["results"]) == 6
+    page = Page(client.get("/", query_string={"q": question}))
+    assert [str(number) for number in page.lists["Results"]] == [result["item"] for result in printed["results"]]
+    assert "img" not in page.tags and "missing" not in page.text
+    assert sorted(Page(client.get("/like/2")).lists["Photos like it"]) == [0, 1, 3, 4, 5]
+    assert client.get("/hubs").status_code == 200 and client.get("/photos/1").status_code == 404
+    assert client.get("/?q=xyzzy").status_code == 400 and upload(client, picture()).status_code == 400
 
 
 PROGRAM = """
