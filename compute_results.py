@@ -17,6 +17,7 @@ import os
 
 import corrections
 import distributed
+import intervals
 import report
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
@@ -88,6 +89,8 @@ def add_output_flags(group):
     group.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "
                                                           "with --fold5)")
     group.add_argument("--save_json", metavar="FILE", help="write all figures at full precision")
+    group.add_argument("--save_ranks", metavar="FILE", help="write every query's rank and ten first items, before and "
+                                                            "after --correction, as .npz (see intervals.write_ranks)")
     group.add_argument("--save_embeddings", action="store_true",
                        help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
     group.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
@@ -126,7 +129,7 @@ def check_correction_splits(options):
 
 
 def check_folders(options):
-    """Raise InputError where --report or --images will not do."""
+    """Raise InputError where --report, --images or --save_ranks will not do."""
     if options.report is not None and options.fold5:
         raise InputError("--report shows a whole split: leave --fold5 out")
     if options.report is not None and (
@@ -134,6 +137,11 @@ def check_folders(options):
         raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
+    if options.save_ranks is not None:
+        folder = os.path.dirname(os.path.abspath(options.save_ranks))
+        if not options.save_ranks or not os.access(folder, os.W_OK) or os.path.isdir(options.save_ranks):
+            raise InputError(f"--save_ranks {options.save_ranks!r} cannot be written: name a file in a folder that is "
+                             "there and may be written")
 
 
 def wanted_methods(options):
@@ -243,7 +251,7 @@ def main(argv=None):
 def carry_out(options):
     """Evaluate what the options name."""
     look_at_hubs = options.hubness or options.correction or options.report
-    result = evaluate(options, options.split, top=max(DEPTHS) if look_at_hubs else 1)
+    result = evaluate(options, options.split, top=max(DEPTHS) if look_at_hubs or options.save_ranks else 1)
     more, words, outcome = {}, "", {}
     if look_at_hubs:
         hubs = hubness_of_folds(result.rankings)
@@ -259,6 +267,9 @@ def carry_out(options):
                                for name, one in outcome.items()}
     if distributed.is_first():
         write_results(options, options.split, result, more)
+    if options.save_ranks and distributed.is_first():
+        intervals.write_ranks(options.save_ranks, [image_of for *_, image_of in result.parts()],
+                              {"": result.rankings, **{name: one["rankings"] for name, one in outcome.items()}})
     if options.report and distributed.is_first():
         report.write_report(options, options.split, result, hubs, words, outcome)
 
