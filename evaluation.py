@@ -310,10 +310,11 @@ class Evaluation(NamedTuple):
         return [(images, captions, image_of - image_of[0]) for images, captions, image_of in zip(*parts)]
 
 
-def evaluate(opt_eval, split, top=1):
+def evaluate(opt_eval, split, top=1, check=None):
     """Evaluate a checkpoint on a split and print its recalls; returns the Evaluation, with `top` items a query.
 
-    opt_eval: as for `load_for_evaluation`, and fold5.
+    opt_eval: as for `load_for_evaluation`, and fold5; check: called with the Checkpoint and the data set before
+    anything is computed, to refuse them.
     """
     loaded = load_for_evaluation(opt_eval)
     if loaded.opt.cross_attn and getattr(opt_eval, "save_embeddings", False):
@@ -328,6 +329,8 @@ def evaluate(opt_eval, split, top=1):
         testall = os.path.join(opt.data_path, opt.data_name, "testall_ims.npy")
         hint = "try --split testall" if split != "testall" and os.path.exists(testall) else "leave --fold5 out"
         raise InputError(f"--fold5 needs five equal folds, and split {split} has {n_images} images: {hint}")
+    if check:
+        check(loaded, loader.dataset)
     images, captions = embed(loaded.model, loader)
     print(f"Images: {len(images)}, Captions: {len(captions)}", file=sys.stderr)
     result = Evaluation(loaded, loader.dataset, images, captions, [], [None] * n_folds, None)
