@@ -202,6 +202,15 @@ def read_ids(path):
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
+def image_names(dataset, ids_file):
+    """The names of a data set's N images, str: raw images' file names, else what the ids file has, a name or number
+    for each feature row or each caption. Raises InputError where it can't be read."""
+    if hasattr(dataset, "image_files"):
+        return [os.path.basename(path) for path in dataset.image_files]
+    names, first = read_ids(ids_file), torch.searchsorted(dataset.image_of, torch.arange(dataset.n_images))
+    return [names[place] for place in (dataset.row_of[first] if len(names) == len(dataset.images) else first)]
+
+
 def open_features(path):
     """The (n, width) or (n, regions, width) features in a .npy file as a memory-mapped tensor, checked to be finite
     numbers. A few images of nothing but zeros are counted in one line, a file of them is refused."""

@@ -18,6 +18,7 @@ from caption_files import is_precomputed
 from data import get_test_loader
 from device import choose_device, choose_products
 from errors import InputError, replacing
+from features import features_of
 from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
@@ -26,6 +27,7 @@ from scan import SCAN, CrossAttention, Words, build, packed
 from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
 
 FOLDS = 5
+BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
 
 
 # Embedding --------------------------------------------------------------------------------------
@@ -34,35 +36,54 @@ def embed(model, loader, stride=1):
     """A split's embeddings on the model's device: (N, D), each image once, and (C, D), one a caption; of SCAN,
     regions (N, R, D) and `scan.Words`.
 
-    Equal captions are encoded once, so that they get equal embeddings to the bit. With a stride only
-    each so manieth image is taken, with its captions.
+    With a stride only each so manieth image is taken, with its captions.
     """
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
     n_images = -(-dataset.n_images // stride)
-    part, of_words = (distributed.rank(), distributed.size()), isinstance(model, SCAN)
-    none = torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
     own = [model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() < 4 else batch)[:len(batch)]
-           for batch in dataset.load_images(batch_size, loader.workers, stride, part)]
-    like = none.unsqueeze(1).expand(0, dataset.images.shape[1], -1) if of_words else none
+           for batch in dataset.load_images(batch_size, loader.workers, stride, _part())]
+    like = _nothing(model)
+    if isinstance(model, SCAN):
+        like = like.unsqueeze(1).expand(0, dataset.images.shape[1], -1)
     images = distributed.gather_batches(own, [len(one) for one in torch.arange(n_images).split(batch_size)], like)
-    chosen = torch.arange(len(dataset))[dataset.image_of % stride == 0]
-    padded = dataset.word_ids.padded(chosen, int(dataset.word_ids.lengths.max()))
+    return images, embed_texts(model, dataset.word_ids, batch_size, dataset.image_of % stride == 0)
+
+
+def embed_texts(model, word_ids, batch_size, chosen=None):
+    """The embeddings (C, D) of `word_ids.WordIds`, or of SCAN `scan.Words`, on the model's device.
+
+    Equal captions are encoded once, so that they get equal embeddings to the bit. chosen: (n,) bool, which to take.
+    """
+    model.val_start()
+    chosen = torch.arange(len(word_ids)) if chosen is None else torch.arange(len(word_ids))[chosen]
+    padded = word_ids.padded(chosen, int(word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
-    batches = order.split(batch_size)
-    own = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
-           for batch in batches[part[0]::part[1]]]
-    if of_words:
-        own = [packed(states, lengths[batch]) for states, batch in zip(own, batches[part[0]::part[1]])]
-    sizes = [int(lengths[batch].sum()) if of_words else len(batch) for batch in batches]
-    captions = distributed.gather_batches(own, sizes, none)
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
+    first, distance = _part()
+    batches, of_words = order.split(batch_size), isinstance(model, SCAN)
+    own = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
+           for batch in batches[first::distance]]
     if of_words:
-        return images, Words.of(captions, lengths[order])[place_of[caption_of]]
-    return images, captions[place_of[caption_of].to(images.device)]
+        own = [packed(states, lengths[batch]) for states, batch in zip(own, batches[first::distance])]
+    sizes = [int(lengths[batch].sum()) if of_words else len(batch) for batch in batches]
+    texts = distributed.gather_batches(own, sizes, _nothing(model))
+    if of_words:
+        return Words.of(texts, lengths[order])[place_of[caption_of]]
+    return texts[place_of[caption_of].to(texts.device)]
+
+
+def _part():
+    """(the first batch that this process embeds, the distance to the next)."""
+    return distributed.rank(), distributed.size()
+
+
+def _nothing(model):
+    """No embeddings, (0, D), of the model's kind."""
+    return torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
 
 
 def similarity_source(opt, images, captions):
@@ -216,17 +237,22 @@ class Checkpoint(NamedTuple):
     model: VSE
     opt: object
     vocabulary: object
+    path: str = ""
+    features: dict | None = None  # what describes those that it was trained on
 
     def similarities(self, images, captions):
         """The source of similarities of what `embed` gives, for `ranking` and `corrections`."""
         return similarity_source(self.opt, images, captions)
 
     def loader(self, split):
-        """The loader of a split of its data set."""
+        """The loader of a split of its data set; raises InputError where that has features of another kind."""
         opt = self.opt
-        return distributed.machine_by_machine(lambda: get_test_loader(
-            split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size, min(opt.workers, os.cpu_count()),
-            opt))
+
+        def load():
+            features_of(opt.data_path, opt.data_name, self.features, self.path)
+            return get_test_loader(split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size,
+                                   min(opt.workers, os.cpu_count()), opt)
+        return distributed.machine_by_machine(load)
 
 
 def load_for_evaluation(opt_eval):
@@ -255,7 +281,16 @@ def load_for_evaluation(opt_eval):
     checkpoint.load_weights(model, content, path)
     device = choose_device(distributed.device_name(getattr(opt_eval, "device", "auto")))
     choose_products(device, content.get("float32_products"))
-    return Checkpoint(model.to(device), opt, vocabulary)
+    return Checkpoint(model.to(device), opt, vocabulary, path, content.get("features"))
+
+
+def bank_stride(opt, n_images, limit=None):
+    """Each how manieth image of a split is in the bank by which `corrections` tell hubs.
+
+    limit: so many images at most, evenly spread; 0: all; None: the usual number.
+    """
+    most = BANK_REGION_IMAGES if opt.cross_attn else BANK_IMAGES
+    return -(-n_images // (most if limit is None else limit or n_images))
 
 
 class Evaluation(NamedTuple):
@@ -275,10 +310,11 @@ class Evaluation(NamedTuple):
         return [(images, captions, image_of - image_of[0]) for images, captions, image_of in zip(*parts)]
 
 
-def evaluate(opt_eval, split, top=1):
+def evaluate(opt_eval, split, top=1, check=None):
     """Evaluate a checkpoint on a split and print its recalls; returns the Evaluation, with `top` items a query.
 
-    opt_eval: as for `load_for_evaluation`, and fold5.
+    opt_eval: as for `load_for_evaluation`, and fold5; check: called with the Checkpoint and the data set before
+    anything is computed, to refuse them.
     """
     loaded = load_for_evaluation(opt_eval)
     if loaded.opt.cross_attn and getattr(opt_eval, "save_embeddings", False):
@@ -293,6 +329,8 @@ def evaluate(opt_eval, split, top=1):
         testall = os.path.join(opt.data_path, opt.data_name, "testall_ims.npy")
         hint = "try --split testall" if split != "testall" and os.path.exists(testall) else "leave --fold5 out"
         raise InputError(f"--fold5 needs five equal folds, and split {split} has {n_images} images: {hint}")
+    if check:
+        check(loaded, loader.dataset)
     images, captions = embed(loaded.model, loader)
     print(f"Images: {len(images)}, Captions: {len(captions)}", file=sys.stderr)
     result = Evaluation(loaded, loader.dataset, images, captions, [], [None] * n_folds, None)
