@@ -22,11 +22,19 @@ import eccv
 import intervals
 import report
 from errors import ArgumentParser, InputError, number, run_script
-from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
+from evaluation import (
+    BANK_IMAGES,
+    BANK_REGION_IMAGES,
+    as_dict,
+    bank_stride,
+    embed,
+    evaluate,
+    mean_metrics,
+    metrics_of,
+    write_results,
+)
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from vocab import READINGS
-
-BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
 
 
 def parse_args(argv=None):
@@ -173,10 +181,8 @@ def load_bank(options, result):
         return None, "transductive: the bank is the evaluated queries themselves"
     split = options.correction_bank or "train"
     loader = result.checkpoint.loader(split)
-    n_images = loader.dataset.n_images
-    most = BANK_REGION_IMAGES if result.checkpoint.opt.cross_attn else BANK_IMAGES
-    limit = most if options.correction_bank_images is None else options.correction_bank_images or n_images
-    images, captions = embed(result.checkpoint.model, loader, stride=-(-n_images // limit))
+    stride = bank_stride(result.checkpoint.opt, loader.dataset.n_images, options.correction_bank_images)
+    images, captions = embed(result.checkpoint.model, loader, stride)
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
 
 

@@ -23,7 +23,7 @@ from images import (  # noqa: F401 (handed on: the family imports them from here
     collate_fn,
     image_transform,
 )
-from pooling import drop_regions, region_lengths
+from pooling import drop_regions, kept_regions, region_lengths
 from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, drop_words, five_each, number_words, seed_for
 
 FULL_IMG_DIM = 4096  # the released default, without effect on raw images
@@ -108,6 +108,14 @@ class PrecompDataset:
             return None
         generator = torch.Generator().manual_seed(seed_for(self.drops_regions[1], epoch, REGION_DRAW))
         return torch.rand(len(self), self.images.shape[1], generator=generator)
+
+    def regions_left(self, batches, epoch):
+        """For each batch of caption indices the most regions that an image is left with; None: none are dropped."""
+        draws = self._region_draws(epoch, True)
+        if draws is None:
+            return [None] * len(batches)
+        return [int(kept_regions(self.region_counts[self.row_of[batch]], self.drops_regions[0], draws[batch])
+                    .sum(1).max()) for batch in batches]
 
     def _rows(self, rows, counts=None, draws=None):
         """Feature rows (float32) on the device; from the feature file through pinned memory, without waiting.

@@ -2,14 +2,15 @@
 
     python3 search.py --index runs/x/gallery --serve
 
-`search.py` hands over its Searcher, or a test another object with `gallery` and the methods that are used here. Whoever can reach the page may be a stranger, and so may those
-who wrote the captions and the file names: no address holds a path, no page runs a script of its own text, and only the
-page's own host names are answered. docs/search.md says what a proxy in front has to add.
+`search.py` hands over its Searcher. Whoever can reach the page may be a stranger, and so may those who wrote the
+captions and the file names: no address holds a path, no text becomes markup or script, and only the page's own host
+names are answered. docs/search.md says what a proxy in front has to add.
 """
 
 import functools
 import ipaddress
 import json
+import logging
 import os
 import queue
 import re
@@ -43,7 +44,7 @@ THUMBNAIL = 400  # pixels
 THUMBNAILS = 512  # kept in memory: some 10 MB
 DECODERS = 2  # photos decoded at a time: each may take some 300 MB
 BATCH = 64  # questions answered together, at most
-WAITING = 256  # questions that wait; who comes then is told to come again
+WAITING = 64  # questions that wait; who comes then is told to come again
 ANSWER_SECONDS = 30  # until a question is given up
 SERVER = {"threads": 32, "connection_limit": 256, "backlog": 128, "channel_timeout": 30, "cleanup_interval": 10,
           "asyncore_use_poll": True, "ident": None, "max_request_body_size": UPLOAD_LIMIT + 1,
@@ -60,8 +61,8 @@ SENTENCES = {
     403: "this request comes from another site's page: open this page itself",
     404: "there is nothing at this address: begin at the search page",
     405: "this address does not take this kind of request: /api tells what is taken",
-    413: f"this is more than {UPLOAD_LIMIT // 2**20} MB, or more than {JSON_LIMIT // 2**20} MB of JSON: send less, such "
-         "as a smaller copy of the photo",
+    413: f"this is more than {UPLOAD_LIMIT // 2**20} MB, or than {JSON_LIMIT // 2**20} MB of JSON: send less, such as "
+         "a smaller copy of the photo",
     415: "send JSON, with the header Content-Type: application/json",
     421: "this page does not answer to that host name: use the address that the server said when it started, or start "
          "it with --allow_host",
@@ -101,12 +102,12 @@ def make_app(searcher, host="127.0.0.1", allow_hosts=()):
     app.url_map.merge_slashes = False
     app.extensions["asker"] = asker = Asker(searcher)
     pages = Pages(searcher, asker)
-    for rule, view, method in (("/", pages.words, "GET"), ("/like/<int:number>", pages.like, "GET"),
-                               ("/hubs", pages.hubs, "GET"), ("/api", pages.api, "GET"), ("/photo", pages.photo, "POST"),
-                               ("/photos/<int:number>", pages.thumbnail, "GET"), ("/search.css", pages.style, "GET"),
-                               ("/search.js", pages.script, "GET"), ("/favicon.ico", pages.icon, "GET"),
-                               ("/api/search", pages.search, "POST")):
-        app.add_url_rule(rule, view.__name__, view, methods=[method])
+    for rule, view in {"/": pages.words, "/like/<int:number>": pages.like, "/hubs": pages.hubs, "/api": pages.api,
+                       "/photos/<int:number>": pages.thumbnail, "/search.css": pages.style, "/search.js": pages.script,
+                       "/favicon.ico": pages.icon}.items():
+        app.add_url_rule(rule, view.__name__, view)
+    for rule, view in {"/photo": pages.photo, "/api/search": pages.search}.items():
+        app.add_url_rule(rule, view.__name__, view, methods=["POST"])
     app.before_request(functools.partial(check_sender, OwnHosts(host, allow_hosts)))
     app.register_error_handler(InputError, pages.bad_input)
     app.register_error_handler(HTTPException, pages.error)
@@ -291,6 +292,7 @@ class Pages:
         asked = [self.asker.words(question, top, corrected) for corrected in ([True, False] if compare else [True])]
         hits, *plain = [wait(future) for future in asked]
         return self._page("search_words.html", top=top, cards=self._cards(hits, *plain),
+                          in_vain="compare" in request.args and not compare,
                           plain=self._cards(*plain, hits) if compare else None, more=_more(hits, top))
 
     def photo(self):
@@ -370,6 +372,8 @@ class Pages:
     def _refusal(self, status, name, sentence):
         if request.path.startswith("/api/"):
             return _json({"error": sentence}, status)
+        if status in (403, 421):  # it is not our page that is asking: nothing of the gallery is told
+            return Response(sentence + "\n", status, mimetype="text/plain")
         return self._page("search_error.html", status, name=name, sentence=sentence)
 
     def _compares(self):
@@ -429,7 +433,7 @@ def _more(hits, top):
 
 
 def _top(text):
-    if not re.fullmatch(r"\d{1,4}", str(text)) or not 1 <= int(text) <= TOP_LIMIT:
+    if not re.fullmatch(r"[0-9]{1,4}", str(text)) or not 1 <= int(text) <= TOP_LIMIT:
         raise InputError(f"top is {str(text)[:20]!r}: give a whole number from 1 to {TOP_LIMIT}")
     return int(text)
 
@@ -488,6 +492,7 @@ def make_server(app, host, port):
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--host {host} --port {port} cannot be listened at ({reason}): give another port, or an "
                          "address of this machine") from error
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that a request waits a moment is no news
     server = create_server(app, sockets=[bound], **SERVER)
     server.channel_class = Channel
     return server
