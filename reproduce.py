@@ -384,14 +384,15 @@ class Comparison:
         """{test's name: compute_results.py's figures} of one checkpoint or an ensemble; the files go to `folder`."""
         figures = {}
         for test, flags in self.preset.tests.items():
-            path = os.path.join(folder, f"{test}.json")
-            if not os.path.exists(path):
+            path, ranks = (os.path.join(folder, f"{test}.{ending}") for ending in ("json", "npz"))
+            if not os.path.exists(path) or not os.path.exists(ranks):
                 flags = [*flags, "--model_path", *checkpoints, "--hubness", "--correction", "all", "--tune_correction",
-                         "--data_path", os.path.abspath(self.opt.data_path), "--save_json", path]
+                         "--data_path", os.path.abspath(self.opt.data_path), "--save_json", path, "--save_ranks", ranks]
                 status, why = self.calls.script("compute_results.py", flags, folder, f"{test}.log")
                 if status:
                     raise InputError(f"{name}: {why}")
-            figures[test] = read_json(path, "i2t", "t2i", "rsum", "hubness", "corrections")
+            figures[test] = {**read_json(path, "i2t", "t2i", "rsum", "hubness", "corrections"),
+                             "ranks": os.path.relpath(ranks, self.opt.output)}
         print(f"{name}: " + ", ".join(f"{test} rsum {f['rsum']:.1f}" for test, f in figures.items()), file=sys.stderr)
         return figures
 

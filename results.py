@@ -1,11 +1,14 @@
 """The results of a comparison by reproduce.py: tables, plots, and what they are of."""
 
+import itertools
 import json
 import os
 import statistics
 
+import intervals
 from errors import replacing
 
+COMPARED = {"rsum": "rsum", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}  # of intervals.FIGURES
 FIGURES = {  # the table's columns, from compute_results.py's JSON
     **{f"{side} R@{k}": (lambda f, side=side, k=k: f[side][f"r{k}"]) for side in ("i2t", "t2i") for k in (1, 5, 10)},
     "rsum": lambda f: f["rsum"],
@@ -30,6 +33,19 @@ def summary(runs, test, corrected=False):
         own = [figures["corrections"][best_correction(figures)] for figures in own] if corrected else own
         table[model] = {name: [pick(figures) for figures in own] for name, pick in FIGURES.items()}
     return table
+
+
+def differences(folder, runs, test, corrected=False):
+    """{"A - B": {figure: its Interval, as a list}} of all pairs of models with runs, from their ranks in a folder."""
+    ranks = {}
+    for model, seeds in runs.items():
+        own = {seed: figures[test] for seed, figures in seeds.items() if "failed" not in figures}
+        ranks[model] = {seed: intervals.read_ranks(os.path.join(folder, figures["ranks"]),
+                                                   best_correction(figures) if corrected else None)
+                        for seed, figures in own.items()}
+    pairs = itertools.combinations([model for model in ranks if ranks[model]], 2)
+    return {f"{a} - {b}": {figure: list(intervals.difference(ranks[a], ranks[b], figure)) for figure in COMPARED}
+            for a, b in pairs}
 
 
 def mean_and_deviation(values):
@@ -77,6 +93,17 @@ def seeds_table(runs, test):
     return table(["model", "seed", *names, "rsum, corrected"], rows)
 
 
+def differences_table(plain, corrected):
+    """Every pair's differences with their 95 % intervals, in bold where 0 lies outside."""
+    def cell(interval):
+        estimate, low, high = interval
+        text = f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
+        return text if low <= 0 <= high else f"**{text}**"
+
+    rows = [[pair, *(cell(own[pair][figure]) for own in (plain, corrected) for figure in COMPARED)] for pair in plain]
+    return table(["difference", *COMPARED.values(), *(f"{name}, corrected" for name in COMPARED.values())], rows)
+
+
 def markdown(results):
     """The tables of a comparison, and what they are of."""
     settings, seeds = results["settings"], results["seeds"]
@@ -93,6 +120,12 @@ def markdown(results):
                 rows.append([name, *map(mean_and_deviation, figures.values())])
             lines += table(["model", *FIGURES], rows)
         lines += [f"{test}, every seed", "", *seeds_table(results["runs"], test)]
+        plain, corrected = (results[kind][test] for kind in ("differences", "differences_corrected"))
+        if plain:
+            widest = max((pair["rsum"] for pair in plain.values()), key=lambda interval: interval[2] - interval[1])
+            lines += [f"{test}, differences with 95 % intervals over images and seeds, in bold where 0 is outside. Of "
+                      f"rsum, {intervals.smallest_difference(intervals.Interval(*widest))[1]}.", "",
+                      *differences_table(plain, corrected)]
     return "\n".join(lines)
 
 
@@ -130,8 +163,12 @@ def write_results(folder, results):
     """results.json, results.md and results.png of a comparison's settings, seeds, trials, choices and runs."""
     tests = [test for seeds in results["runs"].values() for figures in seeds.values() for test in figures
              if test != "failed"]
-    for name, corrected in (("summary", False), ("corrected", True)):
-        results[name] = {test: summary(results["runs"], test, corrected) for test in dict.fromkeys(tests)}
+    runs = results["runs"]
+    for ending, corrected in (("", False), ("_corrected", True)):
+        results["summary" if not corrected else "corrected"] = {
+            test: summary(runs, test, corrected) for test in dict.fromkeys(tests)}
+        results["differences" + ending] = {
+            test: differences(folder, runs, test, corrected) for test in dict.fromkeys(tests)}
     with replacing(os.path.join(folder, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
     tables = markdown(results)

@@ -18,6 +18,7 @@ from conftest import ROOT
 import reproduce
 import train
 from errors import InputError
+from intervals import difference, read_ranks
 from run_record import lock
 
 TRAIN = '''
@@ -49,6 +50,7 @@ json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder,
 '''
 TEST = '''
 import json, os, sys
+import numpy as np
 flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
 seed = int(flags["--model_path"].rsplit("seed", 1)[1][0])
 with open(os.environ["CALLS"], "a") as file:
@@ -61,6 +63,10 @@ figures = {"i2t": recalls, "t2i": recalls, "rsum": 120 + 4 * seed,
 corrections = {name: {**figures, "rsum": 120 + 4 * seed + gain, "dev_rsum": 150 - (gain if seed else -gain)}
                for name, gain in (("csls", 9), ("nnn", 5))}
 json.dump({**figures, "corrections": corrections}, open(flags["--save_json"], "w"))
+rng = np.random.default_rng(seed)
+names = [f"{name}{side}_ranks" for name in ("", "csls_", "nnn_") for side in ("i2t", "t2i")]
+np.savez(flags["--save_ranks"], image_of=np.arange(50) // 5,
+         **{name: rng.integers(0, 20, 10 if "i2t" in name else 50).astype(np.int32) for name in names})
 '''
 FAST = ["--preset", "smoke", "--devices", "cpu"]
 
@@ -149,6 +155,17 @@ def test_the_correction_is_the_one_that_each_seed_s_dev_split_likes_best(scripts
     assert found["corrected"]["test"]["HAL"]["rsum"] == [129, 133]
     assert "| HAL | 2 | 12.0 | 12.0 | 128.0 | 3.50 | 3.50 | nnn: 133.0 |" in open(
         "runs/reproduce_smoke/results.md").read()
+
+
+def test_every_pair_s_difference_has_its_interval(scripts):
+    reproduce.main([*FAST, "--losses", "HAL", "sum-margin", "HAL+bank", "--seeds", "0", "2"])
+    folder, found = "runs/reproduce_smoke", results()
+    assert list(found["differences"]["test"]) == ["sum-margin - HAL", "sum-margin - HAL+bank", "HAL - HAL+bank"]
+    own, other = ({seed: read_ranks(os.path.join(folder, figures["test"]["ranks"]), "csls" if seed == "0" else "nnn")
+                   for seed, figures in found["runs"][name].items()} for name in ("HAL", "HAL+bank"))
+    assert found["differences_corrected"]["test"]["HAL - HAL+bank"]["i2t_r1"] == list(
+        difference(own, other, "i2t_r1"))
+    assert "| HAL - HAL+bank | +0.0 (+0.0 to +0.0) |" in open(f"{folder}/results.md").read()
 
 
 def test_an_ensemble_is_tested_where_all_its_models_were_trained(scripts, rates, monkeypatch):
