@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -458,9 +459,11 @@ def _read_question():
 def check_upload(file):
     """Raise InputError unless a file begins like a photo of a known format and no absurd size."""
     try:
-        with Image.open(file, formats=PHOTO_FORMATS) as picture:
-            pixels = picture.width * picture.height
-    except Image.DecompressionBombError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=PHOTO_FORMATS) as picture:
+                pixels = picture.width * picture.height
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = Image.MAX_IMAGE_PIXELS + 1
     except Exception:  # decoders raise many kinds on broken files
         raise InputError("this is not a photo that can be read: send a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG "
