@@ -272,7 +272,7 @@ def timed_steps(options, timer, dataset, model, micro_batch=None, plain=False):
         if plain:
             criterion(*model.forward_emb(*batch[:3])).backward()
         else:
-            gradients(model, batch, criterion, None, 1, parameters, no_image)
+            gradients(model, batch, criterion, criterion.similarity, None, 1, parameters, no_image)
         torch.nn.utils.clip_grad_norm_(parameters, 2.0)
         optimizer.step()
     loaded = loader.load(batches) if plain else shared_batches(loader, batches, micro_batch, timer.device)

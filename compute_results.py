@@ -14,16 +14,27 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
 
 import os
+from functools import partial
 
 import corrections
 import distributed
+import eccv
+import intervals
 import report
 from errors import ArgumentParser, InputError, number, run_script
-from evaluation import as_dict, embed, evaluate, mean_metrics, metrics_of, write_results
+from evaluation import (
+    BANK_IMAGES,
+    BANK_REGION_IMAGES,
+    as_dict,
+    bank_stride,
+    embed,
+    evaluate,
+    mean_metrics,
+    metrics_of,
+    write_results,
+)
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from vocab import READINGS
-
-BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
 
 
 def parse_args(argv=None):
@@ -50,6 +61,8 @@ def add_source_flags(group):
     group.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
                        help="split of the data set")
     group.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
+    group.add_argument("--eccv", action="store_true", help="COCO's test split (5K): ECCV Caption and CxC, too, by the "
+                                                           "package eccv_caption")
     group.add_argument("--skip_broken_images", action="store_true", help="leave out raw images that cannot be decoded")
     group.add_argument("--caption_reading", choices=READINGS,
                        help="how captions become words (default: as in the checkpoint's training)")
@@ -88,6 +101,8 @@ def add_output_flags(group):
     group.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "
                                                           "with --fold5)")
     group.add_argument("--save_json", metavar="FILE", help="write all figures at full precision")
+    group.add_argument("--save_ranks", metavar="FILE", help="write every query's rank and ten first items, before and "
+                                                            "after --correction, as .npz (see intervals.write_ranks)")
     group.add_argument("--save_embeddings", action="store_true",
                        help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
     group.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
@@ -126,14 +141,21 @@ def check_correction_splits(options):
 
 
 def check_folders(options):
-    """Raise InputError where --report or --images will not do."""
+    """Raise InputError where --report, --images or --save_ranks will not do."""
     if options.report is not None and options.fold5:
         raise InputError("--report shows a whole split: leave --fold5 out")
+    if options.eccv and options.fold5:
+        raise InputError("--eccv is of a whole split, whose five folds it shows, too: leave --fold5 out")
     if options.report is not None and (
             not options.report or os.path.exists(options.report) and not os.path.isdir(options.report)):
         raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
+    if options.save_ranks is not None:
+        folder = os.path.dirname(os.path.abspath(options.save_ranks))
+        if not options.save_ranks or not os.access(folder, os.W_OK) or os.path.isdir(options.save_ranks):
+            raise InputError(f"--save_ranks {options.save_ranks!r} cannot be written: name a file in a folder that is "
+                             "there and may be written")
 
 
 def wanted_methods(options):
@@ -159,10 +181,8 @@ def load_bank(options, result):
         return None, "transductive: the bank is the evaluated queries themselves"
     split = options.correction_bank or "train"
     loader = result.checkpoint.loader(split)
-    n_images = loader.dataset.n_images
-    most = BANK_REGION_IMAGES if result.checkpoint.opt.cross_attn else BANK_IMAGES
-    limit = most if options.correction_bank_images is None else options.correction_bank_images or n_images
-    images, captions = embed(result.checkpoint.model, loader, stride=-(-n_images // limit))
+    stride = bank_stride(result.checkpoint.opt, loader.dataset.n_images, options.correction_bank_images)
+    images, captions = embed(result.checkpoint.model, loader, stride)
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
 
 
@@ -240,11 +260,23 @@ def main(argv=None):
         carry_out(parse_args(argv))
 
 
+def evaluate_all(options, top):
+    """(The Evaluation with `top` items a query, {"eccv": what --eccv asks for} if it does), printed."""
+    if not options.eccv:
+        return evaluate(options, options.split, top), {}
+    package = eccv.load_package()
+    result = evaluate(options, options.split, eccv.DEPTH, partial(eccv.coco_ids, package, options.split))
+    found, folds = eccv.figures(package, options.split, result)
+    eccv.print_figures(found, result.metrics, folds)
+    rankings = [ranking._replace(items=ranking.items[:, :top]) for ranking in result.rankings[0]]
+    return result._replace(rankings=[tuple(rankings)]), {"eccv": found, "coco_1k": as_dict(folds)}
+
+
 def carry_out(options):
     """Evaluate what the options name."""
     look_at_hubs = options.hubness or options.correction or options.report
-    result = evaluate(options, options.split, top=max(DEPTHS) if look_at_hubs else 1)
-    more, words, outcome = {}, "", {}
+    result, more = evaluate_all(options, top=max(DEPTHS) if look_at_hubs or options.save_ranks else 1)
+    words, outcome = "", {}
     if look_at_hubs:
         hubs = hubness_of_folds(result.rankings)
         more["hubness"] = hubness_as_dict(hubs)
@@ -259,6 +291,9 @@ def carry_out(options):
                                for name, one in outcome.items()}
     if distributed.is_first():
         write_results(options, options.split, result, more)
+    if options.save_ranks and distributed.is_first():
+        intervals.write_ranks(options.save_ranks, [image_of for *_, image_of in result.parts()],
+                              {"": result.rankings, **{name: one["rankings"] for name, one in outcome.items()}})
     if options.report and distributed.is_first():
         report.write_report(options, options.split, result, hubs, words, outcome)
 

@@ -172,17 +172,23 @@ class Tuned(NamedTuple):
     rsum: float
 
 
+def candidates(names, given):
+    """[(method, its parameters)]: of each method all that GRIDS has, but for what is `given` and not None."""
+    wanted = []
+    for name in names:
+        grid = {key: values for key, values in GRIDS[name].items() if given.get(key) is None}
+        wanted += [(name, parameters_of(name, **{**given, **dict(zip(grid, values))}))
+                   for values in itertools.product(*grid.values())]
+    return wanted
+
+
 def tune(names, source, banks, given, image_of=None):
     """For each method the parameters with the best sum of recalls: a list of `Tuned`.
 
     source and image_of: of the dev split, as for `ranking.rank_shifted`; banks: the sources that `corrections_of` takes
     for i2t and t2i; given: {parameter: value}, not varied, or None.
     """
-    wanted = []
-    for name in names:
-        grid = {key: values for key, values in GRIDS[name].items() if given.get(key) is None}
-        wanted += [(name, parameters_of(name, **{**given, **dict(zip(grid, values))}))
-                   for values in itertools.product(*grid.values())]
+    wanted = candidates(names, given)
     corrections = list(zip(*(corrections_of(side, bank, wanted) for side, bank in zip(("i2t", "t2i"), banks))))
     (plain,) = rank_shifted(source, image_of=image_of)
     hits = [[sum(int((ranks < k).sum()) for k in (1, 5, 10)) for ranks in (i2t.ranks.cpu(), t2i.ranks.cpu())]

@@ -191,10 +191,13 @@ def gather_batches(own, sizes, like):
     if not launched():
         return torch.cat(own)
     sync()
-    theirs = [sizes[number::size()] for number in range(size())]
-    rows = gather(torch.cat([like, *own]), [sum(one) for one in theirs]).split([n for one in theirs for n in one])
-    starts = [sum(map(len, theirs[:number])) for number in range(size())]
-    return torch.cat([rows[starts[place % size()] + place // size()] for place in range(len(sizes))])
+    rows, own = like.new_empty(sum(sizes), *like.shape[1:]), iter(own)
+    for place, batch in enumerate(rows.split(sizes)):
+        owner = place % size()
+        if owner == rank():
+            batch.copy_(next(own))
+        _call(dist.broadcast, batch, owner)
+    return rows
 
 
 def add_up(tensors):

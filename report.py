@@ -19,7 +19,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from corrections import in_words
-from data import read_ids
+from data import image_names
 from errors import InputError, replacing
 from hubness import DEPTHS, occurrences
 from images import thumbnail
@@ -131,11 +131,14 @@ def find_photos(folder, split, result):
     """
     opt, n_images = result.checkpoint.opt, len(result.images)
     if hasattr(result.dataset, "image_files"):
-        return [os.path.basename(path) for path in result.dataset.image_files], result.dataset.image_files
+        return image_names(result.dataset, None), result.dataset.image_files
     ids_split = "dev" if split == "val" else split
     ids_file = os.path.join(opt.data_path, opt.data_name, f"{ids_split}_ids.txt")
+    if folder is not None and not os.path.exists(ids_file):
+        raise InputError(f"{ids_file} is not there: --images needs it, with the file name of each image on a line; "
+                         "add it, or leave --images out")
     try:
-        names = image_names(ids_file, result.dataset)
+        names = image_names(result.dataset, ids_file)
     except InputError:
         if folder is not None:
             raise
@@ -148,15 +151,6 @@ def find_photos(folder, split, result):
         print(f"note: {n_images - files.count(None)} of {n_images} photos are in {folder}; the others' names are shown",
               file=sys.stderr)
     return names, files
-
-
-def image_names(path, dataset):
-    """The file names of the N images of a PrecompDataset; raises InputError where there are none."""
-    if not os.path.exists(path):
-        raise InputError(f"{path} is not there: --images needs it, with the file name of each image on a line; add it, "
-                         "or leave --images out")
-    names, first = read_ids(path), torch.searchsorted(dataset.image_of, torch.arange(dataset.n_images))
-    return [names[place] for place in (dataset.row_of[first] if len(names) == len(dataset.images) else first)]
 
 
 def photo_file(folder, name):

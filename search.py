@@ -90,7 +90,7 @@ class Searcher:
             raise InputError(f"none of the question's words is known to the model ({shown(question[:80])}): use plain "
                              "words such as those of its captions")
 
-    def embed_questions(self, questions):
+    def _embed_questions(self, questions):
         """list of str -> (q, D) embeddings."""
         words = number_words(questions, self.loaded.vocabulary, self.loaded.opt.caption_reading)
         order = by_length(words.lengths)

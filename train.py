@@ -225,9 +225,6 @@ def _check(opt):
         raise InputError("--precomp_enc_type weight_norm is SCAN's: add --cross_attn, or choose basic or mlp")
     if opt.cnn_type != "vgg19" and opt.cnn_type not in cnn_types():
         raise InputError(f"--cnn_type is {opt.cnn_type}: choose one of {', '.join(cnn_types())}")
-    if opt.cross_attn and (opt.micro_batch or distributed.launched()):
-        raise InputError(f"--cross_attn does not go {'with --micro_batch' if opt.micro_batch else 'under torchrun'}: "
-                         "leave that out, and give a smaller --batch_size where memory is short")
     if opt.batch_size < distributed.size():
         raise InputError(f"--batch_size {opt.batch_size} for {distributed.size()} processes: it is the size of the one "
                          "batch that they share, so give at least as many pairs, or start fewer processes")
@@ -451,8 +448,8 @@ def shared_gradients(run, share, criterion):
     run.optimizer.zero_grad()
     dataset, crop = run.train_loader.dataset, run.opt.crop_size
     shape = dataset.images.shape[1:] if hasattr(dataset, "images") else (3, crop, crop)
-    no_image = torch.empty(0, *shape, device=run.model.device, dtype=run.model.img_enc.fc.weight.dtype)
-    return gradients(run.model, share, criterion, run.bank,
+    no_image = torch.empty(0, *shape, device=run.model.device, dtype=run.model.txt_enc.embed.weight.dtype)
+    return gradients(run.model, share, criterion, run.similarity, run.bank,
                      backward_scale(run, loss_kind(criterion.opt), len(share.indices)), run.parameters, no_image,
                      run.stop.came or 0)
 
