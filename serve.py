@@ -99,7 +99,6 @@ def make_app(searcher, host="127.0.0.1", allow_hosts=()):
     """The page as a Flask app. host: the address it will be bound to; allow_hosts: as in `serve`."""
     app = Flask(__name__, static_folder=None, template_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=UPLOAD_LIMIT, MAX_FORM_PARTS=10)
-    app.json.sort_keys = False
     app.url_map.merge_slashes = False
     app.extensions["asker"] = asker = Asker(searcher)
     pages = Pages(searcher, asker)
@@ -320,7 +319,7 @@ class Pages:
     def api(self):
         """GET /api: how to ask in JSON."""
         return self._page("search_api.html", address=request.host_url, top_limit=TOP_LIMIT, default=TOP,
-                          megabytes=JSON_LIMIT // 2**20)
+                          json_megabytes=JSON_LIMIT // 2**20)
 
     def bad_input(self, error):
         """400 with the sentence of an InputError."""
@@ -366,7 +365,7 @@ class Pages:
     def _page(self, file, status=200, /, **values):
         page = template(file).render(query=request.args.get("q") or "", compare=self._compares(),
                                      correction=self.gallery.correction, count=self.gallery.count,
-                                     megabytes_photo=UPLOAD_LIMIT // 2**20, **values)
+                                     megabytes=UPLOAD_LIMIT // 2**20, **values)
         # What UTF-8 can't write, such as an odd byte of a file name, is shown as an escape.
         return Response(page.encode("utf-8", "backslashreplace"), status, mimetype="text/html")
 
@@ -518,6 +517,7 @@ class Parser(HTTPRequestParser):
         taken = super().received(data)
         if self.error and self.error.code == 413 and not self.chunked and self.content_length <= SWALLOWED:
             self.error = None
+            self.headers["CONNECTION"] = "close"  # a body that comes all the same must not be read as a request
             if not self.expect_continue:  # who asks before sending hears at once
                 self.left, self.completed = self.content_length, False
             self.expect_continue = False
