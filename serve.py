@@ -68,7 +68,7 @@ SENTENCES = {
     421: "this page does not answer to that host name: use the address that the server said when it started, or start "
          "it with --allow_host",
     500: "something broke in here: the server's own output says what",
-    503: "too many questions at once: ask again in a moment",
+    503: "too many questions at once, or one that takes too long: ask again in a moment",
 }
 
 
@@ -80,6 +80,7 @@ def serve(searcher, host="127.0.0.1", port=8000, allow_hosts=()):
     """
     app = make_app(searcher, host, allow_hosts)
     server = make_server(app, host, port)
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what it remarks on strangers' photos
     signal.signal(signal.SIGTERM, _end)  # waitress ends its loop at a SystemExit, as it does at Ctrl-C
     print(f"{searcher.gallery.count:,} photos can be searched at http://{_in_address(host)}:{server.effective_port}/ "
           "(Ctrl-C ends)", file=sys.stderr)
