@@ -201,6 +201,14 @@ def test_two_processes_train_as_one_with_the_bank(folder, one_process):
     assert (record["processes"], record["backend"], record["result"]["outcome"]) == (2, "gloo", "finished")
 
 
+def test_two_processes_train_as_one_in_bf16(folder):
+    flags = [*TRAIN, *BANK, "--amp", "bf16", "--learning_rate", "0.0002"]
+    code, _, said = ended(torchrun(2, "train.py", *flags))
+    assert code == 0, said
+    train.main([*flags, "--logger_name", "runs/one"])
+    assert 0 < furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX"))) <= 1e-2
+
+
 @pytest.fixture
 def in_double(monkeypatch):
     """train.py in this process computes in float64, as `together.py double` does."""
