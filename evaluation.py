@@ -289,7 +289,7 @@ def load_for_evaluation(opt_eval):
     opt.data_name = data_name
     model = build(opt)
     checkpoint.load_weights(model, content, path)
-    device = choose_device(distributed.device_name(getattr(opt_eval, "device", "auto")))
+    device = choose_device(getattr(opt_eval, "device", "auto"))
     choose_products(device, content.get("float32_products"))
     return Checkpoint(model.to(device), opt, vocabulary, path, content.get("features"))
 
