@@ -43,7 +43,8 @@ if kind == "HAL" and lr > 0.001:
 with open(os.path.join(folder, "log.jsonl"), "w") as file:
     for epoch in range(epochs):  # 0.001 leads after one epoch, 0.0005 in the end
         rsum = 100 + epoch * (50 if lr == 0.0005 else 1) + (10 if lr == 0.001 else 0)
-        file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum}) + "\\n")
+        file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum, "i2t_n10_skewness": lr * epoch,
+                               "t2i_n10_skewness": seed}) + "\\n")
         file.write(json.dumps({"kind": "step", "epoch": epoch}) + "\\n")
 result = {"outcome": "finished", "epochs": epochs, "steps": 9}
 json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
@@ -155,6 +156,23 @@ def test_the_correction_is_the_one_that_each_seed_s_dev_split_likes_best(scripts
     assert found["corrected"]["test"]["HAL"]["rsum"] == [129, 133]
     assert "| HAL | 2 | 12.0 | 12.0 | 128.0 | 3.50 | 3.50 | nnn: 133.0 |" in open(
         "runs/reproduce_smoke/results.md").read()
+
+
+def test_the_epochs_of_every_run_are_kept_and_drawn(scripts):
+    reproduce.main([*FAST, "--losses", "HAL", "--seeds", "0", "2"])
+    assert results()["epochs"]["HAL"] == {seed: [
+        {"rsum": 110 + epoch, "i2t_n10_skewness": 0.001 * epoch, "t2i_n10_skewness": int(seed)} for epoch in (0, 1)]
+        for seed in ("0", "2")}
+    assert open("runs/reproduce_smoke/epochs.png", "rb").read(4) == b"\x89PNG"
+    assert not os.path.exists("runs/reproduce_smoke/grid.png")
+
+
+def test_models_that_differ_in_alpha_and_epsilon_alone_make_a_heat_map(scripts, monkeypatch):
+    models = reproduce.ablations(0.001, (30, 60), (0.3, 0.7), ())
+    monkeypatch.setitem(reproduce.PRESETS, "smoke", reproduce.PRESETS["smoke"]._replace(models=models, trials=1))
+    grid = [f"HAL alpha {alpha} epsilon {epsilon}" for alpha in (30, 60) for epsilon in (0.3, 0.7)]
+    reproduce.main([*FAST, "--losses", *grid, "HAL bf16", "--seeds", "0"])
+    assert open("runs/reproduce_smoke/grid.png", "rb").read(4) == b"\x89PNG"
 
 
 def test_every_pair_s_difference_has_its_interval(scripts):
