@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -50,8 +51,7 @@ result = {"outcome": "finished", "epochs": epochs, "steps": 9}
 json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
 '''
 TEST = '''
-import json, os, sys
-import numpy as np
+import json, os, shutil, sys
 flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
 seed = int(flags["--model_path"].rsplit("seed", 1)[1][0])
 with open(os.environ["CALLS"], "a") as file:
@@ -64,10 +64,7 @@ figures = {"i2t": recalls, "t2i": recalls, "rsum": 120 + 4 * seed,
 corrections = {name: {**figures, "rsum": 120 + 4 * seed + gain, "dev_rsum": 150 - (gain if seed else -gain)}
                for name, gain in (("csls", 9), ("nnn", 5))}
 json.dump({**figures, "corrections": corrections}, open(flags["--save_json"], "w"))
-rng = np.random.default_rng(seed)
-names = [f"{name}{side}_ranks" for name in ("", "csls_", "nnn_") for side in ("i2t", "t2i")]
-np.savez(flags["--save_ranks"], image_of=np.arange(50) // 5,
-         **{name: rng.integers(0, 20, 10 if "i2t" in name else 50).astype(np.int32) for name in names})
+shutil.copy(f"{os.environ['CALLS']}_{seed}.npz", flags["--save_ranks"])
 '''
 FAST = ["--preset", "smoke", "--devices", "cpu"]
 
@@ -81,6 +78,11 @@ def scripts(tmp_path, monkeypatch):
     (folder / "compute_results.py").write_text(TEST)
     monkeypatch.setattr(reproduce, "SCRIPTS", str(folder))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    names = [f"{name}{side}_ranks" for name in ("", "csls_", "nnn_") for side in ("i2t", "t2i")]
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        ranks = {name: rng.integers(0, 20, 10 if "i2t" in name else 50).astype(np.int32) for name in names}
+        np.savez(tmp_path / f"calls_{seed}.npz", image_of=np.arange(50) // 5, **ranks)
     monkeypatch.chdir(tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield lambda: (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
