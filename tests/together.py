@@ -53,6 +53,7 @@ CASES = {
     "i2t, max-margin": ({**I2T, "max_violation": True}, 23, None),
     "i2t, seven pairs": (I2T, 7, None),
     "t2i, one pair": ({**T2I, "sum_violation": True}, 1, None),
+    "i2t, two pairs": ({**I2T, "sum_violation": True}, 2, None),
     "t2i, micro": ({**T2I, "max_violation": True}, 23, 4),
     "i2t, micro, seven pairs": (I2T, 7, 1),
     "cnn": ({"data_name": "photos"}, 6, None),
