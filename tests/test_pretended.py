@@ -48,6 +48,10 @@ COMMANDS = {
     "regions": ["compute_results.py", "--model_path", "runs/regions/model_best.pth.tar", "--hubness"],
     "cross attention evaluated": ["compute_results.py", "--model_path", "runs/scan/model_best.pth.tar", "--hubness",
                                   "--correction", "csls"],
+    "an ensemble": ["compute_results.py", "--model_path", "runs/regions/model_best.pth.tar",
+                    "runs/scan2/model_best.pth.tar", "--hubness", "--correction", "all", "--report", "page"],
+    "reranked": ["compute_results.py", "--model_path", "runs/scan/model_best.pth.tar",
+                 "runs/regions/model_best.pth.tar", "--rerank", "3"],
 }
 # What a training step goes through. It may wait where figures are logged, and on MPS, where the fused Adam passes over
 # found_inf, for whether they are finite.
