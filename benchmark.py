@@ -3,6 +3,7 @@
     python3 benchmark.py                       # made-up data of COCO's shape, a few minutes on two cores
     python3 benchmark.py --json benchmark.json --coco_memory
     python3 benchmark.py --parts scan --repeats 5    # SCAN's scores and training step, six minutes on two cores
+    python3 benchmark.py --parts extract --repeats 5 # photos to features: whether the encoder is kept busy
 
 Each part is timed in turn with its reference, after a warm-up; figures are medians with minimum and
 maximum. The floor of a part is what its operations would take at the speed of one large
@@ -27,6 +28,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import distributed
+from benchmark_extract import bench_extract
 from benchmark_scan import bench_scan
 from caption_files import read_captions
 from corrections import METHODS, corrections_of, parameters_of, rank_corrected
@@ -272,7 +274,7 @@ def timed_steps(options, timer, dataset, model, micro_batch=None, plain=False):
         if plain:
             criterion(*model.forward_emb(*batch[:3])).backward()
         else:
-            gradients(model, batch, criterion, None, 1, parameters, no_image)
+            gradients(model, batch, criterion, criterion.similarity, None, 1, parameters, no_image)
         torch.nn.utils.clip_grad_norm_(parameters, 2.0)
         optimizer.step()
     loaded = loader.load(batches) if plain else shared_batches(loader, batches, micro_batch, timer.device)
@@ -471,8 +473,10 @@ def parse_args(argv=None):
     parser = ArgumentParser("Measure training and evaluation on this machine, in ratios to the original style.")
     count = number(int, 1)
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--parts", default=PARTS, nargs="+", choices=[*PARTS, "scan"],
-                      help="only these (default: all but scan, SCAN's scores and training step, over regions)")
+    what.add_argument("--parts", default=PARTS, nargs="+", choices=[*PARTS, "scan", "extract"],
+                      help="only these (default: all but scan, SCAN's scores and training step over regions, and "
+                           "extract, features out of photos)")
+    what.add_argument("--photos", metavar="FOLDER", help="extract: these photos instead of made-up ones")
     what.add_argument("--amp", default=["off", "bf16"], nargs="+", choices=["off", "bf16"],
                       help="kinds of training step")
     what.add_argument("--coco_memory", action="store_true",
@@ -535,6 +539,8 @@ def measure(options, timer):
             lines |= bench_hubs(options, Timer(timer.device, min(timer.repeats, 3)), images)
     if "scan" in options.parts:
         lines |= bench_scan(options, timer, captions, vocab, speeds)
+    if "extract" in options.parts:
+        lines |= bench_extract(options, timer)
     if options.coco_memory:
         lines |= bench_coco_memory(options, timer, made_up_vocabulary())
     return {"speeds": speeds, "parts": lines}

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from cross_attention import EPS, SLOPE, cross_attention_similarities
 from loss import ContrastiveLoss
 from ranking import Tiles
-from scan import SCAN, CrossAttention, Words, l2norm
+from scan import SCAN, CrossAttention, Words, l2norm, packed
 from timing import Timer, peak_extra_memory, ratio, row
 from word_ids import CAPTIONS_PER_IMAGE, by_length, number_words
 
@@ -199,7 +199,7 @@ def bench_all_scores(options, timer, way):
     n_images = min(options.eval_images)
     regions, words, lengths = made_up_vectors(n_images, CAPTIONS_PER_IMAGE, options.embed_size, timer.device)
     opt = recipe(options, way)
-    tiles = Tiles(CrossAttention(regions, Words.joined([words], lengths, torch.arange(len(words))), opt), None)
+    tiles = Tiles(CrossAttention(regions, Words.of(packed(words, lengths), lengths), opt), None)
 
     def ours(block):
         for images in range(tiles.count):

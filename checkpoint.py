@@ -2,8 +2,9 @@
 
 A checkpoint is a dict: `epoch` (finished epochs), `model` = [image state, text state],
 `best_rsum`, `opt` (argparse.Namespace), `Eiters` (steps), as the released code writes it. Ours
-add `vocabulary` (words), `caption_reading`, `optimizer`, `random_states`, `progress` (within an epoch) and
-`float32_products` (their kind on a CPU, see `device`).
+add `vocabulary` (words), `caption_reading`, `optimizer`, `random_states`, `progress` (within an epoch),
+`float32_products` (their kind on a CPU, see `device`) and `features` (what the data set's features.json says, see
+`features`; None where it has none).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 
 from caption_files import is_precomputed
 from errors import InputError, check_regular, replacing
+from features import check_description
 from vocab import MASK, READINGS, find_vocabulary, vocabulary_of, vocabulary_path
 
 # What an older checkpoint (VSE++'s) may lack, with the released defaults.
@@ -59,8 +61,9 @@ def copy(source, target):
         shutil.copyfileobj(original, file)
 
 
-def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progress):
-    """The checkpoint dict of a run after `epoch` epochs and `steps` steps; progress: its place within the epoch."""
+def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progress, features=None):
+    """The checkpoint dict of a run after `epoch` epochs and `steps` steps; progress: its place within the epoch;
+    features: what describes those that it is trained on, or None."""
     return {
         "epoch": epoch,
         "model": [model.img_enc.state_dict(), model.txt_enc.state_dict()],
@@ -71,6 +74,7 @@ def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progr
         "caption_reading": opt.caption_reading,
         "optimizer": optimizer.state_dict(),
         "progress": progress,
+        "features": features,
         "float32_products": torch.get_float32_matmul_precision() if model.device.type == "cpu" else None,
         "random_states": {"cpu": torch.get_rng_state(),
                           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
@@ -182,6 +186,8 @@ def _check(content, path):
         raise InputError(f"checkpoint {path}: 'opt' is not an argparse.Namespace")
     if content.get("caption_reading", "text") not in READINGS:
         raise InputError(f"checkpoint {path}: unknown caption reading")
+    if content.get("features") is not None:
+        check_description(content["features"], f"checkpoint {path}")
 
 
 def _bare_names(state):

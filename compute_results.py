@@ -19,13 +19,19 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
 
 import os
+from functools import partial
 
 import corrections
 import distributed
+import eccv
+import intervals
 import report
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import (
+    BANK_IMAGES,
+    BANK_REGION_IMAGES,
     as_dict,
+    bank_stride,
     embedded,
     evaluate,
     load_members,
@@ -37,8 +43,6 @@ from evaluation import (
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
 from rerank import by_kind, rank_three_ways
 from vocab import READINGS
-
-BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
 
 
 def parse_args(argv=None):
@@ -71,6 +75,8 @@ def add_source_flags(group):
     group.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
                        help="split of the data set")
     group.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
+    group.add_argument("--eccv", action="store_true", help="COCO's test split (5K): ECCV Caption and CxC, too, by the "
+                                                           "package eccv_caption")
     group.add_argument("--skip_broken_images", action="store_true", help="leave out raw images that cannot be decoded")
     group.add_argument("--caption_reading", choices=READINGS,
                        help="how captions become words (default: as in the checkpoint's training)")
@@ -109,6 +115,8 @@ def add_output_flags(group):
     group.add_argument("--save_csv", metavar="FILE", help="append the figures to FILE (FILE_fold1 and FILE_fold5 "
                                                           "with --fold5)")
     group.add_argument("--save_json", metavar="FILE", help="write all figures at full precision")
+    group.add_argument("--save_ranks", metavar="FILE", help="write every query's rank and ten first items, before and "
+                                                            "after --correction, as .npz (see intervals.write_ranks)")
     group.add_argument("--save_embeddings", action="store_true",
                        help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
     group.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
@@ -129,8 +137,8 @@ def take_members(options):
     if options.rerank and n != 2:
         raise InputError(f"--rerank is for two checkpoints, a VSE and a SCAN one, and --model_path names {n}: name "
                          "both, or leave --rerank out")
-    for name, why in (("correction", "a correction"), ("report", "the page")):
-        if options.rerank and getattr(options, name) is not None:
+    for name, why in (("correction", "a correction"), ("report", "the page"), ("eccv", "the package")):
+        if options.rerank and getattr(options, name):
             raise InputError(f"--rerank gives no similarities of all pairs, which {why} needs: leave out --{name} or "
                              "--rerank")
     if n > 1 and options.save_embeddings:
@@ -170,14 +178,21 @@ def check_correction_splits(options):
 
 
 def check_folders(options):
-    """Raise InputError where --report or --images will not do."""
+    """Raise InputError where --report, --images or --save_ranks will not do."""
     if options.report is not None and options.fold5:
         raise InputError("--report shows a whole split: leave --fold5 out")
+    if options.eccv and options.fold5:
+        raise InputError("--eccv is of a whole split, whose five folds it shows, too: leave --fold5 out")
     if options.report is not None and (
             not options.report or os.path.exists(options.report) and not os.path.isdir(options.report)):
         raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
+    if options.save_ranks is not None:
+        folder = os.path.dirname(os.path.abspath(options.save_ranks))
+        if not options.save_ranks or not os.access(folder, os.W_OK) or os.path.isdir(options.save_ranks):
+            raise InputError(f"--save_ranks {options.save_ranks!r} cannot be written: name a file in a folder that is "
+                             "there and may be written")
 
 
 def wanted_methods(options):
@@ -203,10 +218,8 @@ def load_bank(options, result):
         return None, "transductive: the bank is the evaluated queries themselves"
     split = options.correction_bank or "train"
     loader = result.checkpoint.loader(split)
-    n_images = loader.dataset.n_images
-    most = BANK_REGION_IMAGES if result.checkpoint.opt.cross_attn else BANK_IMAGES
-    limit = most if options.correction_bank_images is None else options.correction_bank_images or n_images
-    images, captions = result.checkpoint.embed(loader, stride=-(-n_images // limit))
+    stride = bank_stride(result.checkpoint.opt, loader.dataset.n_images, options.correction_bank_images)
+    images, captions = result.checkpoint.embed(loader, stride)
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
 
 
@@ -223,12 +236,12 @@ def correct(options, result):
     if options.tune_correction:
         loader = loaded.loader("dev")
         dev = loaded.embed(loader)
-        parameters = corrections.tune(names, loaded.similarities(*dev), bank_sources(loaded, dev, bank or dev), given,
-                                      loader.dataset.image_of)
+        tuned = corrections.tune(names, loaded.similarities(*dev), bank_sources(loaded, dev, bank or dev), given,
+                                 loader.dataset.image_of)
         words += "; parameters chosen on dev"
     else:
-        parameters = [(corrections.parameters_of(name, **given),) * 2 for name in names]
-    wanted_i2t, wanted_t2i = (list(zip(names, side)) for side in zip(*parameters))
+        tuned = [corrections.Tuned(*(corrections.parameters_of(name, **given),) * 2, None) for name in names]
+    wanted_i2t, wanted_t2i = (list(zip(names, side)) for side in list(zip(*tuned))[:2])
     folds = []
     for (images, captions, image_of), rankings in zip(result.parts(), result.rankings):
         own = images, captions
@@ -238,8 +251,8 @@ def correct(options, result):
         folds.append(corrections.rank_corrected(loaded.similarities(*own), rankings, list(pairs), max(DEPTHS),
                                                 image_of))
     outcome = {}
-    for name, (i2t, t2i), rankings in zip(names, parameters, zip(*folds)):
-        outcome[name] = {"parameters": {"i2t": i2t, "t2i": t2i}, "rankings": rankings,
+    for name, (i2t, t2i, dev_rsum), rankings in zip(names, tuned, zip(*folds)):
+        outcome[name] = {"parameters": {"i2t": i2t, "t2i": t2i}, "dev_rsum": dev_rsum, "rankings": rankings,
                          "metrics": mean_metrics([metrics_of(pair) for pair in rankings]),
                          "hubness": hubness_of_folds(rankings)}
     return words, outcome
@@ -300,7 +313,14 @@ def main(argv=None):
 
 
 def evaluated(options, top):
-    """The Evaluation, its recalls printed; and with --rerank, {way of ranking: its Timed rankings}."""
+    """(The Evaluation with `top` items a query, further entries of the JSON file), printed."""
+    if options.eccv:
+        package = eccv.load_package()
+        result = evaluate(options, options.split, eccv.DEPTH, partial(eccv.coco_ids, package, options.split))
+        found, folds = eccv.figures(package, options.split, result)
+        eccv.print_figures(found, result.metrics, folds)
+        rankings = [ranking._replace(items=ranking.items[:, :top]) for ranking in result.rankings[0]]
+        return result._replace(rankings=[tuple(rankings)]), {"eccv": found, "coco_1k": as_dict(folds)}
     if not options.rerank:
         return evaluate(options, options.split, top), {}
     loaded = load_members(options)
@@ -309,20 +329,18 @@ def evaluated(options, top):
     ways = rank_three_ways(result, options.rerank, top)
     result = result.ranked(list(ways["reranked"].rankings))
     print_evaluation(result)
-    return result, ways
+    figures = {way: (mean_metrics(list(map(metrics_of, timed.rankings))), timed.seconds)
+               for way, timed in ways.items()}
+    print_reranking(options.rerank, figures)
+    return result, {"rerank": {"k": options.rerank, **{way: {**as_dict(metrics), "seconds": seconds}
+                                                       for way, (metrics, seconds) in figures.items()}}}
 
 
 def carry_out(options):
     """Evaluate what the options name."""
     look_at_hubs = options.hubness or options.correction or options.report
-    result, ways = evaluated(options, max(DEPTHS) if look_at_hubs else 1)
-    more, words, outcome = {}, "", {}
-    if ways:
-        figures = {way: (mean_metrics(list(map(metrics_of, timed.rankings))), timed.seconds)
-                   for way, timed in ways.items()}
-        print_reranking(options.rerank, figures)
-        more["rerank"] = {"k": options.rerank, **{way: {**as_dict(metrics), "seconds": seconds}
-                                                  for way, (metrics, seconds) in figures.items()}}
+    result, more = evaluated(options, top=max(DEPTHS) if look_at_hubs or options.save_ranks else 1)
+    words, outcome = "", {}
     if look_at_hubs:
         hubs = hubness_of_folds(result.rankings)
         more["hubness"] = hubness_as_dict(hubs)
@@ -332,10 +350,14 @@ def carry_out(options):
         words, outcome = correct(options, result)
         print_corrections(words, (result.metrics, hubs), outcome)
         more["correction_bank"] = words
-        more["corrections"] = {name: {"parameters": one["parameters"], **as_dict(one["metrics"]),
-                                      "hubness": hubness_as_dict(one["hubness"])} for name, one in outcome.items()}
+        more["corrections"] = {name: {"parameters": one["parameters"], "dev_rsum": one["dev_rsum"],
+                                      **as_dict(one["metrics"]), "hubness": hubness_as_dict(one["hubness"])}
+                               for name, one in outcome.items()}
     if distributed.is_first():
         write_results(options, options.split, result, more)
+    if options.save_ranks and distributed.is_first():
+        intervals.write_ranks(options.save_ranks, [image_of for *_, image_of in result.parts()],
+                              {"": result.rankings, **{name: one["rankings"] for name, one in outcome.items()}})
     if options.report and distributed.is_first():
         report.write_report(options, options.split, result, hubs, words, outcome)
 

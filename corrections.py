@@ -164,17 +164,31 @@ def _where_active(correction, plain, corrected):
                    torch.where(active.unsqueeze(1), corrected.items, plain.items))
 
 
-def tune(names, source, banks, given, image_of=None):
-    """For each method the parameters with the best sum of recalls, one dictionary for each direction: [(i2t's, t2i's)].
+class Tuned(NamedTuple):
+    """The parameters chosen for image to text and text to image, and the rsum that they gave."""
 
-    source and image_of: of the dev split, as for `ranking.rank_shifted`; banks: the sources that `corrections_of` takes
-    for i2t and t2i; given: {parameter: value}, not varied, or None.
-    """
+    i2t: dict
+    t2i: dict
+    rsum: float
+
+
+def candidates(names, given):
+    """[(method, its parameters)]: of each method all that GRIDS has, but for what is `given` and not None."""
     wanted = []
     for name in names:
         grid = {key: values for key, values in GRIDS[name].items() if given.get(key) is None}
         wanted += [(name, parameters_of(name, **{**given, **dict(zip(grid, values))}))
                    for values in itertools.product(*grid.values())]
+    return wanted
+
+
+def tune(names, source, banks, given, image_of=None):
+    """For each method the parameters with the best sum of recalls: a list of `Tuned`.
+
+    source and image_of: of the dev split, as for `ranking.rank_shifted`; banks: the sources that `corrections_of` takes
+    for i2t and t2i; given: {parameter: value}, not varied, or None.
+    """
+    wanted = candidates(names, given)
     corrections = list(zip(*(corrections_of(side, bank, wanted) for side, bank in zip(("i2t", "t2i"), banks))))
     (plain,) = rank_shifted(source, image_of=image_of)
     hits = [[sum(int((ranks < k).sum()) for k in (1, 5, 10)) for ranks in (i2t.ranks.cpu(), t2i.ranks.cpu())]
@@ -182,5 +196,7 @@ def tune(names, source, banks, given, image_of=None):
     best = []
     for name in names:
         own = [place for place, (other, _) in enumerate(wanted) if other == name]
-        best.append(tuple(wanted[max(own, key=lambda place: hits[place][side])][1] for side in (0, 1)))
+        i2t, t2i = (max(own, key=lambda place: hits[place][side]) for side in (0, 1))
+        rsum = 100 * (hits[i2t][0] / source.n_images + hits[t2i][1] / source.n_captions)
+        best.append(Tuned(wanted[i2t][1], wanted[t2i][1], rsum))
     return best

@@ -23,7 +23,7 @@ from images import (  # noqa: F401 (handed on: the family imports them from here
     collate_fn,
     image_transform,
 )
-from pooling import drop_regions, region_lengths
+from pooling import drop_regions, kept_regions, region_lengths
 from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, drop_words, five_each, number_words, seed_for
 
 FULL_IMG_DIM = 4096  # the released default, without effect on raw images
@@ -109,6 +109,14 @@ class PrecompDataset:
         generator = torch.Generator().manual_seed(seed_for(self.drops_regions[1], epoch, REGION_DRAW))
         return torch.rand(len(self), self.images.shape[1], generator=generator)
 
+    def regions_left(self, batches, epoch):
+        """For each batch of caption indices the most regions that an image is left with; None: none are dropped."""
+        draws = self._region_draws(epoch, True)
+        if draws is None:
+            return [None] * len(batches)
+        return [int(kept_regions(self.region_counts[self.row_of[batch]], self.drops_regions[0], draws[batch])
+                    .sum(1).max()) for batch in batches]
+
     def _rows(self, rows, counts=None, draws=None):
         """Feature rows (float32) on the device; from the feature file through pinned memory, without waiting.
 
@@ -192,6 +200,15 @@ def read_ids(path):
             return [line.strip() for line in file.read().rstrip("\n").split("\n")]
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def image_names(dataset, ids_file):
+    """The names of a data set's N images, str: raw images' file names, else what the ids file has, a name or number
+    for each feature row or each caption. Raises InputError where it can't be read."""
+    if hasattr(dataset, "image_files"):
+        return [os.path.basename(path) for path in dataset.image_files]
+    names, first = read_ids(ids_file), torch.searchsorted(dataset.image_of, torch.arange(dataset.n_images))
+    return [names[place] for place in (dataset.row_of[first] if len(names) == len(dataset.images) else first)]
 
 
 def open_features(path):

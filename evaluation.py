@@ -19,14 +19,16 @@ from data import get_test_loader
 from device import choose_device, choose_products
 from ensemble import Ensemble
 from errors import InputError, replacing
+from features import features_of
 from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
 from model import VSE
 from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
-from scan import SCAN, CrossAttention, Words, build
+from scan import SCAN, CrossAttention, Words, build, packed
 from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
 
 FOLDS = 5
+BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
 
 
 # Embedding --------------------------------------------------------------------------------------
@@ -35,31 +37,54 @@ def embed(model, loader, stride=1):
     """A split's embeddings on the model's device: (N, D), each image once, and (C, D), one a caption; of SCAN,
     regions (N, R, D) and `scan.Words`.
 
-    Equal captions are encoded once, so that they get equal embeddings to the bit. With a stride only
-    each so manieth image is taken, with its captions.
+    With a stride only each so manieth image is taken, with its captions.
     """
     model.val_start()
     dataset, batch_size = loader.dataset, loader.batch_size
     n_images = -(-dataset.n_images // stride)
-    part = (0, 1) if isinstance(model, SCAN) else (distributed.rank(), distributed.size())
-    none = torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
     own = [model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() < 4 else batch)[:len(batch)]
-           for batch in dataset.load_images(batch_size, loader.workers, stride, part)]
-    join = (lambda own, *_: torch.cat(own)) if isinstance(model, SCAN) else distributed.gather_batches
-    images = join(own, [len(one) for one in torch.arange(n_images).split(batch_size)], none)
-    chosen = torch.arange(len(dataset))[dataset.image_of % stride == 0]
-    padded = dataset.word_ids.padded(chosen, int(dataset.word_ids.lengths.max()))
+           for batch in dataset.load_images(batch_size, loader.workers, stride, _part())]
+    like = _nothing(model)
+    if isinstance(model, SCAN):
+        like = like.unsqueeze(1).expand(0, dataset.images.shape[1], -1)
+    images = distributed.gather_batches(own, [len(one) for one in torch.arange(n_images).split(batch_size)], like)
+    return images, embed_texts(model, dataset.word_ids, batch_size, dataset.image_of % stride == 0)
+
+
+def embed_texts(model, word_ids, batch_size, chosen=None):
+    """The embeddings (C, D) of `word_ids.WordIds`, or of SCAN `scan.Words`, on the model's device.
+
+    Equal captions are encoded once, so that they get equal embeddings to the bit. chosen: (n,) bool, which to take.
+    """
+    model.val_start()
+    chosen = torch.arange(len(word_ids)) if chosen is None else torch.arange(len(word_ids))[chosen]
+    padded = word_ids.padded(chosen, int(word_ids.lengths.max()))
     padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
     lengths = (padded != 0).sum(1)
     order = by_length(lengths)
-    batches = order.split(batch_size)
-    own = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
-           for batch in batches[part[0]::part[1]]]
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
-    if isinstance(model, SCAN):
-        return images, Words.joined(own, lengths[order], place_of[caption_of])
-    return images, join(own, [len(batch) for batch in batches], none)[place_of[caption_of].to(images.device)]
+    first, distance = _part()
+    batches, of_words = order.split(batch_size), isinstance(model, SCAN)
+    own = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
+           for batch in batches[first::distance]]
+    if of_words:
+        own = [packed(states, lengths[batch]) for states, batch in zip(own, batches[first::distance])]
+    sizes = [int(lengths[batch].sum()) if of_words else len(batch) for batch in batches]
+    texts = distributed.gather_batches(own, sizes, _nothing(model))
+    if of_words:
+        return Words.of(texts, lengths[order])[place_of[caption_of]]
+    return texts[place_of[caption_of].to(texts.device)]
+
+
+def _part():
+    """(the first batch that this process embeds, the distance to the next)."""
+    return distributed.rank(), distributed.size()
+
+
+def _nothing(model):
+    """No embeddings, (0, D), of the model's kind."""
+    return torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
 
 
 def similarity_source(opt, images, captions):
@@ -179,18 +204,21 @@ def mean_metrics(folds):
 def split_loss(images, captions, criterion, batch_size, bank=None, image_of=None):
     """Mean loss over a split's captions in batches of `batch_size`, in file order, as validation logs it.
 
-    image_of: for each caption its image's number; None: equally many captions for each image.
+    image_of: for each caption its image's number; None: equally many captions for each image. Several processes share
+    the batches.
     """
     image_of = image_numbers(image_of, len(images), len(captions)).to(captions.device)
-    batches = torch.arange(len(captions), device=captions.device).split(batch_size)
+    parts = [slice(start, start + batch_size) for start in range(0, len(captions), batch_size)]
+    indices, losses, attention = torch.arange(len(captions), device=captions.device), images.new_zeros(len(parts)), None
     if isinstance(captions, Words):
-        source = CrossAttention(images, captions, criterion.opt)
-        losses = [criterion.of_similarities(source.of(images[image_of[indices]], captions[indices.cpu()]), None, None)
-                  for indices in batches]
-    else:
-        losses = [criterion(images[image_of[indices]], captions[indices], *(bank or (None,) * 3), indices)
-                  for indices in batches]
-    return sum(loss * len(indices) for loss, indices in zip(torch.stack(losses).tolist(), batches)) / len(captions)
+        attention = CrossAttention(images, captions, criterion.opt)
+    for place in range(distributed.rank(), len(parts), distributed.size()):
+        part = parts[place]
+        own = images[image_of[part]], captions[part]
+        losses[place] = criterion.of_similarities(attention.of(*own), None, None) if attention else criterion(
+            *own, *(bank or (None,) * 3), indices[part])
+    distributed.add_up([losses])
+    return sum(loss * len(indices[part]) for loss, part in zip(losses.tolist(), parts)) / len(captions)
 
 
 # A checkpoint's evaluation ----------------------------------------------------------------------
@@ -210,6 +238,8 @@ class Checkpoint(NamedTuple):
     model: VSE
     opt: object
     vocabulary: object
+    path: str = ""
+    features: dict | None = None  # what describes those that it was trained on
 
     @property
     def members(self):
@@ -225,11 +255,14 @@ class Checkpoint(NamedTuple):
         return similarity_source(self.opt, images, captions)
 
     def loader(self, split):
-        """The loader of a split of its data set."""
+        """The loader of a split of its data set; raises InputError where that has features of another kind."""
         opt = self.opt
-        return distributed.machine_by_machine(lambda: get_test_loader(
-            split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size, min(opt.workers, os.cpu_count()),
-            opt))
+
+        def load():
+            features_of(opt.data_path, opt.data_name, self.features, self.path)
+            return get_test_loader(split, opt.data_name, self.vocabulary, opt.crop_size, opt.batch_size,
+                                   min(opt.workers, os.cpu_count()), opt)
+        return distributed.machine_by_machine(load)
 
 
 def load_for_evaluation(opt_eval):
@@ -256,9 +289,18 @@ def load_for_evaluation(opt_eval):
     opt.data_name = data_name
     model = build(opt)
     checkpoint.load_weights(model, content, path)
-    device = choose_device(distributed.device_name(getattr(opt_eval, "device", "auto")))
+    device = choose_device(getattr(opt_eval, "device", "auto"))
     choose_products(device, content.get("float32_products"))
-    return Checkpoint(model.to(device), opt, vocabulary)
+    return Checkpoint(model.to(device), opt, vocabulary, path, content.get("features"))
+
+
+def bank_stride(opt, n_images, limit=None):
+    """Each how manieth image of a split is in the bank by which `corrections` tell hubs.
+
+    limit: so many images at most, evenly spread; 0: all; None: the usual number.
+    """
+    most = BANK_REGION_IMAGES if opt.cross_attn else BANK_IMAGES
+    return -(-n_images // (most if limit is None else limit or n_images))
 
 
 def load_members(opt_eval):
@@ -300,25 +342,29 @@ class Evaluation(NamedTuple):
         return self._replace(rankings=rankings, folds=folds, metrics=mean_metrics(folds))
 
 
-def evaluate(opt_eval, split, top=1):
+def evaluate(opt_eval, split, top=1, check=None):
     """Evaluate a checkpoint, or several as one, on a split and print its recalls; returns the Evaluation, with `top`
     items a query.
 
-    opt_eval: as for `load_members`, and fold5.
+    opt_eval: as for `load_members`, and fold5; check: called with what is loaded and the data set before anything is
+    computed, to refuse them.
     """
     loaded = load_members(opt_eval)
     if loaded.opt.cross_attn and getattr(opt_eval, "save_embeddings", False):
         raise InputError("--save_embeddings is for models with one vector an item, and this one is SCAN, with one for "
                          "each region and word: leave it out")
-    result = embedded(loaded, split, getattr(opt_eval, "fold5", False))
+    result = embedded(loaded, split, getattr(opt_eval, "fold5", False), check)
     result = result.ranked([rank_shifted(loaded.similarities(images, captions), top=top, image_of=image_of)[0]
                             for images, captions, image_of in result.parts()])
     print_evaluation(result)
     return result
 
 
-def embedded(loaded, split, fold5=False):
-    """The Evaluation of a Checkpoint or an Ensemble on a split, its rankings and figures still to come."""
+def embedded(loaded, split, fold5=False, check=None):
+    """The Evaluation of a Checkpoint or an Ensemble on a split, its rankings and figures still to come.
+
+    check: as for `evaluate`.
+    """
     loader, opt, n_folds = loaded.loader(split), loaded.opt, FOLDS if fold5 else 1
     n_images = loader.dataset.n_images
     if n_folds > 1 and not five_each(loader.dataset.image_of):
@@ -328,6 +374,8 @@ def embedded(loaded, split, fold5=False):
         testall = os.path.join(opt.data_path, opt.data_name, "testall_ims.npy")
         hint = "try --split testall" if split != "testall" and os.path.exists(testall) else "leave --fold5 out"
         raise InputError(f"--fold5 needs five equal folds, and split {split} has {n_images} images: {hint}")
+    if check:
+        check(loaded, loader.dataset)
     images, captions = loaded.embed(loader)
     print(f"Images: {len(images)}, Captions: {len(captions)}", file=sys.stderr)
     return Evaluation(loaded, loader.dataset, images, captions, [], [None] * n_folds, None)

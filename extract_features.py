@@ -15,33 +15,27 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-import time
-from datetime import timedelta
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import distributed
 from caption_files import CaptionedPhoto, read_caption_texts, read_photo_captions
 from device import choose_device
 from errors import ArgumentParser, InputError, number, replacing, run_script
-from features import POOLINGS, build_encoder, check_photo, encode, read_features_json, refuse_other
-from images import decode_image, image_path, photo_names
+from features import POOLINGS, build_encoder, read_features_json, refuse_other
+from images import image_path, photo_names
+from photo_blocks import BLOCK_PHOTOS, BLOCKS, encode_blocks, plan_blocks, read_notes, read_rows
 from word_ids import CAPTIONS_PER_IMAGE
 
-BLOCKS = ".blocks"  # below the output folder: what is finished, until all is
-BLOCK_PHOTOS = 256
-AHEAD = 4  # batches a worker decodes ahead
 DEFAULT_SHARE, DEFAULT_MOST = 10, 1000  # dev and test: a tenth of the photos each, and no more than so many
 GALLERY = "gallery"
-MEETING_TIME = timedelta(days=30)  # the processes' shares may take long
+MEETING_TIME = 30 * 24 * 3600  # seconds: the processes' shares may take long
 
 
 def parse_args(argv=None):
@@ -83,22 +77,27 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Make what the flags say, on this process or on all that torchrun has started."""
+    with distributed.session():
+        distributed.wait_at_most(MEETING_TIME)
+        carry_out(parse_args(argv))
+
+
+def carry_out(args):
     """Photos and captions, encoder, blocks of features, files."""
-    args = parse_args(argv)
     photos = find_photos(args)
     check_splits(args, photos)
-    device = choose_device(own_device(args.device))
+    device = choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or every process would hold memory on the first
     encoder = build_encoder(args.encoder, args.encoder_weights, args.pooling, args.regions, args.normalise, device)
     description = {**encoder.description, "dtype": args.dtype, "amp": args.amp}
     check_output(args.output, description)
-    rank, processes = meet_others()
-    with the_only_one(args.output, rank):
+    with the_only_one(args.output):
         blocks = plan_blocks(args, photos, description)
-        encode_blocks(args, photos, blocks, encoder, rank, processes)
-        wait_for_others(processes)
-        if rank == 0:
+        encode_blocks(args, photos, blocks, encoder)
+        distributed.sync()
+        if distributed.is_first():
             write_all(args, photos, blocks, encoder.row_shape, description)
 
 
@@ -123,7 +122,7 @@ def find_photos(args):
     if not captioned:
         raise InputError(f"{args.captions} has no caption of a photo: check --captions, or leave it out for a gallery")
     if len(captioned) < len(photos):
-        tell(f"note: {len(photos) - len(captioned)} photos have no caption and are left out")
+        print(f"note: {len(photos) - len(captioned)} photos have no caption and are left out", file=sys.stderr)
     for photo in captioned:
         image_path(args.images, photo.name, args.captions)
     return captioned
@@ -157,36 +156,10 @@ def draw_splits(args, n):
     return splits.tolist()
 
 
-# One of several processes -----------------------------------------------------------------------
-
-def own_device(name):
-    """--device, with `auto` and `cuda` read as this process's own GPU under torchrun."""
-    if name in ("auto", "cuda") and torch.cuda.device_count() > 1 and "LOCAL_RANK" in os.environ:
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return name
-
-
-def meet_others():
-    """This process's number and how many there are: 0 and 1, but for torchrun."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1
-    try:
-        torch.distributed.init_process_group("gloo", timeout=MEETING_TIME)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot meet ({error}): start "
-                         "them with torchrun") from error
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def wait_for_others(processes):
-    """Return once every process has encoded its share."""
-    if processes > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
+# The output folder ------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def the_only_one(output, rank):
+def the_only_one(output):
     """Keep other runs out of the output folder while the block runs; a killed run's hold is gone with it."""
     path, was_there = os.path.join(output, BLOCKS), os.path.exists(output)
     try:
@@ -195,197 +168,19 @@ def the_only_one(output, rank):
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error.strerror}): name another folder") from error
     try:
-        if rank == 0:
+        if distributed.is_first():
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"another run is writing to {output}: wait for it, or name another folder") from error
+        distributed.sync()
         yield
     finally:
         os.close(folder)
-        if rank == 0:
+        if distributed.is_first():
             for made in [path] if was_there else [path, output]:
                 with contextlib.suppress(OSError):  # only an empty one goes: nothing has come of the run
                     os.rmdir(made)
-
-
-def tell(line):
-    """A line for the person at the keyboard, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
-
-
-# Blocks of features -----------------------------------------------------------------------------
-
-class Block(NamedTuple):
-    """Photos that are encoded and kept together, in a file whose name follows from all that decides its content."""
-
-    path: str
-    first: int
-    end: int
-
-
-def plan_blocks(args, photos, description):
-    """The Blocks of all photos, in order."""
-    made_by = json.dumps(description, sort_keys=True)
-    blocks = []
-    for first in range(0, len(photos), BLOCK_PHOTOS):
-        part = photos[first:first + BLOCK_PHOTOS]
-        facts = [made_by, first, [(photo.name, *file_facts(os.path.join(args.images, photo.name))) for photo in part]]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-        blocks.append(Block(os.path.join(args.output, BLOCKS, f"{digest}.npz"), first, first + len(part)))
-    return blocks
-
-
-def file_facts(path):
-    """A file's size and time of change, by which a changed photo is told."""
-    try:
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
-    except (OSError, ValueError):  # not there; a name that no file can have
-        return ()
-
-
-class Photos(torch.utils.data.Dataset):
-    """Photos, decoded and transformed: (i, tensor, whether it is small) or (i, None, what is wrong with it)."""
-
-    def __init__(self, folder, names, encoder):
-        self.folder, self.names, self.transform = folder, names, encoder.transform
-        self.resize = encoder.description["resize"]
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        name = self.names[index]
-        if "\n" in name or "\r" in name:
-            return index, None, "its name has a line break"
-        try:
-            picture = decode_image(os.path.join(self.folder, name), as_seen=True)
-            check_photo(picture)
-            return index, self.transform(picture), min(picture.size) < self.resize
-        except InputError as error:
-            reason = error.__cause__ or error
-            return index, None, getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-
-
-def collate(items):
-    """Photos' items -> (numbers of the whole ones, tensors (B, ...), how many are small, {number: what is wrong})."""
-    whole = [item for item in items if item[1] is not None]
-    return ([index for index, _, _ in whole], torch.stack([tensor for _, tensor, _ in whole]) if whole else None,
-            sum(small for _, _, small in whole), {index: reason for index, tensor, reason in items if tensor is None})
-
-
-class Part(NamedTuple):
-    """A batch of photos, encoded."""
-
-    numbers: list  # of those that could be read
-    rows: np.ndarray  # (len(numbers), *row_shape) float32
-    small: int
-    broken: dict  # {number: what is wrong}
-
-    @property
-    def photos(self):
-        """How many there were."""
-        return len(self.numbers) + len(self.broken)
-
-
-def encode_blocks(args, photos, blocks, encoder, rank, processes):
-    """Encode those of this process's blocks that are not there yet, each into its file."""
-    mine = [block for block in blocks[rank::processes] if read_notes(block) is None]
-    total = sum(block.end - block.first for block in (blocks if processes == 1 else mine))
-    todo = sum(block.end - block.first for block in mine)
-    loader = load_photos(args, [photo.name for photo in photos], mine, encoder)
-    started, ends = time.monotonic(), []  # (time, photos until then) of each batch
-    with tqdm(total=total, initial=total - todo, unit="photo", disable=None if rank == 0 else True) as bar:
-        for block in mine:
-            parts = []
-            while sum(part.photos for part in parts) < block.end - block.first:
-                parts.append(next_part(loader, encoder, args.amp))
-                bar.update(parts[-1].photos)
-                ends.append((time.monotonic(), (ends[-1][1] if ends else 0) + parts[-1].photos))
-            write_block(block, parts, args, photos)
-    if len(ends) > 1:
-        (first_end, first), (end, encoded) = ends[0], ends[-1]
-        tell(f"{encoded} photos encoded: the first batch took {first_end - started:.1f} s, then "
-             f"{(encoded - first) / (end - first_end):.1f} photos a second")
-
-
-def load_photos(args, names, blocks, encoder):
-    """Batches of the blocks' photos as `collate` makes them, decoded ahead by worker processes."""
-    step = min(args.batch_size, encoder.batch_limit or args.batch_size)
-    batches = [range(start, min(start + step, block.end)) for block in blocks
-               for start in range(block.first, block.end, step)]
-    workers = min(args.workers, len(batches))
-    return iter(torch.utils.data.DataLoader(
-        Photos(args.images, names, encoder), batch_sampler=batches, collate_fn=collate,
-        num_workers=workers, prefetch_factor=AHEAD if workers else None, worker_init_fn=leave_interrupts,
-        pin_memory=encoder.device.type == "cuda"))
-
-
-def leave_interrupts(worker):
-    """Ctrl-C is the first process's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def next_part(loader, encoder, amp):
-    """The next batch, encoded."""
-    try:
-        numbers, pictures, small, broken = next(loader)
-        rows = encode(encoder, pictures, amp).numpy() if numbers else np.empty((0, *encoder.row_shape), np.float32)
-        return Part(numbers, rows, small, broken)
-    except torch.OutOfMemoryError as error:
-        raise InputError("the device's memory does not hold so many photos at once: ask for a smaller --batch_size; "
-                         "called again, it goes on") from error
-    except RuntimeError as error:  # a process's end is told wherever this one is just then
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(f"a process that decodes photos has ended ({str(error).splitlines()[0]}): where memory is "
-                         "short, ask for fewer --workers or a smaller --batch_size; called again, it goes on"
-                         ) from error
-
-
-def write_block(block, parts, args, photos):
-    """Keep a block's features; InputError where they are not finite in the chosen numbers."""
-    numbers = [number for part in parts for number in part.numbers]
-    with np.errstate(over="ignore"):
-        rows = np.concatenate([part.rows for part in parts]).astype(args.dtype)
-    finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
-    if not finite.all():
-        raise InputError(f"photo {photos[numbers[finite.argmin()]].name}: {args.encoder} gives features that are not "
-                         f"finite in {args.dtype}: choose --dtype float32 and --amp off, or other weights")
-    broken = {number: reason for part in parts for number, reason in part.broken.items()}
-    notes = json.dumps({"broken": broken, "small": sum(part.small for part in parts)}).encode()
-    with replacing(block.path) as file:
-        np.savez(file, rows=rows, numbers=np.array(numbers, np.int64), notes=np.frombuffer(notes, np.uint8))
-
-
-class Notes(NamedTuple):
-    """What a block's file holds beside the features."""
-
-    numbers: list  # of the photos that the rows are of
-    broken: dict  # {number: what is wrong with the photo}
-    small: int  # photos smaller than what the encoder resizes to
-
-
-def read_notes(block):
-    """A block's Notes, or None where its file is not there, or torn."""
-    try:
-        with np.load(block.path, allow_pickle=False) as content:
-            notes = json.loads(content["notes"].tobytes())
-            return Notes(content["numbers"].tolist(), {int(n): why for n, why in notes["broken"].items()},
-                         notes["small"])
-    except Exception:  # torn in one of many ways: it is made again
-        return None
-
-
-def read_rows(block):
-    """A block's features; InputError if they are not as they were written."""
-    try:
-        with np.load(block.path, allow_pickle=False) as content:
-            return content["rows"]
-    except Exception as error:
-        raise InputError(f"{block.path} is torn ({error}): delete it, and call again to go on") from error
 
 
 # The data set -----------------------------------------------------------------------------------

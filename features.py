@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from caption_files import read_json
+from caption_files import is_precomputed, read_json
 from errors import InputError, check_regular
 from images import decode_image
 
@@ -177,12 +177,7 @@ def _sample_encoder(pooling, normalised):
         pixels = np.asarray(picture.resize((side, side)))
         return torch.from_numpy(sample_data.standardise(sample_data.describe_pixels(pixels)[None], standard)[0])
 
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in standard)).hexdigest()
-    description = {"format": FORMAT, "encoder": "sample", "weights": "none", "weights_sha256": digest,
-                   "pooling": "pooled", "regions": None, "normalised": normalised,
-                   **Seen(side, side, "bicubic", [], [])._asdict(),
-                   "width": int((standard[1] > sample_data.LEAST_DEVIATION).sum()),
-                   "versions": _versions("numpy", "pillow")}
+    description = {**sample_data.describe_features(standard), "normalised": normalised}
     return Encoder(nn.Identity(), transform, description, torch.device("cpu"))
 
 
@@ -362,6 +357,19 @@ def read_features_json(folder):
     if not os.path.lexists(path):
         return None
     return check_description(read_json(path), path)
+
+
+def features_of(data_path, data_name, model_features=None, model_path=""):
+    """What the features.json of a data set of features says, or None where it has none.
+
+    model_features: the same of the checkpoint at model_path, or None. Raises InputError where both are there, and of
+    different kinds; and as `read_features_json`.
+    """
+    folder = os.path.join(data_path, data_name)
+    found = read_features_json(folder) if is_precomputed(data_name) else None
+    if found and model_features:
+        refuse_other(found, model_features, folder, f"checkpoint {model_path}")
+    return found
 
 
 def check_description(description, source):

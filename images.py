@@ -97,11 +97,12 @@ def _outlive_signals(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
-def decode_image(path, as_seen=False):
+def decode_image(path, as_seen=False, least_side=None):
     """A PIL picture in RGB; raises InputError if it cannot be decoded or is absurdly large (Pillow's limit).
 
     path: of a file, or an open one. as_seen: as a viewer shows it, turned as its EXIF data says, the clear parts
     white, 16-bit greys scaled to 8 bits. The released code does none of this, so data sets of raw images don't, either.
+    least_side: pixels that are enough for both sides; of a JPEG, no more is decoded than that takes.
     """
     from PIL import Image
     if not hasattr(path, "read"):
@@ -110,8 +111,12 @@ def decode_image(path, as_seen=False):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
+                if least_side:
+                    file.draft(None, (least_side, least_side))
                 return _as_seen(file) if as_seen else file.convert("RGB")
     except Exception as error:  # decoders raise many kinds on broken files
+        if hasattr(path, "read"):
+            raise InputError(f"this photo cannot be read ({error}): give another copy of it") from error
         raise InputError(f"image {path} cannot be read ({error}): fetch it again, or leave such images out with "
                          "--skip_broken_images") from error
 
@@ -132,6 +137,18 @@ def _as_seen(picture):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def thumbnail(path, side, as_seen=False):
+    """A photo as the bytes of a JPEG of at most side x side pixels; InputError if it cannot be decoded.
+
+    as_seen: as in `decode_image`.
+    """
+    picture = decode_image(path, as_seen, least_side=2 * side)
+    picture.thumbnail((side, side))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return content.getvalue()
 
 
 def photo_names(folder):

@@ -25,6 +25,12 @@ def region_lengths(images):
     return (images.any(2) * places).amax(1).clamp(min=1)
 
 
+def kept_regions(lengths, rate, draws):
+    """Which regions `drop_regions` keeps: (B, K) bool."""
+    draws = draws.masked_fill(torch.arange(draws.shape[1]) >= lengths.unsqueeze(1), -1)
+    return (draws >= rate) | (draws == draws.amax(1, keepdim=True))
+
+
 def drop_regions(images, lengths, rate, draws):
     """Size augmentation: (B, K, D) regions -> (B, K', D), each region left out with probability `rate`.
 
@@ -32,9 +38,7 @@ def drop_regions(images, lengths, rate, draws):
     lengths: (B,) regions of each image; draws: (B, K) uniform in [0, 1); both on the CPU, so that no GPU is waited for.
     (VSE-infinity's; its own draws are NumPy's, so that any others agree with it in distribution only.)
     """
-    lengths, places = lengths.unsqueeze(1), torch.arange(images.shape[1])
-    draws = draws.masked_fill(places >= lengths, -1)
-    kept = (draws >= rate) | (draws == draws.amax(1, keepdim=True))
+    kept, places = kept_regions(lengths, rate, draws), torch.arange(images.shape[1])
     left = kept.sum(1, keepdim=True)
     order = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :int(left.max())]
     item, order, gone = (x.to(images.device, non_blocking=True) for x in (

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+import distributed
 from loss import cosine_sim, order_sim
 
 TILE_ASPECT = 5  # captions of a tile for each of its images, about
@@ -127,20 +128,29 @@ def rank_shifted(source, shifts=(None,), top=1, image_of=None):
     """As `rank_both_ways` from any source, once for each of `shifts`: None, or (captions' (C,), images' (N,))
     similarities that are taken off those targets' before ranking.
 
-    The similarity matrix is made in tiles that stay in cache and serve all. Raises ValueError where `image_of` does
-    not give each image captions of its own, one beside the other.
+    The similarity matrix is made in tiles that stay in cache and serve all. Of several processes each makes the tiles
+    of its blocks of images, so that all must call this; each has the whole result, that of one process to the bit.
+    Raises ValueError where `image_of` does not give each image captions of its own, one beside the other.
     """
-    tiles = Tiles(source, image_of)
-    own_tiles = [tiles.scores(block, block).clone() for block in range(tiles.count)]
-    tiles.place(own_tiles[0].device)
-    own = torch.cat([scores.gather(0, tiles.own_rows(block)).squeeze(0) for block, scores in enumerate(own_tiles)])
+    tiles, first, processes = Tiles(source, image_of), distributed.rank(), distributed.size()
+    mine = range(first, tiles.count, processes)
+    own_tiles = {block: tiles.scores(block, block).clone() for block in mine or [0]}
+    tiles.place(own_tiles[first if mine else 0].device)
+    own = own_tiles[first if mine else 0].new_zeros(source.n_captions)
+    for block in mine:
+        own[tiles.caption_rows[block]] = own_tiles[block].gather(0, tiles.own_rows(block)).squeeze(0)
+    distributed.add_up([own])
     sides = [_Side(dim, own, tiles, None if shift is None else shift[1 - dim], top)
              for shift in shifts for dim in (1, 0)]  # targets along dim: captions of images, images of captions
-    for i in range(tiles.count):
-        for c in range(tiles.count):
+    for start in range(0, tiles.count, processes):
+        i = start + first
+        for c in range(tiles.count if i < tiles.count else 0):
             scores = own_tiles[i] if i == c else tiles.scores(i, c)
             for side in sides:
                 side.see(scores, i, c)
+        for side in sides:
+            side.meet(range(start, min(start + processes, tiles.count)))
+    distributed.add_up([part for side in sides for part in side.parts()])
     rankings = [side.ranking() for side in sides]
     return list(zip(rankings[::2], rankings[1::2]))
 
@@ -204,7 +214,7 @@ class _Side:
         self.n_targets = n_captions if dim == 1 else n_images
         self.lower = torch.zeros(len(own), dtype=torch.int64, device=own.device)
         self.best = Best(len(own), min(top, self.n_targets), own) if top else None
-        self.buffer = own.new_empty(0)
+        self.buffer, self.found = own.new_empty(0), []
 
     def see(self, scores, image_block, caption_block):
         """Take in a tile (images, captions) of the similarity matrix; it is left as it is."""
@@ -216,12 +226,37 @@ class _Side:
             shift = self.shift[:, captions] if self.dim == 1 else self.shift[images]
             scores = torch.sub(scores, shift, out=buffer)
         if self.best:
-            self.best.update(queries, scores, self.dim, targets.start)
+            found = self.best.among(scores, self.dim, targets.start)
+            if self._shared():
+                self.found.append(found)
+            else:
+                self.best.take(queries, *found)
         # Comparing into floats is several times faster than into bools that are then counted.
         torch.lt(scores, bars, out=buffer)
         if image_block == caption_block:
             buffer.scatter_(0, self.tiles.own_rows(image_block), 1)  # a query's own stand before nothing
         self.lower[queries] += buffer.sum(self.dim).long()
+
+    def _shared(self):
+        """Whether other processes see other targets of the same queries."""
+        return self.dim == 0 and distributed.size() > 1
+
+    def meet(self, blocks):
+        """Take in the best of these blocks of images, of which each process has seen one, in the blocks' order."""
+        if not self.best or not self._shared():
+            return
+        own, self.found = [torch.cat(parts).t() for parts in zip(*self.found)], []
+        rows = [self.tiles.image_rows[block] for block in blocks]
+        sizes = [min(self.best.items.shape[1], row.stop - row.start) for row in rows]
+        like = [kept.new_empty(0, len(kept)) for kept in (self.best.scores, self.best.items)]
+        gathered = [distributed.gather_batches(own[side:side + 1], sizes, like[side]).split(sizes) for side in (0, 1)]
+        for scores, items in zip(*gathered):
+            for captions in self.tiles.caption_rows:
+                self.best.take(captions, scores[:, captions].t(), items[:, captions].t())
+
+    def parts(self):
+        """Counts and items of which each process has some, and zeros in place of the others'."""
+        return [self.lower, self.best.items] if self.best and self.dim == 1 else [self.lower]
 
     def ranking(self):
         """The Ranking, once all tiles were seen."""
@@ -244,13 +279,21 @@ class Best:
 
     def update(self, queries, scores, dim, first):
         """Take in the scores of the slice `queries` and the items from number `first` on, these along `dim`."""
+        self.take(queries, *self.among(scores, dim, first))
+
+    def among(self, scores, dim, first):
+        """The best of these alone: scores and items, (queries, k or all)."""
         k = min(self.items.shape[1], scores.shape[dim])
         if k == 1:  # several times faster than topk
             scores, items = (part.unsqueeze(1) for part in scores.max(dim))
         else:
             scores, items = scores.topk(k, 1) if dim == 1 else _column_topk(scores, k)
+        return scores, items + first
+
+    def take(self, queries, scores, items):
+        """Take in what `among` gave."""
         scores = torch.cat([self.scores[queries], scores], 1)
-        items = torch.cat([self.items[queries], items + first], 1)
+        items = torch.cat([self.items[queries], items], 1)
         self.scores[queries], places = scores.topk(self.items.shape[1], 1)
         self.items[queries] = items.gather(1, places)
 

@@ -11,7 +11,7 @@ import base64
 import io
 import os
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +19,10 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from corrections import in_words
-from data import read_ids
+from data import image_names
 from errors import InputError, replacing
 from hubness import DEPTHS, occurrences
-from images import decode_image
+from images import thumbnail
 
 RESAMPLES, SEED = 1000, 0
 NEGATIVES = 100_000  # wrong pairs whose similarities are drawn, at most
@@ -62,6 +62,7 @@ def write_report(options, split, result, hubs, words, outcome):
         file.write(page)
 
 
+@cache
 def template(name):
     """A page's Jinja2 template. What is put into it gets escaped, and what it lacks is an error."""
     pages = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
@@ -101,7 +102,7 @@ class Items(NamedTuple):
         """An "image" or "caption" by its number as Shown: the photo, else its name; or the caption's text."""
         if kind == "caption":
             return Shown(kind, number, self.captions[number])
-        photo = self.files[number] and thumbnail(self.files[number])
+        photo = self.files[number] and small_photo(self.files[number])
         if not photo:
             return Shown(kind, number, self.names[number])
         caption = self.captions[self.own_captions(number)[0]]
@@ -109,21 +110,17 @@ class Items(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def thumbnail(path):
+def small_photo(path):
     """A photo as a small JPEG in a data URI; None if it cannot be decoded."""
     try:
-        picture = decode_image(path)
+        return data_uri("image/jpeg", thumbnail(path, THUMBNAIL))
     except InputError:
         return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=80)
-    return data_uri("image/jpeg", content)
 
 
 def data_uri(kind, content):
-    """A BytesIO's content as a data URI."""
-    return f"data:{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    """Bytes as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def find_photos(folder, split, result):
@@ -134,11 +131,14 @@ def find_photos(folder, split, result):
     """
     opt, n_images = result.checkpoint.opt, len(result.images)
     if hasattr(result.dataset, "image_files"):
-        return [os.path.basename(path) for path in result.dataset.image_files], result.dataset.image_files
+        return image_names(result.dataset, None), result.dataset.image_files
     ids_split = "dev" if split == "val" else split
     ids_file = os.path.join(opt.data_path, opt.data_name, f"{ids_split}_ids.txt")
+    if folder is not None and not os.path.exists(ids_file):
+        raise InputError(f"{ids_file} is not there: --images needs it, with the file name of each image on a line; "
+                         "add it, or leave --images out")
     try:
-        names = image_names(ids_file, result.dataset)
+        names = image_names(result.dataset, ids_file)
     except InputError:
         if folder is not None:
             raise
@@ -151,15 +151,6 @@ def find_photos(folder, split, result):
         print(f"note: {n_images - files.count(None)} of {n_images} photos are in {folder}; the others' names are shown",
               file=sys.stderr)
     return names, files
-
-
-def image_names(path, dataset):
-    """The file names of the N images of a PrecompDataset; raises InputError where there are none."""
-    if not os.path.exists(path):
-        raise InputError(f"{path} is not there: --images needs it, with the file name of each image on a line; add it, "
-                         "or leave --images out")
-    names, first = read_ids(path), torch.searchsorted(dataset.image_of, torch.arange(dataset.n_images))
-    return [names[place] for place in (dataset.row_of[first] if len(names) == len(dataset.images) else first)]
 
 
 def photo_file(folder, name):
@@ -302,7 +293,7 @@ def plot(values, edges, density=False, **labels):
     if any(map(len, values.values())):
         axes.legend(frameon=False)
     figure.savefig(content, format="png", dpi=160)
-    return data_uri("image/png", content)
+    return data_uri("image/png", content.getvalue())
 
 
 def worst_hubs(items, rankings, counts):

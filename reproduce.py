@@ -1,20 +1,22 @@
-"""The paper's comparison: sum-margin, max-margin, HAL and HAL with the memory bank on one data set.
+"""The paper's comparison: sum-margin, max-margin, HAL and HAL with the memory bank on one data set, VSE or SCAN.
 
     python3 reproduce.py --preset smoke                       # the sample data, minutes
-    python3 reproduce.py --preset f8k --data_path data -- --amp bf16
+    python3 reproduce.py --preset f8k --data_path data
     python3 reproduce.py --preset coco --data_path data --devices cuda:0 cuda:1 cuda:2 cuda:3
+    python3 reproduce.py --preset scan_f30k --data_path data
 
-Each loss gets its own learning rate, the one with the best dev rsum of a first seed after a few epochs, then
-runs over all seeds. Calls train.py and compute_results.py as anyone would. Finished runs are kept: called
-again after a stop, a crash or with more seeds, it goes on where it was. Writes results.json, results.md and
-results.png into --output.
+Every model gets the same number of trials, drawn over its own parameters (learning rate and margin, or learning rate,
+alpha and epsilon, for example). The one with the best dev rsum of a first seed after a few epochs runs over all seeds.
+Calls train.py and compute_results.py as anyone would. Finished runs are kept: called again after a stop, a crash or
+with more seeds, it goes on where it was. Writes results.json, results.md and results.png into --output.
 """
 
+import itertools
 import json
 import os
 import queue
+import random
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -25,61 +27,154 @@ import torch
 
 import distributed
 from errors import ArgumentParser, InputError, number, replacing, run_script
+from results import write_results
 from run_record import lock
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
-BANK = ("--memory_bank --global_alpha 40 --global_beta 40 --global_ep_posi 0.2 --global_ep_nega 0.1 "
-        "--mb_rate 0.05 --mb_k 250").split()
-COCO_HAL = "--local_alpha 30 --local_ep 0.3".split()
-OWN_FLAGS = ("data_path", "vocab_path", "data_name", "num_epochs", "learning_rate", "seed", "logger_name", "resume")
-F30K_HAL = "--local_alpha 60 --local_ep 0.7".split()
+LAYOUT = 2  # of the output folder
+OWN_FLAGS = ("data_path", "vocab_path", "data_name", "num_epochs", "seed", "logger_name", "resume", "amp")
+BANK = ("--memory_bank --global_alpha 40 --global_beta 40 --global_ep_posi 0.2 --global_ep_nega 0.1").split()
+
+
+class Model(NamedTuple):
+    """What is trained: train.py's flags, and those that trials are drawn over, each with its values.
+
+    The first values make the first trial.
+    """
+
+    flags: tuple
+    tried: dict
 
 
 class Preset(NamedTuple):
-    """A data set and how the losses are compared on it; `hal` are the local loss' flags, `train` those of all runs."""
+    """A data set and what is compared on it; `train`: the flags of all runs."""
 
     data_name: str
-    hal: list
+    models: dict  # {name, which serves as a folder: Model}
+    ensembles: dict = {}  # {name: names of models whose similarities are averaged}
     batch_size: int = 128
     num_epochs: int = 13
     lr_update: int = 8
+    trials: int = 8
     pilot_epochs: int = 2
-    learning_rates: tuple = (0.0002, 0.0005, 0.001, 0.002)
     seeds: tuple = (0, 1, 2)
     train: tuple = ()
-    max_margin: tuple = ()
     tests: dict = {"test": ["--split", "test"]}
 
 
+def vse(rates, alphas, epsilons, max_margin=(), base=()):
+    """The paper's four losses on VSE++'s model; max_margin: flags that this loss needs to get going, base: of all."""
+    margin = {"learning_rate": rates, "margin": (0.2, 0.1, 0.15, 0.3)}
+    hal = {"learning_rate": rates, "local_alpha": alphas, "local_ep": epsilons}
+    return {"sum-margin": Model((*base, "--sum_violation"), margin),
+            "max-margin": Model((*base, "--max_violation", *max_margin), margin),
+            "HAL": Model(tuple(base), hal),
+            "HAL+bank": Model((*base, *BANK), {**hal, "mb_rate": (0.05, 0.1, 0.2), "mb_k": (250, 50)})}
+
+
+def scan(rates, alphas, epsilons, max_margin=()):
+    """Max-margin and HAL on SCAN, both ways: i-t AVG and t-i LogSumExp, its better settings in its paper."""
+    ways = {"i2t": ("--cross_attn", "i2t", "--agg_func", "Mean", "--lambda_softmax", "4", "--bi_gru"),
+            "t2i": ("--cross_attn", "t2i", "--agg_func", "LogSumExp", "--lambda_lse", "6", "--lambda_softmax", "9",
+                    "--bi_gru")}
+    models = {}
+    for way, flags in ways.items():
+        models[f"SCAN {way} max-margin"] = Model((*flags, "--max_violation", *max_margin),
+                                                 {"learning_rate": rates, "margin": (0.2, 0.1, 0.3)})
+        models[f"SCAN {way} HAL"] = Model(flags, {"learning_rate": rates, "local_alpha": alphas,
+                                                  "local_ep": epsilons})
+    return models
+
+
+SCAN_ENSEMBLES = {f"SCAN {loss}, both": tuple(f"SCAN {way} {loss}" for way in ("i2t", "t2i"))
+                  for loss in ("max-margin", "HAL")}
+
+
+def regions(rates, alphas, epsilons, max_margin=()):
+    """Max-margin, HAL and HAL with the bank on vectors pooled from regions: mean, max and GPO."""
+    return {f"{pooling} {loss}": model for pooling in ("mean", "max", "gpo")
+            for loss, model in vse(rates, alphas, epsilons, max_margin, ("--image_pooling", pooling)).items()
+            if loss != "sum-margin"}
+
+
+def ablations(rate, alphas, epsilons, max_margin):
+    """HAL over its parameters, the bank over its own, the batch, and bf16: each model has one setting."""
+    def hal(alpha, epsilon, **more):
+        return {"learning_rate": (rate,), "local_alpha": (alpha,), "local_ep": (epsilon,),
+                **{name: (value,) for name, value in more.items()}}
+
+    usual = hal(30, 0.3)
+    models = {f"HAL alpha {alpha} epsilon {epsilon}": Model((), hal(alpha, epsilon))
+              for alpha in alphas for epsilon in epsilons}
+    models |= {f"HAL+bank rate {share} k {k}": Model(tuple(BANK), hal(30, 0.3, mb_rate=share, mb_k=k))
+               for share in (0.05, 0.2) for k in (50, 250)}
+    models |= {f"HAL batch {size}": Model((), hal(30, 0.3, batch_size=size)) for size in (64, 256)}
+    margin = {"learning_rate": (rate,), "margin": (0.2,)}
+    return models | {"sum-margin bf16": Model(("--sum_violation", "--amp", "bf16"), margin),
+                     "max-margin bf16": Model(("--max_violation", *max_margin, "--amp", "bf16"), margin),
+                     "HAL bf16": Model(("--amp", "bf16"), usual),
+                     "HAL+bank bf16": Model((*BANK, "--amp", "bf16"), hal(30, 0.3, mb_rate=0.05, mb_k=250))}
+
+
+COCO_TESTS = {"5K": ["--split", "testall"], "1K": ["--split", "testall", "--fold5"]}
+RATES, F8K_RATES, SCAN_RATES = (0.0005, 0.001, 0.0002, 0.002), (0.004, 0.002, 0.001, 0.008), (0.0005, 0.001, 0.0002)
+# Alphas and epsilons around the paper's, which come first: COCO's are 30 and 0.3, Flickr30k's 60 and 0.7.
+COCO_HAL, F30K_HAL = ((30, 20, 45), (0.3, 0.2, 0.4)), ((60, 40, 30), (0.7, 0.5, 0.3))
+# On Flickr8k all need the learning rate's warm-up, and max-margin, which would stay at its trivial loss for epochs,
+# an epoch of sum-margin.
+WARM, FIRST_SUM = ("--lr_warmup_steps", "100"), ("--warmup_epochs", "1")
 PRESETS = {
-    "coco": Preset("coco_precomp", COCO_HAL, batch_size=512,
-                   tests={"5K": ["--split", "testall"], "1K": ["--split", "testall", "--fold5"]}),
-    "f30k": Preset("f30k_precomp", F30K_HAL),
-    # HAL's loss as for COCO, which does better here than Flickr30k's; it needs the warm-up, so all losses get it.
-    # Max-margin stays at its trivial loss for epochs unless sum-margin begins.
-    "f8k": Preset("f8k_precomp", COCO_HAL, num_epochs=8, lr_update=5, learning_rates=(0.001, 0.002, 0.004, 0.008),
-                  train=("--lr_warmup_steps", "100"), max_margin=("--warmup_epochs", "1")),
-    "smoke": Preset("sample_precomp", F30K_HAL, num_epochs=2, pilot_epochs=1, learning_rates=(0.0005, 0.001),
+    "coco": Preset("coco_precomp", vse(RATES, *COCO_HAL), batch_size=512, tests=COCO_TESTS),
+    "f30k": Preset("f30k_precomp", vse(RATES, *F30K_HAL)),
+    "f8k": Preset("f8k_precomp", vse(F8K_RATES, *COCO_HAL, FIRST_SUM), num_epochs=8, lr_update=5, train=WARM,
+                  seeds=(0, 1, 2, 3, 4)),
+    "ablations_f8k": Preset("f8k_precomp", ablations(0.004, (15, 30, 60), (0.1, 0.3, 0.5, 0.7), FIRST_SUM),
+                            num_epochs=8, lr_update=5, trials=1, seeds=(0, 1), train=WARM),
+    "scan_coco": Preset("coco_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=20, lr_update=10,
+                        trials=4, tests=COCO_TESTS),
+    "scan_f30k": Preset("f30k_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=30, lr_update=15,
+                        trials=4),
+    "scan_f8k": Preset("f8k_grid_precomp", scan((0.001, 0.0005, 0.002), *COCO_HAL, FIRST_SUM), SCAN_ENSEMBLES,
+                       num_epochs=5, lr_update=4, trials=4, seeds=(0, 1), train=WARM),
+    "regions_coco": Preset("coco_precomp", regions(RATES, *COCO_HAL), num_epochs=25, lr_update=15, trials=4,
+                           tests=COCO_TESTS),
+    "regions_f30k": Preset("f30k_precomp", regions(RATES, *F30K_HAL), num_epochs=25, lr_update=15, trials=4),
+    "regions_f8k": Preset("f8k_grid_precomp", regions(F8K_RATES, *COCO_HAL, FIRST_SUM), num_epochs=8, lr_update=5,
+                          trials=4, seeds=(0, 1), train=WARM),
+    "smoke": Preset("sample_precomp", vse((0.001, 0.0005), *F30K_HAL), num_epochs=2, trials=2, pilot_epochs=1,
                     seeds=(0, 1), train=("--embed_size", "64")),
 }
 
 
-def losses(preset):
-    """{name: train.py's flags}; names serve as folders."""
-    return {"sum-margin": ["--sum_violation"], "max-margin": ["--max_violation", *preset.max_margin],
-            "HAL": list(preset.hal), "HAL+bank": [*preset.hal, *BANK]}
+def trials_of(tried, count):
+    """`count` different settings [{flag: value}], the same every time: the first values, then others at random.
+
+    Raises InputError where there are not so many.
+    """
+    first, *others = [dict(zip(tried, values)) for values in itertools.product(*tried.values())]
+    if count > 1 + len(others):
+        raise InputError(f"--trials {count}: {', '.join(tried)} have {1 + len(others)} settings in all: give fewer")
+    return [first, *random.Random(0).sample(others, count - 1)]
+
+
+def setting_name(setting):
+    """A setting as a folder's name begins."""
+    return "_".join(f"{name}{value:g}" for name, value in setting.items()).replace("learning_rate", "lr")
 
 
 def parse_args(argv=None):
     """The script's flags; what is not given comes from the preset."""
     parser = ArgumentParser("Compare sum-margin, max-margin, HAL and HAL with the memory bank.")
     what = parser.add_argument_group("what to compare")
-    what.add_argument("--preset", required=True, choices=PRESETS, help="data set, schedule and HAL's parameters")
-    what.add_argument("--losses", nargs="+", choices=losses(PRESETS["smoke"]), help="only these (default: all)")
-    what.add_argument("--seeds", nargs="+", type=number(int, 0), help="the first one chooses the learning rates")
-    what.add_argument("--learning_rates", nargs="+", type=number(float, 0, low_allowed=False), help="to choose from")
-    what.add_argument("--pilot_epochs", type=number(int, 1), help="epochs after which the learning rate is chosen")
+    what.add_argument("--preset", required=True, choices=PRESETS, help="data set, models, schedule and what is tried")
+    what.add_argument("--losses", nargs="+", metavar="NAME", help="only these of its models (default: all)")
+    what.add_argument("--seeds", nargs="+", type=number(int, 0), help="the first one is that of the trials")
+    what.add_argument("--trials", type=number(int, 1), help="settings tried for each model")
+    what.add_argument("--learning_rates", nargs="+", type=number(float, 0, low_allowed=False),
+                      help="in place of the preset's, for all models")
+    what.add_argument("--pilot_epochs", type=number(int, 1), help="epochs after which a setting is chosen")
     what.add_argument("--num_epochs", type=number(int, 1), help="epochs of a run")
+    what.add_argument("--amp", default="off", choices=["off", "bf16"], help="train.py's, for all runs")
     what.add_argument("train_flags", nargs="*", default=[], help="after --: more flags for every train.py")
     where = parser.add_argument_group("where")
     where.add_argument("--data_path", default="data", help="folder that holds the data sets")
@@ -95,14 +190,20 @@ def parse_args(argv=None):
 
 
 def complete(opt):
-    """Fill in, from the preset and the machine, what is not given."""
+    """Fill in, from the preset and the machine, what is not given: `models` {name: Model} among it."""
     preset = PRESETS[opt.preset]
-    for name in ("seeds", "learning_rates", "pilot_epochs", "num_epochs"):
+    for name in ("seeds", "trials", "pilot_epochs", "num_epochs"):
         if getattr(opt, name) is None:
             setattr(opt, name, getattr(preset, name))
     opt.devices = opt.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["auto"]
-    opt.losses = opt.losses or list(losses(preset))
-    opt.seeds, opt.learning_rates = list(dict.fromkeys(opt.seeds)), list(dict.fromkeys(opt.learning_rates))
+    opt.seeds = list(dict.fromkeys(opt.seeds))
+    for name in opt.losses or ():
+        if name not in preset.models:
+            raise InputError(f"--losses {name!r} is not one of {opt.preset}'s: {', '.join(map(repr, preset.models))}")
+    rates = {"learning_rate": tuple(dict.fromkeys(opt.learning_rates))} if opt.learning_rates else {}
+    opt.models = {name: Model(flags, {**tried, **rates}) for name, (flags, tried) in preset.models.items()
+                  if name in (opt.losses or preset.models)}
+    opt.settings = {name: trials_of(tried, opt.trials) for name, (_, tried) in opt.models.items()}
     opt.output = os.path.abspath(opt.output or os.path.join("runs", f"reproduce_{opt.preset}"))
 
 
@@ -110,8 +211,10 @@ def check_flags(opt):
     """Raise InputError for flags that do not go together."""
     if opt.pilot_epochs > opt.num_epochs:
         raise InputError(f"--pilot_epochs {opt.pilot_epochs} is more than --num_epochs {opt.num_epochs}: give fewer")
+    models = PRESETS[opt.preset].models.values()
     own = {"-h", "--help", "--device", *(f"--{name}" for name in OWN_FLAGS),
-           *(flag for flags in losses(PRESETS[opt.preset]).values() for flag in flags if flag.startswith("--"))}
+           *(flag for model in models for flag in model.flags if flag.startswith("--")),
+           *(f"--{name}" for model in models for name in model.tried)}
     for flag in opt.train_flags:
         if flag.split("=")[0] in own:
             raise InputError(f"{flag.split('=')[0]} after -- is what this script decides for each run: leave it "
@@ -179,7 +282,12 @@ class Calls:
 
     def map(self, function, items):
         """[function(item)], several at a time; the first error stops everything."""
-        futures = [self.pool.submit(function, *item) for item in items]
+        def unless_stopped(*item):
+            if self.signal:
+                raise Stopped
+            return function(*item)
+
+        futures = [self.pool.submit(unless_stopped, *item) for item in items]
         try:
             return [future.result() for future in futures]
         except BaseException as error:
@@ -219,29 +327,30 @@ class Comparison:
     def __init__(self, opt, calls):
         self.opt, self.calls, self.preset = opt, calls, PRESETS[opt.preset]
 
-    def folder(self, loss, lr, seed):
-        """A run's folder: the trial of a learning rate is the beginning of the run with the same seed."""
-        return os.path.join(self.opt.output, loss, f"lr{lr}_seed{seed}")
+    def folder(self, model, trial, seed):
+        """A run's folder: a trial of a setting is the beginning of the run with the same seed."""
+        return os.path.join(self.opt.output, model, f"{setting_name(self.opt.settings[model][trial])}_seed{seed}")
 
-    def train(self, loss, lr, seed, epochs):
+    def train(self, model, trial, seed, epochs):
         """Train up to `epochs`; returns None, or why it could not be trained to the end (collapse, for example)."""
-        opt, preset, folder = self.opt, self.preset, self.folder(loss, lr, seed)
-        before = self.record(folder)
+        opt, preset, folder = self.opt, self.preset, self.folder(model, trial, seed)
+        before, name = self.record(folder), f"{model}, {setting_name(opt.settings[model][trial])}, seed {seed}"
         if before.get("outcome") == "finished" and before["epochs"] >= epochs:
             return None
         flags = {"data_path": os.path.abspath(opt.data_path), "vocab_path": os.path.abspath(opt.vocab_path),
                  "data_name": preset.data_name, "batch_size": preset.batch_size, "lr_update": preset.lr_update,
-                 "num_epochs": epochs, "learning_rate": lr, "seed": seed, "logger_name": folder, "resume": "auto"}
-        flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        print(f"{loss}, learning rate {lr:g}, seed {seed}: training to epoch {epochs}", file=sys.stderr)
-        status, why = self.calls.script("train.py", [*flags, *losses(preset)[loss], *preset.train, *opt.train_flags],
-                                        folder, "train.log")
+                 "num_epochs": epochs, "seed": seed, "logger_name": folder, "resume": "auto", "amp": opt.amp,
+                 **opt.settings[model][trial]}
+        flags = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+        print(f"{name}: training to epoch {epochs}", file=sys.stderr)
+        status, why = self.calls.script("train.py", [*flags, *opt.models[model].flags, *preset.train,
+                                                     *opt.train_flags], folder, "train.log")
         if status == 0:
             return None
         after = self.record(folder)
         if after.get("outcome") != "gave up" or after == before:  # not the loss' fault
-            raise InputError(f"{loss}, learning rate {lr:g}, seed {seed}: {why}")
-        print(f"{loss}, learning rate {lr:g}, seed {seed}: {why}", file=sys.stderr)
+            raise InputError(f"{name}: {why}")
+        print(f"{name}: {why}", file=sys.stderr)
         return why
 
     def record(self, folder):
@@ -249,51 +358,71 @@ class Comparison:
         record = read_json(os.path.join(folder, "run.json"), "result", "end")
         return {**record["result"], "end": record["end"]} if record.get("result") else {}
 
-    def trial(self, loss, lr):
+    def trial(self, model, trial):
         """The best dev rsum of the first epochs; None where training failed."""
         opt, seed = self.opt, self.opt.seeds[0]
-        if self.train(loss, lr, seed, opt.pilot_epochs):
+        if self.train(model, trial, seed, opt.pilot_epochs):
             return None
-        path = os.path.join(self.folder(loss, lr, seed), "log.jsonl")
+        return max(epoch["rsum"] for epoch in self.epochs(model, trial, seed, least=1)[:opt.pilot_epochs])
+
+    def epochs(self, model, trial, seed, least=0):
+        """What a run's validation gave after each of its epochs, `least` of them or more: [{"rsum", ...}, ...]."""
+        path = os.path.join(self.folder(model, trial, seed), "log.jsonl")
+        names = ("rsum", "i2t_n10_skewness", "t2i_n10_skewness")
         try:
             with open(path, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file]
-            return max(line["rsum"] for line in lines
-                       if line["kind"] == "validation" and line["epoch"] < opt.pilot_epochs)
+            last = {line["epoch"]: {name: line[name] for name in names} for line in lines
+                    if line["kind"] == "validation"}
+            if len(last) < least:
+                raise ValueError("it has no validation")
+            return [last[epoch] for epoch in range(len(last))]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({error}): delete its folder, and the run is made anew") from error
 
     def choose(self):
-        """{loss: {learning rate: dev rsum}}, {loss: the best one}."""
+        """{model: [dev rsum of each trial, or None]}, {model: the number of the best one}."""
         opt = self.opt
-        pairs = [(loss, lr) for loss in opt.losses for lr in opt.learning_rates]
+        pairs = [(model, trial) for model in opt.models for trial in range(opt.trials)]
         tried = dict(zip(pairs, self.calls.map(self.trial, pairs)))
-        trials = {loss: {lr: tried[loss, lr] for lr in opt.learning_rates} for loss in opt.losses}
-        for loss, rsums in trials.items():
-            if all(rsum is None for rsum in rsums.values()):
-                raise InputError(f"{loss} could not be trained with any of --learning_rates "
-                                 f"{' '.join(f'{lr:g}' for lr in rsums)} (see {os.path.join(opt.output, loss)}): try "
-                                 "lower ones, or -- --lr_warmup_steps 100")
-        return trials, {loss: max((lr for lr in rsums if rsums[lr] is not None), key=rsums.get)
-                        for loss, rsums in trials.items()}
+        trials = {model: [tried[model, trial] for trial in range(opt.trials)] for model in opt.models}
+        for model, rsums in trials.items():
+            if all(rsum is None for rsum in rsums):
+                raise InputError(f"{model} could not be trained with any of its settings "
+                                 f"{', '.join(map(setting_name, opt.settings[model]))} (see "
+                                 f"{os.path.join(opt.output, model)}): try lower --learning_rates, or -- "
+                                 "--lr_warmup_steps 100")
+        return trials, {model: max((i for i, rsum in enumerate(rsums) if rsum is not None), key=rsums.__getitem__)
+                        for model, rsums in trials.items()}
 
-    def run(self, loss, lr, seed):
+    def run(self, model, trial, seed):
         """Train to the end and test; returns {test's name: compute_results.py's figures} or {"failed": why}."""
-        why = self.train(loss, lr, seed, self.opt.num_epochs)
+        why = self.train(model, trial, seed, self.opt.num_epochs)
         if why:
             return {"failed": why}
-        folder, figures = self.folder(loss, lr, seed), {}
-        for name, flags in self.preset.tests.items():
-            path = os.path.join(folder, f"{name}.json")
-            if not os.path.exists(path):
-                flags = [*flags, "--model_path", os.path.join(folder, "model_best.pth.tar"), "--hubness",
-                         "--data_path", os.path.abspath(self.opt.data_path), "--save_json", path]
-                status, why = self.calls.script("compute_results.py", flags, folder, f"{name}.log")
+        folder = self.folder(model, trial, seed)
+        return self.test(f"{model}, seed {seed}", folder, [os.path.join(folder, "model_best.pth.tar")])
+
+    def ensemble(self, name, chosen, seed):
+        """As `run` gives it, of the ensemble of this seed's models, which have been trained."""
+        members = [os.path.join(self.folder(model, chosen[model], seed), "model_best.pth.tar")
+                   for model in self.preset.ensembles[name]]
+        return self.test(f"{name}, seed {seed}", os.path.join(self.opt.output, name, f"seed{seed}"), members)
+
+    def test(self, name, folder, checkpoints):
+        """{test's name: compute_results.py's figures} of one checkpoint or an ensemble; the files go to `folder`."""
+        figures = {}
+        for test, flags in self.preset.tests.items():
+            path, ranks = (os.path.join(folder, f"{test}.{ending}") for ending in ("json", "npz"))
+            if not os.path.exists(path) or not os.path.exists(ranks):
+                flags = [*flags, "--model_path", *checkpoints, "--hubness", "--correction", "all", "--tune_correction",
+                         "--data_path", os.path.abspath(self.opt.data_path), "--save_json", path, "--save_ranks", ranks]
+                status, why = self.calls.script("compute_results.py", flags, folder, f"{test}.log")
                 if status:
-                    raise InputError(f"{loss}, seed {seed}: {why}")
-            figures[name] = read_json(path, "i2t", "t2i", "rsum", "hubness")
-        print(f"{loss}, seed {seed}: " + ", ".join(f"{name} rsum {f['rsum']:.1f}" for name, f in figures.items()),
-              file=sys.stderr)
+                    raise InputError(f"{name}: {why}")
+            figures[test] = {**read_json(path, "i2t", "t2i", "rsum", "hubness", "corrections"),
+                             "ranks": os.path.relpath(ranks, self.opt.output)}
+        print(f"{name}: " + ", ".join(f"{test} rsum {f['rsum']:.1f}" for test, f in figures.items()), file=sys.stderr)
         return figures
 
 
@@ -301,86 +430,26 @@ def check_settings(opt):
     """Raise InputError where the output folder holds runs made otherwise."""
     path = os.path.join(opt.output, "settings.json")
     preset = PRESETS[opt.preset]
-    wanted = {"preset": opt.preset, "data_path": os.path.abspath(opt.data_path), "num_epochs": opt.num_epochs,
-              "pilot_epochs": opt.pilot_epochs, "first_seed": opt.seeds[0], "losses": losses(preset),
-              "train_flags": [*preset.train, *opt.train_flags]}
+    wanted = {"layout": LAYOUT, "preset": opt.preset, "data_path": os.path.abspath(opt.data_path), "amp": opt.amp,
+              "num_epochs": opt.num_epochs, "pilot_epochs": opt.pilot_epochs, "first_seed": opt.seeds[0],
+              "trials": opt.trials, "train_flags": [*preset.train, *opt.train_flags]}
+    own = {model: {"flags": list(flags), "settings": opt.settings[model]} for model, (flags, _) in opt.models.items()}
     found = read_json(path)
-    if not found:
+    if found and found.get("layout") != LAYOUT:
+        raise InputError(f"{opt.output} holds results of an older layout, whose models had other trials: name another "
+                         "--output, or delete it")
+    other = {name: found[name] for name in wanted if found and found.get(name) != wanted[name]}
+    other |= {model: found["models"][model] for model in own if found and found["models"].get(model, own[model])
+              != own[model]}
+    if other:
+        raise InputError(f"{opt.output} holds runs with other {', '.join(other)} ("
+                         + ", ".join(f"{then}, not {wanted.get(name, own.get(name))}" for name, then in other.items())
+                         + "): give the same, or another --output")
+    wanted["models"] = {**found.get("models", {}), **own}
+    if found != wanted:
         with replacing(path, "w", encoding="utf-8") as file:
             json.dump(wanted, file, indent=1)
-    elif found != wanted:
-        names = [name for name in wanted if found.get(name) != wanted[name]]
-        raise InputError(f"{opt.output} holds runs with other {', '.join(names)} ("
-                         + ", ".join(f"{found.get(name)}, not {wanted[name]}" for name in names)
-                         + "): give the same, or another --output")
-    return wanted
-
-
-# Results ----------------------------------------------------------------------------------------
-
-FIGURES = {  # the table's columns, from compute_results.py's JSON
-    **{f"{side} R@{k}": (lambda f, side=side, k=k: f[side][f"r{k}"]) for side in ("i2t", "t2i") for k in (1, 5, 10)},
-    "rsum": lambda f: f["rsum"],
-    **{f"{side} N10 skewness": (lambda f, side=side: f["hubness"][side]["10"]["skewness"]) for side in ("i2t", "t2i")},
-    **{f"{side} anti-hubs %": (lambda f, side=side: 100 * f["hubness"][side]["10"]["anti_hubs"])
-       for side in ("i2t", "t2i")},
-}
-
-
-def summary(runs, test):
-    """{loss: {figure: [value of each seed that was trained]}}."""
-    return {loss: {name: [pick(figures[test]) for figures in seeds.values() if "failed" not in figures]
-                   for name, pick in FIGURES.items()} for loss, seeds in runs.items()}
-
-
-def mean_and_deviation(values):
-    """"mean ± sample standard deviation" over the seeds; "-" for none."""
-    if not values:
-        return "-"
-    digits = 1 if max(map(abs, values)) >= 10 else 2
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def markdown(opt, results):
-    """The tables of results.json, and what they are of."""
-    lines = []
-    for test, losses_ in results["summary"].items():
-        lines += [f"{PRESETS[opt.preset].data_name}, {test}, {opt.num_epochs} epochs, seeds "
-                  f"{', '.join(map(str, opt.seeds))}: mean ± standard deviation", "",
-                  "| loss | learning rate | " + " | ".join(FIGURES) + " |", "|---" * (len(FIGURES) + 2) + "|"]
-        for loss, figures in losses_.items():
-            failed = sum("failed" in run for run in results["runs"][loss].values())
-            name = loss + (f" ({failed} of {len(opt.seeds)} seeds failed)" if failed else "")
-            cells = [name, f"{results['learning_rates'][loss]:g}", *map(mean_and_deviation, figures.values())]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(path, results):
-    """rsum and N_10's skewness of every run, one row a test."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = ("rsum", "i2t N10 skewness", "t2i N10 skewness")
-    figure, axes = pyplot.subplots(len(results["summary"]), len(panels), figsize=(12, 3.4 * len(results["summary"])),
-                                   squeeze=False, layout="constrained")
-    for row, (test, losses_) in zip(axes, results["summary"].items()):
-        for axis, panel in zip(row, panels):
-            for place, figures in enumerate(losses_.values()):
-                values = figures[panel]
-                axis.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
-                if values:
-                    axis.hlines(statistics.mean(values), place - 0.25, place + 0.25, color=f"C{place}", linewidth=2)
-            axis.set_xticks(range(len(losses_)), losses_, fontsize=8)
-            axis.set_xlim(-0.6, len(losses_) - 0.4)
-            axis.set_title(f"{test}: {panel}", fontsize=10)
-            axis.grid(axis="y", alpha=0.3)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
+    return {**wanted, "models": own}
 
 
 def main(argv=None):
@@ -394,28 +463,36 @@ def main(argv=None):
 
 
 def compare(opt):
-    """Choose learning rates, run all seeds, write the results."""
+    """Choose settings, run all seeds, write the results."""
     settings, calls = check_settings(opt), Calls(opt.devices)
     for number_ in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number_, calls.stop)
-    comparison = Comparison(opt, calls)
     try:
-        trials, chosen = comparison.choose()
-        cells = [(loss, chosen[loss], seed) for loss in opt.losses for seed in opt.seeds]
-        figures = dict(zip(cells, calls.map(comparison.run, cells)))
+        results = {"settings": settings, "data_name": PRESETS[opt.preset].data_name, "seeds": opt.seeds,
+                   **run_all(opt, Comparison(opt, calls))}
     except Stopped:
         print("Stopped. The same command goes on.", file=sys.stderr)
         sys.exit(128 + calls.signal)
-    runs = {loss: {seed: figures[loss, chosen[loss], seed] for seed in opt.seeds} for loss in opt.losses}
-    results = {"settings": settings, "learning_rate_trials": trials, "learning_rates": chosen, "runs": runs,
-               "summary": {test: summary(runs, test) for test in PRESETS[opt.preset].tests}}
-    with replacing(os.path.join(opt.output, "results.json"), "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1)
-    table = markdown(opt, results)
-    with replacing(os.path.join(opt.output, "results.md"), "w", encoding="utf-8") as file:
-        file.write(table)
-    print(table)
-    plot(os.path.join(opt.output, "results.png"), results)
+    write_results(opt.output, results)
+
+
+def run_all(opt, comparison):
+    """The trials, what they chose, and {model or ensemble: {seed: figures}}."""
+    rsums, chosen = comparison.choose()
+    cells = [(model, chosen[model], seed) for model in opt.models for seed in opt.seeds]
+    figures = dict(zip(cells, comparison.calls.map(comparison.run, cells)))
+    runs = {model: {seed: figures[model, chosen[model], seed] for seed in opt.seeds} for model in opt.models}
+    for name, members in comparison.preset.ensembles.items():
+        if set(members) <= set(opt.models):
+            whole = [seed for seed in opt.seeds if not any("failed" in runs[member][seed] for member in members)]
+            tested = comparison.calls.map(comparison.ensemble, [(name, chosen, seed) for seed in whole])
+            runs[name] = {seed: {"failed": "a member failed"} for seed in opt.seeds} | dict(zip(whole, tested))
+    epochs = {model: {seed: comparison.epochs(model, chosen[model], seed) for seed in opt.seeds
+                      if "failed" not in runs[model][seed]} for model in opt.models}
+    trials = {model: [{"setting": setting, "dev_rsum": rsum} for setting, rsum in zip(settings, rsums[model])]
+              for model, settings in opt.settings.items()}
+    return {"trials": trials, "chosen": {model: opt.settings[model][trial] for model, trial in chosen.items()},
+            "epochs": epochs, "runs": runs}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ comes from one `random.Random`, and pixels and features are computed so that mac
 """
 
 import argparse
+import hashlib
+import importlib.metadata
 import itertools
 import json
 import random
@@ -350,13 +352,14 @@ def describe_pixels(pixels):
 
 
 def compute_features(examples):
-    """(n_examples, width) float32, rows of length one: descriptions, standardised over the training split.
+    """(n_examples, width) float32, rows of length one: descriptions, standardised over the training split; and by what.
 
     Uncentred, all pictures would look alike to a new model, and HAL does not draw a pair together whose
     similarity is negative. Sums are taken over integers only, so that their order does not matter.
     """
     descriptions = np.stack([describe_pixels(example.pixels) for example in examples])
-    return standardise(descriptions, standard(descriptions[[example.split == "train" for example in examples]]))
+    own = standard(descriptions[[example.split == "train" for example in examples]])
+    return standardise(descriptions, own), own
 
 
 def standard(descriptions):
@@ -375,6 +378,15 @@ def standardise(descriptions, standard):
     return (scores / np.sqrt((scores**2).sum(axis=1, keepdims=True))).astype(np.float32)
 
 
+def describe_features(standard):
+    """What features.json (see `features`) says of features that were standardised by `standard`."""
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in standard)).hexdigest()
+    return {"format": 1, "encoder": "sample", "weights": "none", "weights_sha256": digest, "pooling": "pooled",
+            "regions": None, "normalised": False, "resize": SIDE, "size": SIDE, "interpolation": "bicubic",
+            "mean": [], "std": [], "width": int((standard[1] > LEAST_DEVIATION).sum()),
+            "versions": {package: importlib.metadata.version(package) for package in ("numpy", "pillow")}}
+
+
 def save_images(folder, examples):
     (folder / "images").mkdir()
     for example in examples:
@@ -382,9 +394,11 @@ def save_images(folder, examples):
 
 
 def write_precomp(folder, examples):
-    """The pictures and, for each split, features, captions and file names."""
+    """The pictures, what made their features and, for each split, features, captions and file names."""
     save_images(folder, examples)
-    features = compute_features(examples)
+    features, own = compute_features(examples)
+    description = {**describe_features(own), "dtype": str(features.dtype), "amp": "off"}
+    write_lines(folder / "features.json", [json.dumps(description, indent=1)])
     for split in SPLIT_IMAGES:
         rows = [row for row, example in enumerate(examples) if example.split == split]
         captions = [caption for row in rows for caption in examples[row].captions]

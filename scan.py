@@ -124,6 +124,11 @@ def build(opt):
     return (SCAN if getattr(opt, "cross_attn", None) else VSE)(opt)
 
 
+def packed(words, lengths):
+    """(B, T, D) of captions of these lengths (B,), on the CPU -> (all words, D)."""
+    return torch.cat([caption[:length] for caption, length in zip(words, lengths.tolist())])
+
+
 class Words(NamedTuple):
     """n captions by their words' embeddings, in one flat array: vectors[starts[c]:starts[c] + lengths[c]]."""
 
@@ -132,11 +137,9 @@ class Words(NamedTuple):
     lengths: torch.Tensor  # (n,) on the CPU
 
     @classmethod
-    def joined(cls, batches, lengths, places):
-        """Of batches (B, T, D) of distinct captions with these lengths in all; places: for each caption which it is."""
-        counts = iter(lengths.tolist())
-        vectors = torch.cat([caption[:next(counts)] for batch in batches for caption in batch])
-        return cls(vectors, (lengths.cumsum(0) - lengths)[places], lengths[places])
+    def of(cls, vectors, lengths):
+        """Of captions of these lengths, one after the other."""
+        return cls(vectors, lengths.cumsum(0) - lengths, lengths)
 
     def __len__(self):
         return len(self.starts)

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 import distributed
 from errors import InputError
 from memory_bank import MemoryBank, build_bank
+from scan import SCAN
 from word_ids import by_length, seed_for
 
 PAIR_WORDS = 1  # what a pair's features cost a CPU, in words
@@ -26,6 +28,8 @@ class Share(NamedTuple):
     places: list  # of each process, (n,) places of its pairs
     order: torch.Tensor  # (B,) where each pair of the batch stands among the gathered ones
     error: object  # the InputError that loading a piece ended with, or None
+    lengths: torch.Tensor  # (B,) words of the whole batch's captions, longest first
+    regions: object  # what the batch's images are left with at most, where regions are dropped; else None
     indices: torch.Tensor  # (B,) the whole batch's caption indices
 
 
@@ -56,32 +60,32 @@ def shared_batches(loader, batches, micro_batch=None, device="cpu"):
     device: that of the model, where the Share's order and indices are.
     """
     dataset, rank, n = loader.dataset, distributed.rank(), distributed.size()
-    plans, words = [], dataset.word_ids
+    plans, words, left = [], dataset.word_ids, [None] * len(batches)
     if hasattr(dataset, "augment"):
         words, _ = dataset.epoch_words(loader.epoch, augmented=True)
+        left = dataset.regions_left(batches, loader.epoch)
     all_lengths = words.lengths
-    for indices in batches:
-        lengths = all_lengths[indices]
-        longest_first = by_length(lengths)
-        indices, lengths = indices[longest_first], lengths[longest_first]
+    for indices, regions in zip(batches, left):
+        longest_first = by_length(all_lengths[indices])
+        indices, lengths = (x[longest_first] for x in (indices, all_lengths[indices]))
         alike = n > 1 and _shares_states(dataset)
         places = shares(lengths, n, words.padded(indices, int(lengths[0])) if alike else None)
-        plans.append((indices, places, _pieces(places, rank, micro_batch)))
+        plans.append((indices, places, _pieces(places, rank, micro_batch), lengths, regions))
     if not plans:
         return
     sizes = [len(indices) for indices, *_ in plans]
     everyone = torch.cat([indices for indices, *_ in plans]).to(device).split(sizes)
-    orders = torch.cat([torch.cat(places).argsort() for _, places, _ in plans]).to(device).split(sizes)
-    own = loader.load([indices[piece] for indices, _, pieces in plans for piece in pieces if len(piece)],
+    orders = torch.cat([torch.cat(places).argsort() for _, places, *_ in plans]).to(device).split(sizes)
+    own = loader.load([indices[piece] for indices, _, pieces, *_ in plans for piece in pieces if len(piece)],
                       augmented=True)
-    for (_, places, pieces), indices, order in zip(plans, everyone, orders):
+    for (_, places, pieces, lengths, regions), indices, order in zip(plans, everyone, orders):
         loaded, error = [], None
         try:
             for piece in pieces:
                 loaded.append(next(own) if len(piece) else None)
         except InputError as failure:  # told to the others with what this step gathers
             loaded, error = loaded + [None] * (len(pieces) - len(loaded)), failure
-        yield Share(loaded, places, order, error, indices)
+        yield Share(loaded, places, order, error, lengths, regions, indices)
 
 
 def _shares_states(dataset):
@@ -111,39 +115,80 @@ def shared_bank(model, loader, batches):
 
 # Gradients --------------------------------------------------------------------------------------
 
-def gradients(model, share, criterion, bank, scale, parameters, no_image, flag=0):
+def gradients(model, share, criterion, similarity, bank, scale, parameters, no_image, flag=0):
     """The whole batch's loss and similarities; leaves its gradients, added up over processes, in the parameters.
 
-    bank: a MemoryBank or None; scale: what the loss is multiplied by on the way back, and gradients divided by;
-    no_image: an empty batch of images. Returns (loss, similarities, (size, 2) flags as `distributed.agree` takes them).
+    similarity: of images, captions and, of SCAN, lengths, whose rows (images) several processes share; bank: a
+    MemoryBank or None; scale: what the loss is multiplied by on the way back, and gradients divided by; no_image: an
+    empty batch of images. Returns (loss, similarities, (size, 2) flags as `distributed.agree` takes them).
     """
     cached = len(share.pieces) > 1
     before = _random_state(model.device) if cached else None
     with torch.set_grad_enabled(not cached):
-        pieces = [_encode(model, piece, no_image) for piece in share.pieces]
-    rows = torch.cat([torch.cat(pair, 1) for pair in pieces])
-    rows, flags = _gathered(rows.detach(), share, flag)
-    images, captions = (half.contiguous().requires_grad_() for half in rows[share.order].chunk(2, 1))
-    similarities = criterion.similarity(images, captions)
+        pieces = [_encode(model, piece, share, no_image) for piece in share.pieces]
+    rows, flags = _gathered(torch.cat([_flat(pair) for pair in pieces]).detach(), share, flag)
+    images, captions = (half.requires_grad_() for half in _pair(rows[share.order], pieces[0]))
+    if isinstance(model, SCAN):
+        scores, similarities, mine = _shared_scores(similarity, images, captions, share.lengths)
+    else:
+        scores, mine = similarity(images, captions), slice(None)
+        similarities = scores.detach()
+    similarities.requires_grad_()
     loss = criterion.of_similarities(similarities, images, captions, *(bank or (None,) * 3), share.indices)
-    slopes = torch.autograd.grad(loss * scale, (images, captions))
-    slopes = torch.empty_like(rows).index_copy_(0, share.order, torch.cat(slopes, 1))
-    start = sum(len(places) for places in share.places[:distributed.rank()])
-    if cached:
+    slope, = torch.autograd.grad(loss * scale, similarities)
+    slopes = torch.autograd.grad(scores, (images, captions), slope[mine])
+    if isinstance(model, SCAN):
+        distributed.add_up(slopes)
+    slopes = torch.empty_like(rows).index_copy_(0, share.order, _flat(slopes))
+    _send_back(model, share, pieces, slopes[_own_rows(share)], before, no_image)
+    _add_up(parameters, scale)
+    return loss, similarities.detach(), flags
+
+
+def _shared_scores(similarity, images, captions, lengths):
+    """Cross attention of this process's images with all captions, in their graph; of all images, without; which
+    images are this process's."""
+    edges = [len(images) * number // distributed.size() for number in range(distributed.size() + 1)]
+    mine = slice(*edges[distributed.rank():][:2])
+    scores = similarity(images[mine], captions, lengths)
+    return scores, distributed.gather(scores, [b - a for a, b in zip(edges, edges[1:])]).detach(), mine
+
+
+def _send_back(model, share, pieces, slopes, before, no_image):
+    """Each piece's rows of slopes go through its graph, for which it is encoded again where it has none.
+
+    before: the random state before the pieces were encoded without a graph, or None where they have one.
+    """
+    if before:
         _set_random_state(before, model.device)
         moved = [buffer.clone() for buffer in model.buffers()]
-    for place, piece in enumerate(share.pieces):
-        pair = _encode(model, piece, no_image) if cached else pieces[place]
-        own = slopes[start:start + len(pair[1])].chunk(2, 1)
+    for piece, pair, own in zip(share.pieces, pieces, slopes.split([len(pair[1]) for pair in pieces])):
+        own = _pair(own, pair)
+        pair = _encode(model, piece, share, no_image) if before else pair
         with_graph = [both for both in zip(pair, own) if both[0].requires_grad]
         if with_graph:
             torch.autograd.backward(*zip(*with_graph))
-        start += len(pair[1])
-    if cached:  # the second pass has moved them once more
+    if before:  # the second pass has moved them once more
         for buffer, value in zip(model.buffers(), moved):
             buffer.copy_(value)
-    _add_up(parameters, scale)
-    return loss, similarities, flags
+
+
+def _own_rows(share):
+    """Which of the gathered rows are this process's."""
+    start = sum(len(places) for places in share.places[:distributed.rank()])
+    return slice(start, start + len(share.places[distributed.rank()]))
+
+
+def _flat(pair):
+    """Embeddings of n images and n captions -> (n, numbers of both)."""
+    return torch.cat([part.flatten(1) for part in pair], 1)
+
+
+def _pair(rows, like):
+    """`_flat`'s rows as the embeddings that they were made of; like: any such embeddings."""
+    shapes = [part.shape[1:] for part in like]
+    halves = rows.split([shape.numel() for shape in shapes], 1)
+    return [half.contiguous().view(len(half), *shape) for half, shape in zip(halves, shapes)]
 
 
 def _add_up(parameters, scale):
@@ -156,11 +201,20 @@ def _add_up(parameters, scale):
     distributed.add_up([parameter.grad for parameter in parameters])
 
 
-def _encode(model, piece, no_image):
-    """A piece's image and caption embeddings; without a pair, (0, D) each, but batch norm is gone through."""
+def _encode(model, piece, share, no_image):
+    """A piece's image and caption embeddings, of SCAN all as long as the batch's longest; without a pair, (0, ...)
+    each, but batch norm is gone through."""
+    longest, attends = int(share.lengths[0]), isinstance(model, SCAN)
     if piece is not None:
-        return model.forward_emb(*piece[:3])
-    none = no_image.new_empty(0, model.txt_enc.rnn.hidden_size)
+        images, captions, lengths = piece[:3]
+        if share.regions:
+            images = pad(images, (0, 0, 0, share.regions - images.shape[1]))
+        images, captions = model.forward_emb(images, captions, lengths)[:2]
+        return images, pad(captions, (0, 0, 0, longest - captions.shape[1])) if attends else captions
+    width = model.txt_enc.rnn.hidden_size
+    if attends:
+        return [no_image.new_empty(0, n, width) for n in (share.regions or no_image.shape[1], longest)]
+    none = no_image.new_empty(0, width)
     if not any(isinstance(module, _SharedBatchNorm) for module in model.modules()):
         return none, none
     with model._autocast():

@@ -36,6 +36,7 @@ from data import get_loaders
 from device import amp_in_words, choose_device, choose_products
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import append, embed, metrics_of, similarity_source, split_loss
+from features import features_of
 from hubness import DEPTHS, hubness_both_ways
 from loss import ContrastiveLoss, loss_kind
 from memory_bank import MemoryBank, draw_batches
@@ -224,9 +225,6 @@ def _check(opt):
         raise InputError("--precomp_enc_type weight_norm is SCAN's: add --cross_attn, or choose basic or mlp")
     if opt.cnn_type != "vgg19" and opt.cnn_type not in cnn_types():
         raise InputError(f"--cnn_type is {opt.cnn_type}: choose one of {', '.join(cnn_types())}")
-    if opt.cross_attn and (opt.micro_batch or distributed.launched()):
-        raise InputError(f"--cross_attn does not go {'with --micro_batch' if opt.micro_batch else 'under torchrun'}: "
-                         "leave that out, and give a smaller --batch_size where memory is short")
     if opt.batch_size < distributed.size():
         raise InputError(f"--batch_size {opt.batch_size} for {distributed.size()} processes: it is the size of the one "
                          "batch that they share, so give at least as many pairs, or start fewer processes")
@@ -240,17 +238,23 @@ def log(message):
 
 
 def load_start(opt):
-    """The checkpoint to start from, or None; its caption reading is taken over unless a flag forces one."""
+    """(The checkpoint to start from, or None; what describes the data's features, or None).
+
+    Its caption reading is taken over unless a flag forces one. A resumed run's features stay those that they were
+    where nothing beside the data describes them any more.
+    """
     if opt.resume == "auto":
         content, opt.resume = checkpoint.newest(opt.logger_name, log)
         log(f"Resuming {opt.resume}" if opt.resume else f"No checkpoint in {opt.logger_name}: starting from scratch")
     else:
         content = checkpoint.load(opt.resume or opt.init_from) if opt.resume or opt.init_from else None
+    known = content and content.get("features")
+    features = features_of(opt.data_path, opt.data_name, known, opt.resume or opt.init_from)
     if opt.caption_reading is None:
         opt.caption_reading = checkpoint.caption_reading(content) if content else "text"
     if opt.caption_reading == "released":
         log("Captions are read as the released code reads them (--caption_reading released)")
-    return content
+    return content, features or (known if opt.resume else None)
 
 
 def get_vocabulary(opt, start):
@@ -339,8 +343,8 @@ def stoppable():
 class Run:
     """What a run carries from step to step; all of it that matters is in its checkpoints."""
 
-    def __init__(self, opt, model, loaders, vocabulary):
-        self.opt, self.model, self.vocabulary = opt, model, vocabulary
+    def __init__(self, opt, model, loaders, vocabulary, features=None):
+        self.opt, self.model, self.vocabulary, self.features = opt, model, vocabulary, features
         self.train_loader, self.val_loader = loaders
         self.criterion = ContrastiveLoss(opt)
         attention = partial(cross_attention_similarities, opt=opt)
@@ -444,8 +448,8 @@ def shared_gradients(run, share, criterion):
     run.optimizer.zero_grad()
     dataset, crop = run.train_loader.dataset, run.opt.crop_size
     shape = dataset.images.shape[1:] if hasattr(dataset, "images") else (3, crop, crop)
-    no_image = torch.empty(0, *shape, device=run.model.device, dtype=run.model.img_enc.fc.weight.dtype)
-    return gradients(run.model, share, criterion, run.bank,
+    no_image = torch.empty(0, *shape, device=run.model.device, dtype=run.model.txt_enc.embed.weight.dtype)
+    return gradients(run.model, share, criterion, run.similarity, run.bank,
                      backward_scale(run, loss_kind(criterion.opt), len(share.indices)), run.parameters, no_image,
                      run.stop.came or 0)
 
@@ -565,7 +569,7 @@ def _save(run, must_succeed):
     try:
         run.log.sync()
         checkpoint.save(run.path, checkpoint.content_of(run.model, run.optimizer, run.opt, run.vocabulary, run.epoch,
-                                                        run.steps, run.best_rsum, run.progress()))
+                                                        run.steps, run.best_rsum, run.progress(), run.features))
         return True
     except InputError as error:
         if must_succeed:
@@ -655,7 +659,7 @@ def set_up(opt, device):
     """(The run, whether its vocabulary is new, its Products): from data and, if any, the checkpoint to start from."""
     if opt.data_name in sample_data.WRITERS:
         distributed.machine_by_machine(lambda: sample_data.draw(opt.data_path))
-    start, opt.resume, opt.caption_reading = distributed.from_first(
+    (start, features), opt.resume, opt.caption_reading = distributed.from_first(
         lambda: (load_start(opt), opt.resume, opt.caption_reading), checkpoint.ADMITTED)
     products = choose_products(device, start and opt.resume and start.get("float32_products"), opt.amp, opt.batch_size,
                                opt.embed_size)
@@ -665,7 +669,7 @@ def set_up(opt, device):
     check_data(loaders, vocabulary)
     for loader in loaders:
         loader.dataset.place(device, opt.features_on_device)
-    run = Run(opt, build_model(opt, start, device), loaders, vocabulary)
+    run = Run(opt, build_model(opt, start, device), loaders, vocabulary, features)
     share_batch_norm(run.model)
     if opt.resume:
         run.restore(start)
@@ -681,7 +685,7 @@ def write_new(vocabulary, opt):
 
 def carry_out(opt):
     """Train as the options say."""
-    device = choose_device(distributed.device_name(opt.device))
+    device = choose_device(opt.device)
     last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"
     written = checkpoint.written(last)
     run, is_new, products = set_up(opt, device)

@@ -118,6 +118,12 @@ def test_options_that_not_even_say_which_data_they_were_for_take_the_defaults_to
     assert (opt.data_name, opt.data_path) == ("precomp", "data")
 
 
+@pytest.mark.parametrize("features", ["resnet18", {"format": 1, "encoder": "resnet18"}, {"format": 10**6}, [1]])
+def test_odd_words_on_the_features_are_refused(tmp_path, features):
+    torch.save(released(features=features), tmp_path / "run.pth.tar")
+    refused(tmp_path / "run.pth.tar", "features")
+
+
 @pytest.mark.parametrize("opt, marker, reading", [
     (options(), {}, "released"), (options(data_name="f8k"), {}, "text"),
     (options(), {"caption_reading": "text"}, "text"),

@@ -264,11 +264,12 @@ def test_tuning_takes_what_has_the_best_recalls_of_each_direction():
         tried = [recalls({"k": k, "alpha": alpha}, side) for k in corrections.GRIDS["nnn"]["k"]
                  for alpha in corrections.GRIDS["nnn"]["alpha"]]
         assert recalls(chosen[side], side) == max(tried) > recalls(chosen[1 - side], side)
+    assert chosen.rsum == pytest.approx(recalls(chosen.i2t, 0) + recalls(chosen.t2i, 1))
 
 
 def test_tuning_leaves_what_is_given():
     source = Cosine(*evaluation(20))
-    ((i2t, t2i),) = tune(["nnn"], source, (source, source), {"k": 7, "alpha": None, "temperature": 3.0})
+    ((i2t, t2i, _),) = tune(["nnn"], source, (source, source), {"k": 7, "alpha": None, "temperature": 3.0})
     assert i2t["k"] == t2i["k"] == 7 and set(i2t) == {"k", "alpha"}
 
 

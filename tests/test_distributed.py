@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import together
 import torch
-from conftest import RAW, RELEASED, ROOT, load, write_flickr
+from conftest import RAW, REFERENCE, RELEASED, ROOT, TINY, load, tree, write_flickr, write_image
+from test_regions import write_regions
 
-import distributed
+import compute_results
+import extract_features
 import reproduce
 import train
+from device import choose_device
 from errors import InputError
 from shares import shares
 
@@ -25,6 +28,7 @@ TRAIN = ["--data_name", "f8k_precomp", "--embed_size", "32", "--word_dim", "16",
          "--learning_rate", "0.002", "--num_epochs", "3", "--log_step", "1", "--val_step", "50",
          "--device", "cpu", "--caption_reading", "text"]  # 20 steps an epoch
 BANK = ["--memory_bank", "--mb_rate", "0.3", "--mb_k", "40"]
+SCAN_RELEASED = REFERENCE / "scan" / "checkpoints"
 RUN = "runs/runX/checkpoint.pth.tar"
 
 
@@ -120,14 +124,14 @@ def test_fewer_pairs_than_processes():
 
 def whole(name):
     """As together.gradients_of, by one plain backward pass over the whole batch, sorted by length as a loader does."""
-    model, loader, criterion, bank, _ = together.case(name)
+    model, loader, criterion, similarity, bank, _ = together.case(name)
     indices = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(3))
     indices = torch.tensor(sorted(indices.tolist(), key=lambda i: -int(loader.dataset.lengths[i])))
     words = torch.zeros(len(indices), int(loader.dataset.lengths.max()), dtype=torch.int64)
     for row, index in enumerate(indices.tolist()):
         words[row, :loader.dataset.lengths[index]] = loader.dataset.word_ids[index]
-    pair = model.forward_emb(loader.dataset.images[indices], words, loader.dataset.lengths[indices])
-    loss = criterion(*pair, *(bank or (None,) * 3), indices)
+    embeddings = model.forward_emb(loader.dataset.images[indices], words, loader.dataset.lengths[indices])
+    loss = criterion.of_similarities(similarity(*embeddings), *embeddings[:2], *(bank or (None,) * 3), indices)
     loss.backward()
     return ({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers()),
             loss.detach())
@@ -135,9 +139,9 @@ def whole(name):
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory):
-    """What four processes found for each of together.CASES."""
-    out = tmp_path_factory.mktemp("gradients") / "found"
-    code, _, said = ended(torchrun(4, TOGETHER, "gradients", str(out)))
+    """What four processes found for each of together.CASES, and of RANKINGS."""
+    out = tmp_path_factory.mktemp("computed") / "found"
+    code, _, said = ended(torchrun(4, TOGETHER, "compute", str(out)))
     assert code == 0, said
     return torch.load(out, weights_only=False)
 
@@ -157,8 +161,16 @@ def test_four_processes_have_one_s_gradients(name, of_four):
     check_same_gradients(of_four[name], whole(name), 1e-10 if "cnn" in name else 1e-12)
 
 
-def test_all_processes_have_the_same_gradients_to_the_bit(of_four):
+def test_all_processes_have_the_same_to_the_bit(of_four):
     assert of_four["equal"]
+
+
+@pytest.mark.parametrize("number", range(len(together.RANKINGS)))
+def test_four_processes_rank_as_one_to_the_bit(number, of_four):
+    expected = together.rankings_of(*together.RANKINGS[number])
+    for mine, theirs in zip(of_four["rankings"][number], expected, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert torch.equal(one.ranks, other.ranks) and torch.equal(one.items, other.items)
 
 
 @pytest.mark.parametrize("name", [name for name in together.CASES if "micro" in name])
@@ -190,6 +202,14 @@ def test_two_processes_train_as_one_with_the_bank(folder, one_process):
     assert (record["processes"], record["backend"], record["result"]["outcome"]) == (2, "gloo", "finished")
 
 
+def test_two_processes_train_as_one_in_bf16(folder):
+    flags = [*TRAIN, *BANK, "--amp", "bf16", "--learning_rate", "0.0002"]
+    code, _, said = ended(torchrun(2, "train.py", *flags))
+    assert code == 0, said
+    train.main([*flags, "--logger_name", "runs/one"])
+    assert furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX"))) <= 1e-2
+
+
 @pytest.fixture
 def in_double(monkeypatch):
     """train.py in this process computes in float64, as `together.py double` does."""
@@ -206,6 +226,21 @@ def test_four_processes_train_as_one_in_double(folder, in_double):
     train.main([*flags, "--logger_name", "runs/one"])
     check_same_run("runs/one", "runs/runX", 1e-10, 1e-12)
     assert load(RUN)["model"][0]["fc.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("attention", [
+    ["--cross_attn", "t2i", "--bi_gru", "--drop_words", "0.2", "--drop_regions", "0.4"],
+    ["--cross_attn", "i2t", "--agg_func", "Mean", "--max_violation", "--precomp_enc_type", "weight_norm"]],
+    ids=lambda flags: flags[1])
+def test_regions_and_words_train_on_three_processes_and_in_pieces_as_on_one(folder, in_double, attention):
+    write_regions(folder / "data" / "tiny_precomp")
+    flags = [*TINY, *attention, "--log_step", "1"]  # 60 captions: 16, 16, 16, 12
+    code, _, said = ended(torchrun(3, TOGETHER, "double", *flags, "--micro_batch", "3"))
+    assert code == 0, said
+    train.main([*flags, "--logger_name", "runs/one"])
+    check_same_run("runs/one", "runs/runX", 1e-10, 1e-12)
+    train.main([*flags, "--logger_name", "runs/pieces", "--micro_batch", "5"])
+    check_same_run("runs/one", "runs/pieces", 1e-10, 1e-12)
 
 
 def test_photos_train_on_three_processes_as_on_one(folder, in_double):
@@ -255,6 +290,36 @@ def test_an_evaluation_by_three_processes_prints_the_released_lines_once(folder,
     assert Path("ranks.pth.tar").exists()
 
 
+@pytest.mark.parametrize("run", ["t2i"])
+def test_an_evaluation_of_regions_by_two_processes_prints_what_one_does_once(tmp_path, monkeypatch, capsys, run):
+    for name in ("data", "vocab", "runs"):
+        shutil.copytree(SCAN_RELEASED / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model_path", f"runs/{run}/model_best.pth.tar", "--device", "cpu", "--hubness", "--correction", "qbnorm",
+             "--correction_bank_images", "9"]
+    code, out, said = ended(torchrun(2, "compute_results.py", *flags))
+    assert code == 0, said
+    expected = json.loads((SCAN_RELEASED / "expected.json").read_text())[run]["printed"][3:]
+    assert out.splitlines()[:len(expected)] == expected
+    compute_results.main(flags)
+    assert out == capsys.readouterr().out
+
+
+def test_photos_encoded_by_two_processes_are_those_of_one(tmp_path, monkeypatch):  # one block of photos: one waits
+    monkeypatch.chdir(tmp_path)
+    for number in range(5):
+        write_image(tmp_path / "photos" / f"{number}.png", number)
+    flags = ["--images", "photos", "--encoder", "shufflenet_v2_x0_5", "--encoder_weights", "none", "--workers", "0",
+             "--device", "cpu", "--batch_size", "2"]
+    code, out, said = ended(torchrun(2, "extract_features.py", *flags, "--output", "together"))
+    assert code == 0 and out.count("gallery photos") == 1 and said.count("photos a second") == 1, said
+    extract_features.main([*flags, "--output", "alone"])
+    assert tree(tmp_path / "together") == tree(tmp_path / "alone")
+    code, _, said = ended(torchrun(2, "extract_features.py", *flags, "--output", "photos/0.png"))
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code and len(errors) == 1 and "--output photos/0.png cannot be written" in errors[0], said
+
+
 # Bad input --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, flags, sentence", [
@@ -271,11 +336,10 @@ def test_bad_input_ends_all_processes_with_one_sentence(folder, script, flags, s
 
 @pytest.mark.parametrize("name, reason", [("cuda:3", "each process takes the GPU of its number"), ("mps", "torchrun")])
 def test_a_device_that_processes_cannot_share_is_refused(name, reason, monkeypatch):
-    assert distributed.device_name(name) == name
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
     with pytest.raises(InputError, match=reason):
-        distributed.device_name(name)
-    assert distributed.device_name("cpu") == "cpu"
+        choose_device(name)
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_reproduce_is_refused_under_torchrun(monkeypatch, tmp_path):

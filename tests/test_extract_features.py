@@ -12,7 +12,9 @@ import torch
 from conftest import run_script, tree
 from PIL import Image
 
+import distributed
 import extract_features
+import photo_blocks
 from errors import InputError
 from extract_features import main
 from features import build_encoder, encode_photo
@@ -223,7 +225,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(folder, captions, flags, r
 
 def test_features_too_large_for_float16_are_refused(folder, monkeypatch):
     large = torch.full((1, 368), 7e4)
-    monkeypatch.setattr(extract_features, "encode", lambda encoder, pictures, amp: large.repeat(len(pictures), 1))
+    monkeypatch.setattr(photo_blocks, "encode", lambda encoder, pictures, amp: large.repeat(len(pictures), 1))
     with pytest.raises(InputError, match="photo 0.png: sample gives features that are not finite in float16"):
         extract("--dtype", "float16", encoder=SAMPLE)
     assert not (folder / "out").exists()
@@ -282,7 +284,7 @@ def watched(folder, monkeypatch):
             return self.encoded
 
     state = Watched()
-    encode = extract_features.encode
+    encode = photo_blocks.encode
 
     def counted(encoder, pictures, amp):
         if state.batch == state.stop_at:
@@ -290,8 +292,8 @@ def watched(folder, monkeypatch):
         state.batch += 1
         state.encoded.append(len(pictures))
         return encode(encoder, pictures, amp)
-    monkeypatch.setattr(extract_features, "encode", counted)
-    monkeypatch.setattr(extract_features, "BLOCK_PHOTOS", 4)
+    monkeypatch.setattr(photo_blocks, "encode", counted)
+    monkeypatch.setattr(photo_blocks, "BLOCK_PHOTOS", 4)
     return state
 
 
@@ -319,7 +321,7 @@ def test_a_run_killed_before_its_last_step_encodes_nothing_again(folder, watched
     (torch.OutOfMemoryError("CUDA out of memory"), "smaller --batch_size"),
     (RuntimeError("a bug"), None)])
 def test_what_memory_does_not_hold_is_said(folder, monkeypatch, error, reason):
-    monkeypatch.setattr(extract_features, "encode", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(photo_blocks, "encode", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(InputError if reason else RuntimeError, match=reason or "a bug"):
         extract(encoder=SAMPLE)
 
@@ -353,18 +355,11 @@ def test_each_of_two_processes_takes_its_share(folder, watched, monkeypatch):
     watched.extract("whole")
     shares = []
     for rank in (1, 0):  # the first process assembles, once the others have met it
-        monkeypatch.setattr(extract_features, "meet_others", lambda rank=rank: (rank, 2))
-        monkeypatch.setattr(extract_features, "wait_for_others", lambda processes: None)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "size", lambda: 2)
         shares.append(watched.extract("out"))
     assert shares == [[3, 1], [3, 1, 2]]
     assert tree(folder / "out") == tree(folder / "whole")
-
-
-def test_processes_that_cannot_meet_are_said(folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(InputError, match="WORLD_SIZE is 2, but the processes cannot meet"):
-        extract(encoder=SAMPLE)
 
 
 def test_the_script_decodes_in_processes(folder):

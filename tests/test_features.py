@@ -162,7 +162,7 @@ def test_timms_encoders():
 def test_sample_gives_the_embedded_datas_own_features(tmp_path):
     encoder = build_encoder("sample")
     examples = sample_data.draw_examples(sample_data.SEED)
-    expected = sample_data.compute_features(examples)
+    expected, _ = sample_data.compute_features(examples)
     assert encoder.row_shape == expected.shape[1:]
     for row in (0, 600, 899):
         path = tmp_path / "a.png"

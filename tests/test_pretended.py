@@ -39,6 +39,8 @@ COMMANDS = {
                         "--features_on_device"],
     "max-margin on cross attention": ["train.py", *TINY, *REGIONS, "--logger_name", "runs/scan2", "--cross_attn", "t2i",
                                       "--max_violation", "--amp", "bf16", "--no-features_on_device"],
+    "cross attention in pieces": ["train.py", *TINY, *REGIONS, "--logger_name", "runs/scan3", "--cross_attn", "t2i",
+                                  "--amp", "bf16", "--micro_batch", "5", "--drop_regions", "0.2"],
     "hubs and corrections": ["compute_results.py", "--hubness", "--correction", "all", "--tune_correction", "--report",
                              "report", "--save_embeddings", "--save_json", "figures.json"],
     "folds": ["compute_results.py", "--split", "testall", "--fold5", "--correction", "nnn", "--save_csv", "it.csv"],
@@ -94,4 +96,4 @@ def test_no_step_waits_for_the_device(outcome):
 
 def test_a_split_s_loss_waits_once_a_validation(outcome):
     waits = [times for *_, function, _, times in of(outcome, "wait") if function == "split_loss"]
-    assert waits == [2 + 2 + 2 + 1 + 2 + 1 + 1 + 2 + 2 + 2]  # one an epoch of the first ten commands
+    assert waits == [2 + 2 + 2 + 1 + 2 + 1 + 1 + 2 + 2 + 2 + 2]  # one an epoch of the first eleven commands

@@ -16,7 +16,9 @@ import pytest
 from conftest import ROOT
 
 import reproduce
+import train
 from errors import InputError
+from intervals import difference, read_ranks
 from run_record import lock
 
 TRAIN = '''
@@ -41,21 +43,31 @@ if kind == "HAL" and lr > 0.001:
 with open(os.path.join(folder, "log.jsonl"), "w") as file:
     for epoch in range(epochs):  # 0.001 leads after one epoch, 0.0005 in the end
         rsum = 100 + epoch * (50 if lr == 0.0005 else 1) + (10 if lr == 0.001 else 0)
-        file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum}) + "\\n")
+        file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum, "i2t_n10_skewness": lr * epoch,
+                               "t2i_n10_skewness": seed}) + "\\n")
         file.write(json.dumps({"kind": "step", "epoch": epoch}) + "\\n")
 result = {"outcome": "finished", "epochs": epochs, "steps": 9}
 json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
 '''
 TEST = '''
 import json, os, sys
+import numpy as np
 flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
 seed = int(flags["--model_path"].rsplit("seed", 1)[1][0])
 with open(os.environ["CALLS"], "a") as file:
-    file.write(f"test {seed}\\n")
+    file.write(" ".join(["test", str(seed), *(part for part in sys.argv if part.endswith(".pth.tar"))]) + "\\n")
 recalls = {"r1": 10 + seed, "r5": 20, "r10": 30 + seed * seed, "medr": 1, "meanr": 2}
-row = {"skewness": 1.5 + seed, "anti_hubs": 0.25}
-json.dump({"i2t": recalls, "t2i": recalls, "rsum": 120 + 4 * seed,
-           "hubness": {side: {"10": row} for side in ("i2t", "t2i")}}, open(flags["--save_json"], "w"))
+row = {"skewness": 1.5 + seed, "anti_hubs": 0.25, "hub_occurrence": 0.125}
+figures = {"i2t": recalls, "t2i": recalls, "rsum": 120 + 4 * seed,
+           "hubness": {side: {"10": row} for side in ("i2t", "t2i")}}
+# On dev csls leads with seed 0 and nnn with others; on the test split csls always does.
+corrections = {name: {**figures, "rsum": 120 + 4 * seed + gain, "dev_rsum": 150 - (gain if seed else -gain)}
+               for name, gain in (("csls", 9), ("nnn", 5))}
+json.dump({**figures, "corrections": corrections}, open(flags["--save_json"], "w"))
+rng = np.random.default_rng(seed)
+names = [f"{name}{side}_ranks" for name in ("", "csls_", "nnn_") for side in ("i2t", "t2i")]
+np.savez(flags["--save_ranks"], image_of=np.arange(50) // 5,
+         **{name: rng.integers(0, 20, 10 if "i2t" in name else 50).astype(np.int32) for name in names})
 '''
 FAST = ["--preset", "smoke", "--devices", "cpu"]
 
@@ -81,29 +93,116 @@ def results(path="runs/reproduce_smoke/results.json"):
         return json.load(file)
 
 
-def test_the_learning_rate_of_each_loss_is_that_with_the_best_dev_rsum_of_the_trial(scripts):
+@pytest.fixture
+def rates(monkeypatch):
+    """Let only learning rates be tried, 0.0005 and 0.001."""
+    preset = reproduce.PRESETS["smoke"]
+    models = {name: model._replace(tried={"learning_rate": (0.0005, 0.001)}) for name, model in preset.models.items()}
+    monkeypatch.setitem(reproduce.PRESETS, "smoke", preset._replace(models=models))
+
+
+def test_of_each_loss_the_setting_with_the_best_dev_rsum_of_the_trials_is_run(scripts, rates):
     reproduce.main(FAST)
     found = results()
-    assert found["learning_rates"] == {"sum-margin": 0.001, "max-margin": 0.001, "HAL": 0.001, "HAL+bank": 0.001}
-    assert found["learning_rate_trials"]["sum-margin"] == {"0.0005": 100, "0.001": 110}
+    assert found["chosen"] == {name: {"learning_rate": 0.001} for name in ("sum-margin", "max-margin", "HAL",
+                                                                           "HAL+bank")}
+    assert found["trials"]["sum-margin"] == [{"setting": {"learning_rate": 0.0005}, "dev_rsum": 100},
+                                             {"setting": {"learning_rate": 0.001}, "dev_rsum": 110}]
     trained = [call for call in scripts() if call.startswith("train sum")]
     assert sorted(trained) == ["train sum 0.0005 0 1 cpu", "train sum 0.001 0 1 cpu", "train sum 0.001 0 2 cpu",
                                "train sum 0.001 1 2 cpu"]
 
 
-def test_a_longer_trial_chooses_otherwise_and_a_collapsed_one_is_out(scripts):
-    reproduce.main([*FAST, "--pilot_epochs", "2", "--learning_rates", "0.0005", "0.001", "0.002", "--losses", "HAL"])
+def test_a_longer_trial_chooses_otherwise_and_a_collapsed_one_is_out(scripts, rates):
+    reproduce.main([*FAST, "--pilot_epochs", "2", "--learning_rates", "0.0005", "0.001", "0.002", "--losses", "HAL",
+                    "--trials", "3"])
     found = results()
-    assert found["learning_rates"] == {"HAL": 0.0005}
-    assert found["learning_rate_trials"]["HAL"] == {"0.0005": 150, "0.001": 111, "0.002": None}
+    assert found["chosen"] == {"HAL": {"learning_rate": 0.0005}}
+    assert {one["setting"]["learning_rate"]: one["dev_rsum"] for one in found["trials"]["HAL"]} == {
+        0.0005: 150, 0.001: 111, 0.002: None}
+    assert "learning rate 0.002: failed" in open("runs/reproduce_smoke/results.md").read()
+
+
+@pytest.mark.parametrize("preset", reproduce.PRESETS)
+def test_every_model_has_as_many_trials_each_of_its_own_parameters_and_the_same_every_time(preset):
+    opt, again = (reproduce.parse_args(["--preset", preset]) for _ in range(2))
+    assert opt.settings == again.settings
+    for name, settings in opt.settings.items():
+        tried = opt.models[name].tried
+        assert len({tuple(setting.items()) for setting in settings}) == len(settings) == opt.trials
+        assert all(setting.keys() == tried.keys() and all(setting[flag] in tried[flag] for flag in tried)
+                   for setting in settings)
+        assert settings[0] == {flag: values[0] for flag, values in tried.items()}
+    assert all(set(members) <= set(opt.models) for members in reproduce.PRESETS[preset].ensembles.values())
+
+
+@pytest.mark.parametrize("preset", reproduce.PRESETS)
+def test_the_flags_of_every_run_are_train_s(preset):
+    opt = reproduce.parse_args(["--preset", preset])
+    for name, (flags, _) in opt.models.items():
+        setting = [part for flag, value in opt.settings[name][-1].items() for part in (f"--{flag}", str(value))]
+        train.parse_args([*flags, *setting, *reproduce.PRESETS[preset].train])
+
+
+def test_more_trials_than_settings_are_refused():
+    with pytest.raises(InputError, match="--trials 99: learning_rate, margin have 8 settings in all"):
+        reproduce.parse_args([*FAST, "--trials", "99"])
+
+
+def test_the_correction_is_the_one_that_each_seed_s_dev_split_likes_best(scripts):
+    reproduce.main([*FAST, "--losses", "HAL", "--seeds", "0", "2"])
+    found = results()
+    assert found["summary"]["test"]["HAL"]["rsum"] == [120, 128]
+    assert found["corrected"]["test"]["HAL"]["rsum"] == [129, 133]
+    assert "| HAL | 2 | 12.0 | 12.0 | 128.0 | 3.50 | 3.50 | nnn: 133.0 |" in open(
+        "runs/reproduce_smoke/results.md").read()
+
+
+def test_the_epochs_of_every_run_are_kept_and_drawn(scripts):
+    reproduce.main([*FAST, "--losses", "HAL", "--seeds", "0", "2"])
+    assert results()["epochs"]["HAL"] == {seed: [
+        {"rsum": 110 + epoch, "i2t_n10_skewness": 0.001 * epoch, "t2i_n10_skewness": int(seed)} for epoch in (0, 1)]
+        for seed in ("0", "2")}
+    assert open("runs/reproduce_smoke/epochs.png", "rb").read(4) == b"\x89PNG"
+    assert not os.path.exists("runs/reproduce_smoke/grid.png")
+
+
+def test_models_that_differ_in_alpha_and_epsilon_alone_make_a_heat_map(scripts, monkeypatch):
+    models = reproduce.ablations(0.001, (30, 60), (0.3, 0.7), ())
+    monkeypatch.setitem(reproduce.PRESETS, "smoke", reproduce.PRESETS["smoke"]._replace(models=models, trials=1))
+    grid = [f"HAL alpha {alpha} epsilon {epsilon}" for alpha in (30, 60) for epsilon in (0.3, 0.7)]
+    reproduce.main([*FAST, "--losses", *grid, "HAL bf16", "--seeds", "0"])
+    assert open("runs/reproduce_smoke/grid.png", "rb").read(4) == b"\x89PNG"
+
+
+def test_every_pair_s_difference_has_its_interval(scripts):
+    reproduce.main([*FAST, "--losses", "HAL", "sum-margin", "HAL+bank", "--seeds", "0", "2"])
+    folder, found = "runs/reproduce_smoke", results()
+    assert list(found["differences"]["test"]) == ["sum-margin - HAL", "sum-margin - HAL+bank", "HAL - HAL+bank"]
+    own, other = ({seed: read_ranks(os.path.join(folder, figures["test"]["ranks"]), "csls" if seed == "0" else "nnn")
+                   for seed, figures in found["runs"][name].items()} for name in ("HAL", "HAL+bank"))
+    assert found["differences_corrected"]["test"]["HAL - HAL+bank"]["i2t_r1"] == list(
+        difference(own, other, "i2t_r1"))
+    assert "| HAL - HAL+bank | +0.0 (+0.0 to +0.0) |" in open(f"{folder}/results.md").read()
+
+
+def test_an_ensemble_is_tested_where_all_its_models_were_trained(scripts, rates, monkeypatch):
+    preset = reproduce.PRESETS["smoke"]._replace(ensembles={"both": ("sum-margin", "max-margin")})
+    monkeypatch.setitem(reproduce.PRESETS, "smoke", preset)
+    reproduce.main([*FAST, "--losses", "sum-margin", "max-margin"])
+    assert list(results()["runs"]) == ["sum-margin", "max-margin", "both"]
+    members = [f"{loss}/lr0.001_seed1/model_best.pth.tar" for loss in preset.ensembles["both"]]
+    assert any(all(member in call for member in members) for call in scripts() if call.startswith("test 1"))
+    reproduce.main([*FAST, "--losses", "HAL"])
+    assert list(results()["runs"]) == ["HAL"]
 
 
 def test_every_row_has_the_mean_and_sample_deviation_over_the_seeds(scripts):
     reproduce.main([*FAST, "--seeds", "0", "1", "3"])
     assert results()["summary"]["test"]["HAL"]["rsum"] == [120, 124, 132]
     lines = open("runs/reproduce_smoke/results.md").read().splitlines()
-    head = next(line for line in lines if line.startswith("| loss")).split("|")
-    row = next(line for line in lines if line.startswith("| max-margin |")).split("|")
+    lines = lines[next(place for place, line in enumerate(lines) if line.startswith("| model | i2t R@1")):]
+    head, row = lines[0].split("|"), next(line for line in lines if line.startswith("| max-margin |")).split("|")
     cells = {name.strip(): cell.strip() for name, cell in zip(head, row)}
     assert cells["rsum"] == f"{statistics.mean([120, 124, 132]):.1f} ± {statistics.stdev([120, 124, 132]):.1f}"
     assert cells["i2t R@1"] == "11.3 ± 1.5" and cells["t2i R@5"] == "20.0 ± 0.0"
@@ -117,7 +216,7 @@ def test_finished_runs_are_kept_and_more_seeds_add_to_them(scripts):
     reproduce.main([*FAST, "--seeds", "0"])
     assert scripts() == first
     reproduce.main([*FAST, "--seeds", "0", "2"])
-    assert all(call.split()[-3 if call.startswith("train") else -1] == "2" for call in scripts()[len(first):])
+    assert all(call.split()[3 if call.startswith("train") else 1] == "2" for call in scripts()[len(first):])
     assert len(scripts()) == len(first) + 8
 
 
@@ -134,7 +233,7 @@ def test_all_gpus_are_used_unless_devices_are_named(monkeypatch, gpus, expected)
 
 
 def test_a_loss_that_no_learning_rate_trains_is_one_sentence(scripts):
-    with pytest.raises(InputError, match="HAL could not be trained with any of --learning_rates 0.002 0.003"):
+    with pytest.raises(InputError, match="HAL could not be trained with any of its settings lr0.002_"):
         reproduce.main([*FAST, "--learning_rates", "0.002", "0.003"])
     assert not os.path.exists("runs/reproduce_smoke/results.json")
 
@@ -147,7 +246,7 @@ def test_a_seed_that_collapses_is_reported_and_left_out_of_the_mean(scripts, mon
     found = results()
     assert found["summary"]["test"]["HAL"]["rsum"] == [120, 128]
     assert found["runs"]["HAL"]["1"] == {"failed": "step 5: training has collapsed"}
-    assert "| HAL (1 of 3 seeds failed) | 0.001 |" in open("runs/reproduce_smoke/results.md").read()
+    assert "| HAL (1 of 3 seeds failed) | 11.0 ± 1.4 |" in open("runs/reproduce_smoke/results.md").read()
 
 
 @pytest.mark.parametrize("epochs", ["1", "2"])  # in the trials, and when they have gone well
@@ -161,18 +260,18 @@ def test_what_is_wrong_with_the_data_stops_everything_with_its_sentence(scripts,
 
 def test_a_loss_that_gave_up_before_is_not_to_blame_for_what_is_wrong_now(scripts, monkeypatch):
     with pytest.raises(InputError, match="could not be trained"):
-        reproduce.main([*FAST, "--losses", "HAL", "--learning_rates", "0.002"])
+        reproduce.main([*FAST, "--losses", "HAL", "--learning_rates", "0.002", "0.003"])
     monkeypatch.setenv("NO_DATA", "1")
     with pytest.raises(InputError, match="no data here: look elsewhere"):
-        reproduce.main([*FAST, "--losses", "HAL", "--learning_rates", "0.002"])
+        reproduce.main([*FAST, "--losses", "HAL", "--learning_rates", "0.002", "0.003"])
 
 
 @pytest.mark.parametrize("name, content", [
     ("settings.json", "{"), ("settings.json", "[]"), ("HAL/lr0.001_seed0/run.json", "{"),
     ("HAL/lr0.001_seed0/run.json", "[1]"), ("HAL/lr0.001_seed0/log.jsonl", "{"), ("HAL/lr0.001_seed0/log.jsonl", ""),
     ("HAL/lr0.001_seed0/test.json", "{"), ("HAL/lr0.001_seed0/test.json", "{}")])
-def test_a_damaged_file_is_named_and_deleting_it_helps(scripts, name, content):
-    flags = [*FAST, "--losses", "HAL", "--learning_rates", "0.001"]
+def test_a_damaged_file_is_named_and_deleting_it_helps(scripts, rates, name, content):
+    flags = [*FAST, "--losses", "HAL", "--learning_rates", "0.001", "--trials", "1"]
     reproduce.main(flags)
     before, path = results(), os.path.join("runs/reproduce_smoke", name)
     with open(path, "w") as file:
@@ -215,12 +314,13 @@ def test_what_this_script_decides_is_refused_after_the_dashes(scripts, flag):
 
 def test_the_same_seed_or_rate_twice_counts_once():
     opt = reproduce.parse_args([*FAST, "--seeds", "2", "2", "--learning_rates", "0.1", "0.10"])
-    assert (opt.seeds, opt.learning_rates) == ([2], [0.1])
+    assert opt.seeds == [2] and opt.models["HAL"].tried["learning_rate"] == (0.1,)
 
 
 @pytest.mark.parametrize("flags, named", [(["--num_epochs", "3"], "num_epochs"),
                                           (["--", "--embed_size", "9"], "train_flags"),
-                                          (["--seeds", "7"], "first_seed")])
+                                          (["--seeds", "7"], "first_seed"), (["--amp", "bf16"], "amp"),
+                                          (["--trials", "1"], "trials"), (["--learning_rates", "1", "2"], "HAL")])
 def test_runs_made_otherwise_are_not_mixed(scripts, flags, named):
     reproduce.main([*FAST, "--losses", "HAL"])
     before = scripts()
@@ -237,6 +337,19 @@ def test_bad_flags_are_one_sentence(scripts, flags):
     assert not scripts()
 
 
+def test_other_losses_may_join_and_results_of_an_older_layout_are_not_mixed_in(scripts):
+    reproduce.main([*FAST, "--losses", "HAL"])
+    reproduce.main([*FAST, "--losses", "sum-margin"])
+    reproduce.main([*FAST, "--losses", "HAL", "sum-margin"])
+    path = "runs/reproduce_smoke/settings.json"
+    content = results(path)
+    del content["layout"]
+    with open(path, "w") as file:
+        json.dump(content, file)
+    with pytest.raises(InputError, match="holds results of an older layout"):
+        reproduce.main([*FAST, "--losses", "HAL"])
+
+
 def test_a_signal_reaches_the_running_script_and_the_same_command_goes_on(scripts, tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce; "
             f"reproduce.SCRIPTS = {reproduce.SCRIPTS!r}; reproduce.main({FAST!r})")
@@ -249,13 +362,13 @@ def test_a_signal_reaches_the_running_script_and_the_same_command_goes_on(script
     assert process.returncode == 128 + signal.SIGTERM and b"The same command goes on" in errors
     before = scripts()
     reproduce.main(FAST)
-    assert not any(call.startswith("train sum 0.0005") for call in scripts()[len(before):])
+    assert not any(call.startswith("train sum 0.0005 0 1") for call in scripts()[len(before):])
     assert results()["summary"]["test"]["max-margin"]["rsum"] == [120, 124]
 
 
 def test_the_real_scripts_end_to_end(tmp_path):
     command = [sys.executable, str(ROOT / "reproduce.py"), "--preset", "smoke", "--losses", "HAL",
-               "--seeds", "4", "--num_epochs", "1", "--learning_rates", "0.001", "--devices", "cpu", "cpu", "--",
+               "--seeds", "4", "--num_epochs", "1", "--trials", "1", "--devices", "cpu", "cpu", "--",
                "--batch_size", "256", "--embed_size", "16"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -265,4 +378,5 @@ def test_the_real_scripts_end_to_end(tmp_path):
     assert figures["rsum"] == pytest.approx(
         sum(figures[side][f"r{k}"] for side in ("i2t", "t2i") for k in (1, 5, 10)))
     assert figures["images"] == 200 and figures["hubness"]["i2t"]["10"]["largest"] >= 2
-    assert done.stdout.count("\n| ") == 2
+    assert found["corrected"]["test"]["HAL"]["rsum"][0] in {one["rsum"] for one in figures["corrections"].values()}
+    assert done.stdout.count("\n| HAL |") == 4  # its trial, as it is, corrected, and its seed

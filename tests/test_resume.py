@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import RAW, ROOT, TINY, in_shell, load, run_script, scalars, states_equal
 
+import compute_results
 import run_record
 import train
 from errors import InputError
@@ -230,6 +231,49 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(workdir):
     assert "Training goes on" in said and before == 1
     assert load(RUN)["epoch"] == 60
     assert not list(Path("runs/runX").glob("*.tmp"))
+
+
+# Which features a model was trained on ----------------------------------------------------------
+
+FEATURES = Path("data/tiny_precomp/features.json")
+DESCRIPTION = {"format": 1, "encoder": "resnet18", "weights": "none", "weights_sha256": "0" * 64, "pooling": "pooled",
+               "regions": None, "normalised": False, "resize": 256, "size": 224, "interpolation": "bilinear",
+               "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "width": 8, "dtype": "float32", "amp": "off",
+               "versions": {"torch": "2.6"}}
+
+
+def test_a_checkpoint_says_what_its_features_are_by_and_a_resumed_one_still_does(workdir):
+    FEATURES.write_text(json.dumps(DESCRIPTION))
+    train.main([*FLAGS, "--num_epochs", "1"])
+    assert load(RUN)["features"] == load("runs/runX/model_best.pth.tar")["features"] == DESCRIPTION
+    FEATURES.unlink()  # data without it are taken, as the released data are
+    train.main([*FLAGS, "--num_epochs", "2", "--resume", RUN])
+    assert load(RUN)["features"] == DESCRIPTION and load(RUN)["epoch"] == 2
+    compute_results.main(["--model_path", RUN, "--device", "cpu"])
+    train.main([*FLAGS, "--num_epochs", "1", "--init_from", RUN, "--logger_name", "runs/other"])
+    assert load("runs/other/checkpoint.pth.tar")["features"] is None  # nobody knows whether these are the same
+
+
+def test_a_run_that_did_not_know_its_features_learns_them(workdir):
+    train.main([*FLAGS, "--num_epochs", "1"])
+    assert load(RUN)["features"] is None
+    FEATURES.write_text(json.dumps(DESCRIPTION))
+    train.main([*FLAGS, "--num_epochs", "2", "--resume", RUN])
+    assert load(RUN)["features"] == DESCRIPTION
+
+
+@pytest.mark.parametrize("change", [{"encoder": "resnet152"}, {"weights_sha256": "1" * 64}])
+def test_features_by_another_encoder_are_refused_and_cost_nothing(workdir, change):
+    FEATURES.write_text(json.dumps(DESCRIPTION))
+    train.main([*FLAGS, "--num_epochs", "1"])
+    FEATURES.write_text(json.dumps({**DESCRIPTION, **change}))
+    before = Path(RUN).read_bytes()
+    says = "data/tiny_precomp has features by .*, but checkpoint runs/runX/.* has them by .*: extract them again"
+    for script, flags in ((train, [*FLAGS, "--resume", RUN]), (train, [*FLAGS, "--resume", "auto"]),
+                          (train, [*FLAGS, "--init_from", RUN]), (compute_results, ["--model_path", RUN])):
+        with pytest.raises(InputError, match=says):
+            script.main([*flags, "--device", "cpu"])
+    assert Path(RUN).read_bytes() == before and not Path("ranks.pth.tar").exists()
 
 
 # Output that fails ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from PIL import Image
 
 import sample_data
 from errors import InputError
+from features import encode_photo, encoder_from, read_features_json
 
 CAPTIONS_PER_IMAGE = 5
 SPLITS = {"train": 500, "dev": 200, "test": 200}
@@ -267,9 +268,25 @@ def test_descriptions_against_plain_loops():
 
 def test_features_depend_on_training_statistics_alone(few):
     examples = sample_data.draw_examples(seed=0)
-    features = sample_data.compute_features(examples)
+    features, _ = sample_data.compute_features(examples)
     training = [example for example in examples if example.split == "train"]
-    np.testing.assert_array_equal(sample_data.compute_features(training), features[: len(training)])
+    np.testing.assert_array_equal(sample_data.compute_features(training)[0], features[: len(training)])
+
+
+def test_features_json_is_enough_to_see_a_drawn_picture(drawn):
+    found = read_features_json(drawn / "sample_precomp")
+    assert (found["encoder"], found["size"], found["dtype"]) == ("sample", 96, "float32")
+    encoder = encoder_from(found)
+    features, _, names = read_split(drawn, "test")
+    row = encode_photo(encoder, drawn / "sample_precomp" / "images" / names[-1])
+    np.testing.assert_array_equal(row.numpy(), features[-1])
+    assert not (drawn / "sample" / "features.json").exists()
+
+
+def test_another_seed_s_features_are_not_taken_for_these(few, tmp_path):
+    sample_data.draw(tmp_path, seed=1)
+    with pytest.raises(InputError, match="the encoder that can be built here has features by sample"):
+        encoder_from(read_features_json(tmp_path / "sample_precomp"))
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,43 @@
 """What a process of torchrun does in tests of distributed.py:
 
-    torchrun --standalone --nproc_per_node 4 tests/together.py gradients OUT   # into OUT.<number of processes>
+    torchrun --standalone --nproc_per_node 4 tests/together.py compute OUT
     torchrun --standalone --nproc_per_node 3 tests/together.py double <train.py's flags>
     torchrun --standalone --nproc_per_node 2 tests/together.py differing <flag> <value> <train.py's flags>
 """
 
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 import data  # noqa: E402
 import distributed  # noqa: E402
 import train  # noqa: E402
+from cross_attention import cross_attention_similarities  # noqa: E402
 from data import Loader  # noqa: E402
 from errors import run_script  # noqa: E402
 from loss import ContrastiveLoss  # noqa: E402
 from memory_bank import MemoryBank  # noqa: E402
-from model import VSE, l2norm  # noqa: E402
+from model import l2norm  # noqa: E402
+from ranking import SOURCES, rank_shifted  # noqa: E402
+from scan import build  # noqa: E402
 from shares import gradients, share_batch_norm, shared_batches  # noqa: E402
 from word_ids import WordIds  # noqa: E402
 
 OPTIONS = {"data_name": "some_precomp", "img_dim": 8, "embed_size": 12, "word_dim": 6, "vocab_size": 9, "num_layers": 1,
            "finetune": True, "cnn_type": "resnet18", "cnn_weights": "none", "use_abs": False, "no_imgnorm": False,
            "measure": "cosine", "margin": 0.2, "max_violation": False, "sum_violation": False, "local_alpha": 30.0,
-           "local_ep": 0.3, "global_alpha": 40.0, "global_beta": 40.0, "global_ep_nega": 0.1, "mb_k": 5}
+           "local_ep": 0.3, "global_alpha": 40.0, "global_beta": 40.0, "global_ep_nega": 0.1, "mb_k": 5,
+           "cross_attn": None, "raw_feature_norm": "clipped_l2norm", "lambda_softmax": 9.0, "agg_func": "LogSumExp",
+           "lambda_lse": 6.0, "precomp_enc_type": "basic", "bi_gru": False, "no_txtnorm": False}
+T2I = {"cross_attn": "t2i", "bi_gru": True}
+I2T = {"cross_attn": "i2t", "agg_func": "Mean", "lambda_softmax": 4.0, "precomp_enc_type": "weight_norm"}
 # Changes of the options, pairs of the batch, and --micro_batch.
 CASES = {
     "hal": ({}, 23, None),
@@ -40,10 +49,20 @@ CASES = {
     "one pair": ({"sum_violation": True}, 1, None),
     "micro": ({}, 23, 4),
     "micro, seven pairs": ({"bank": 30}, 7, 1),
+    "t2i": (T2I, 23, None),
+    "i2t, max-margin": ({**I2T, "max_violation": True}, 23, None),
+    "i2t, seven pairs": (I2T, 7, None),
+    "t2i, one pair": ({**T2I, "sum_violation": True}, 1, None),
+    "t2i, micro": ({**T2I, "max_violation": True}, 23, 4),
+    "i2t, micro, seven pairs": (I2T, 7, 1),
     "cnn": ({"data_name": "photos"}, 6, None),
     "cnn, fewer pairs than processes": ({"data_name": "photos"}, 3, None),
+    "cnn without batch norm, micro": ({"data_name": "photos", "without": "batch norm"}, 9, 2),
     "cnn that is frozen": ({"data_name": "photos", "finetune": False}, 6, None),
 }
+# Measure, images, images of a tile, items kept.
+RANKINGS = [("cosine", 40, 3, 10), ("cosine", 40, 3, 1), ("cosine", 40, 3, 0), ("order", 29, 7, 10),
+            ("cosine", 3, 512, 2)]
 
 
 class Pairs(data.PrecompDataset):
@@ -63,44 +82,67 @@ class Pairs(data.PrecompDataset):
         return self.images[rows]
 
 
+def convolutions(width):
+    """A small network in the manner of VGG: no batch norm; no dropout either, whose draws go by the pieces."""
+    layers = [layer for narrow, wide in ((3, 8), (8, 16), (16, 32))
+              for layer in (nn.Conv2d(narrow, wide, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, width), nn.ReLU())
+
+
 def case(name):
-    """(model, loader, criterion, bank, pieces' size) of one of CASES, the same on every process."""
+    """(model, loader, criterion, similarity, bank, pieces' size) of one of CASES, the same on every process."""
     changes, pairs, micro_batch = CASES[name]
     opt = Namespace(**{**OPTIONS, **changes})
     torch.manual_seed(1)
-    model = VSE(opt).double().train()
+    model, criterion = build(opt), ContrastiveLoss(opt)
+    if "without" in changes:
+        model.img_enc.cnn = convolutions(model.img_enc.fc.in_features)
+    model.double().train()
     bank = None
     if changes.get("bank"):
         images, captions = (l2norm(torch.randn(changes["bank"], opt.embed_size).double()) for _ in range(2))
         bank = MemoryBank(images, captions, torch.arange(changes["bank"]))
-    photos = opt.data_name == "photos"
-    loader = Loader(Pairs(pairs, (3, 64, 64) if photos else (opt.img_dim,)), pairs)
-    return model, loader, ContrastiveLoss(opt), bank, micro_batch
+    shape = (3, 64, 64) if opt.data_name == "photos" else (5, opt.img_dim) if opt.cross_attn else (opt.img_dim,)
+    similarity = partial(cross_attention_similarities, opt=opt) if opt.cross_attn else criterion.similarity
+    return model, Loader(Pairs(pairs, shape), pairs), criterion, similarity, bank, micro_batch
 
 
 def gradients_of(name):
     """{parameter: gradient} and {buffer: value} of a case, of the loss of the whole batch, and that loss."""
-    model, loader, criterion, bank, micro_batch = case(name)
+    model, loader, criterion, similarity, bank, micro_batch = case(name)
     share_batch_norm(model)
     share, = shared_batches(loader, [torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(3))],
                             micro_batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     no_image = loader.dataset.images[:0]
-    loss, _, flags = gradients(model, share, criterion, bank, 1, parameters, no_image)
+    loss, _, flags = gradients(model, share, criterion, similarity, bank, 1, parameters, no_image)
     if flags is not None:
         distributed.agree(flags)
     return ({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers()),
             loss.detach())
 
 
-def all_gradients(out):
-    """The first process writes what all have computed; the others, whether theirs are the same to the bit."""
+def rankings_of(measure, n, tile, top):
+    """Rankings, plain and shifted, of n images with 1 to 7 captions each, whose similarities are full of ties."""
+    draws = torch.Generator().manual_seed(n)
+    image_of = torch.arange(n).repeat_interleave(torch.randint(1, 8, (n,), generator=draws))
+    images, captions = (torch.randint(-1, 2, (rows, 5), generator=draws).float() for rows in (n, len(image_of)))
+    shift = [torch.randint(0, 3, (rows,), generator=draws).float() for rows in (len(image_of), n)]
+    source = SOURCES[measure](images, captions)
+    source.tile_images = tile
+    return rank_shifted(source, [None, shift], top, image_of)
+
+
+def found_by_all(out):
+    """The first process writes what all have computed, and whether it is the same to the bit on all."""
     found = {name: gradients_of(name) for name in CASES}
-    found["equal"] = True
+    found["equal"], found["rankings"] = True, [rankings_of(*case) for case in RANKINGS]
     for name in CASES:
         flat = torch.cat([value.flatten().double() for value in (*found[name][0].values(), *found[name][1].values())])
         everyone = distributed.gather(flat.unsqueeze(0), [1] * distributed.size())
         found["equal"] &= bool((everyone == everyone[0]).all())
+    items = torch.cat([part.flatten() for case in found["rankings"] for pair in case for side in pair for part in side])
+    found["equal"] &= bool((distributed.gather(items.unsqueeze(0), [1] * distributed.size()) == items).all())
     if distributed.is_first():
         torch.save(found, out)
 
@@ -110,15 +152,15 @@ def in_double():
     build, rows, image = train.build_model, data.PrecompDataset._rows, data.ImageDataset.image
     data.ImageDataset.image = lambda dataset, number: image(dataset, number).double()
     train.build_model = lambda *arguments: build(*arguments).double()
-    data.PrecompDataset._rows = lambda dataset, wanted: rows(dataset, wanted).double()
+    data.PrecompDataset._rows = lambda dataset, *wanted: rows(dataset, *wanted).double()
 
 
 def main():
     """Do as the arguments say."""
     what, *rest = sys.argv[1:]
-    if what == "gradients":
+    if what == "compute":
         with distributed.session():
-            all_gradients(rest[0])
+            found_by_all(rest[0])
     elif what == "double":
         in_double()
         train.main(rest)

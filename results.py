@@ -1,0 +1,240 @@
+"""The results of a comparison by reproduce.py: tables, plots, and what they are of."""
+
+import itertools
+import json
+import os
+import statistics
+
+import intervals
+from errors import replacing
+
+CURVES = {"rsum": "rsum", "i2t_n10_skewness": "i2t N10 skewness", "t2i_n10_skewness": "t2i N10 skewness"}
+COMPARED = {"rsum": "rsum", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}  # of intervals.FIGURES
+FIGURES = {  # the table's columns, from compute_results.py's JSON
+    **{f"{side} R@{k}": (lambda f, side=side, k=k: f[side][f"r{k}"]) for side in ("i2t", "t2i") for k in (1, 5, 10)},
+    "rsum": lambda f: f["rsum"],
+    **{f"{side} N10 skewness": (lambda f, side=side: f["hubness"][side]["10"]["skewness"]) for side in ("i2t", "t2i")},
+    **{f"{side} anti-hubs %": (lambda f, side=side: 100 * f["hubness"][side]["10"]["anti_hubs"])
+       for side in ("i2t", "t2i")},
+    **{f"{side} hub occurrence %": (lambda f, side=side: 100 * f["hubness"][side]["10"]["hub_occurrence"])
+       for side in ("i2t", "t2i")},
+}
+
+
+def best_correction(figures):
+    """The name of the correction with the best rsum on dev, where its parameters were chosen."""
+    return max(figures["corrections"], key=lambda name: figures["corrections"][name]["dev_rsum"])
+
+
+def summary(runs, test, corrected=False):
+    """{model: {figure: [value of each seed that was trained]}}; corrected: with each run's `best_correction`."""
+    table = {}
+    for model, seeds in runs.items():
+        own = [figures[test] for figures in seeds.values() if "failed" not in figures]
+        own = [figures["corrections"][best_correction(figures)] for figures in own] if corrected else own
+        table[model] = {name: [pick(figures) for figures in own] for name, pick in FIGURES.items()}
+    return table
+
+
+def differences(folder, runs, test, corrected=False):
+    """{"A - B": {figure: its Interval, as a list}} of all pairs of models with runs, from their ranks in a folder."""
+    ranks = {}
+    for model, seeds in runs.items():
+        own = {seed: figures[test] for seed, figures in seeds.items() if "failed" not in figures}
+        ranks[model] = {seed: intervals.read_ranks(os.path.join(folder, figures["ranks"]),
+                                                   best_correction(figures) if corrected else None)
+                        for seed, figures in own.items()}
+    pairs = itertools.combinations([model for model in ranks if ranks[model]], 2)
+    return {f"{a} - {b}": {figure: list(intervals.difference(ranks[a], ranks[b], figure)) for figure in COMPARED}
+            for a, b in pairs}
+
+
+def mean_and_deviation(values):
+    """"mean ± sample standard deviation" over the seeds; "-" for none."""
+    if not values:
+        return "-"
+    digits = 1 if max(map(abs, values)) >= 10 else 2
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def table(head, rows):
+    """A Markdown table's lines."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def trials_table(results):
+    """What was tried for each model, its dev rsum, and what was chosen."""
+    rows = []
+    for model, trials in results["trials"].items():
+        tried = "; ".join(f"{in_words(one['setting'])}: "
+                          + ("failed" if one["dev_rsum"] is None else f"{one['dev_rsum']:.1f}") for one in trials)
+        rows.append([model, tried, in_words(results["chosen"][model])])
+    return table(["model", "tried, with the dev rsum", "chosen"], rows)
+
+
+def in_words(setting):
+    """A setting in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in setting.items())
+
+
+def seeds_table(runs, test):
+    """Every seed's own figures, plain and corrected."""
+    rows, names = [], ("i2t R@1", "t2i R@1", "rsum", "i2t N10 skewness", "t2i N10 skewness")
+    for model, seeds in runs.items():
+        for seed, figures in seeds.items():
+            if "failed" in figures:
+                rows.append([model, str(seed), figures["failed"], *[""] * (len(names) + 1)])
+                continue
+            figures = figures[test]
+            best = best_correction(figures)
+            corrected = f"{best}: {figures['corrections'][best]['rsum']:.1f}"
+            rows.append([model, str(seed), *(f"{FIGURES[name](figures):.{2 if 'skew' in name else 1}f}"
+                                             for name in names), corrected])
+    return table(["model", "seed", *names, "rsum, corrected"], rows)
+
+
+def differences_table(plain, corrected):
+    """Every pair's differences with their 95 % intervals, in bold where 0 lies outside."""
+    def cell(interval):
+        estimate, low, high = interval
+        text = f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
+        return text if low <= 0 <= high else f"**{text}**"
+
+    rows = [[pair, *(cell(own[pair][figure]) for own in (plain, corrected) for figure in COMPARED)] for pair in plain]
+    return table(["difference", *COMPARED.values(), *(f"{name}, corrected" for name in COMPARED.values())], rows)
+
+
+def markdown(results):
+    """The tables of a comparison, and what they are of."""
+    settings, seeds = results["settings"], results["seeds"]
+    lines = [f"{results['data_name']}, {settings['num_epochs']} epochs, seeds {', '.join(map(str, seeds))}, amp "
+             f"{settings['amp']}. Of each model {settings['trials']} settings were tried for "
+             f"{settings['pilot_epochs']} epochs with seed {settings['first_seed']}:", "", *trials_table(results)]
+    for test in results["summary"]:
+        for title, kind in (("as they are", "summary"), ("with the correction that dev likes best", "corrected")):
+            lines += [f"{test}, {title}: mean ± standard deviation", ""]
+            rows = []
+            for model, figures in results[kind][test].items():
+                failed = sum("failed" in run for run in results["runs"][model].values())
+                name = model + (f" ({failed} of {len(seeds)} seeds failed)" if failed else "")
+                rows.append([name, *map(mean_and_deviation, figures.values())])
+            lines += table(["model", *FIGURES], rows)
+        lines += [f"{test}, every seed", "", *seeds_table(results["runs"], test)]
+        plain, corrected = (results[kind][test] for kind in ("differences", "differences_corrected"))
+        if plain:
+            widest = max((pair["rsum"] for pair in plain.values()), key=lambda interval: interval[2] - interval[1])
+            lines += [f"{test}, differences with 95 % intervals over images and seeds, in bold where 0 is outside. Of "
+                      f"rsum, {intervals.smallest_difference(intervals.Interval(*widest))[1]}.", "",
+                      *differences_table(plain, corrected)]
+    return "\n".join(lines)
+
+
+def pyplot_without_screen():
+    """matplotlib.pyplot, drawing into files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save_plot(figure, path):
+    """Write a figure, the same bytes each time, and forget it."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=90, metadata={"Software": None})
+    pyplot_without_screen().close(figure)
+
+
+def plot_epochs(path, epochs):
+    """The dev split's rsum and skewness after each epoch, the mean over seeds; epochs: {model: {seed: [...]}}."""
+    pyplot = pyplot_without_screen()
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(12, 3.6), layout="constrained")
+    for axis, (name, title) in zip(axes, CURVES.items()):
+        for place, (model, seeds) in enumerate(epochs.items()):
+            means = [statistics.mean(one[name] for one in after) for after in zip(*seeds.values())]
+            axis.plot(range(1, 1 + len(means)), means, marker=".", color=f"C{place % 10}", label=model,
+                      linestyle=("-", "--", ":", "-.")[place // 10 % 4])
+        axis.set_title(f"dev: {title}", fontsize=10)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=6)
+    save_plot(figure, path)
+
+
+def plot_grid(path, results):
+    """Heat maps over HAL's alpha and epsilon, of the models that differ in these alone: the best dev rsum, and the
+    skewness in that epoch, the mean over seeds. Nothing where no two models do."""
+    cells = {}
+    for model, setting in results["chosen"].items():
+        flags = tuple(results["settings"]["models"][model]["flags"])
+        others = tuple(item for item in setting.items() if item[0] not in ("local_alpha", "local_ep"))
+        best = [max(seed, key=lambda epoch: epoch["rsum"]) for seed in results["epochs"][model].values() if seed]
+        if {"local_alpha", "local_ep"} <= setting.keys() and best:
+            cells.setdefault((flags, others), {})[setting["local_alpha"], setting["local_ep"]] = {
+                name: statistics.mean(one[name] for one in best) for name in CURVES}
+    grid = max(cells.values(), key=len, default={})
+    if len(grid) < 2:
+        return
+    alphas, epsilons = (sorted({key[place] for key in grid}) for place in (0, 1))
+    pyplot = pyplot_without_screen()
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(12, 3.2), layout="constrained")
+    for axis, (name, title) in zip(axes, CURVES.items()):
+        values = [[grid.get((alpha, epsilon), {}).get(name, float("nan")) for epsilon in epsilons] for alpha in alphas]
+        image = axis.imshow(values, aspect="auto", cmap="viridis")
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                axis.text(column, row, f"{value:.1f}" if name == "rsum" else f"{value:.2f}", ha="center", va="center",
+                          fontsize=8, bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1})
+        axis.set_xticks(range(len(epsilons)), [f"{epsilon:g}" for epsilon in epsilons], fontsize=8)
+        axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas], fontsize=8)
+        axis.set_xlabel("epsilon", fontsize=8)
+        axis.set_ylabel("alpha", fontsize=8)
+        axis.set_title(f"dev: {title}", fontsize=10)
+        figure.colorbar(image, ax=axis)
+    save_plot(figure, path)
+
+
+def plot(path, results):
+    """rsum and N_10's skewness of every run, plain and corrected, one row of panels a test."""
+    pyplot = pyplot_without_screen()
+    panels, tests = ("rsum", "i2t N10 skewness", "t2i N10 skewness"), results["summary"]
+    models = list(results["runs"])
+    height = len(tests) * (1.2 + 0.3 * len(models))
+    figure, axes = pyplot.subplots(len(tests), len(panels), figsize=(12, height), squeeze=False, sharey=True,
+                                   layout="constrained")
+    for row, test in zip(axes, tests):
+        for axis, panel in zip(row, panels):
+            for color, kind, words in (("C0", "summary", "as they are"), ("C1", "corrected", "corrected")):
+                for place, model in enumerate(models):
+                    values = results[kind][test][model][panel]
+                    axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=4,
+                              label=words if place == 0 else None)
+                    if values:
+                        axis.vlines(statistics.mean(values), place - 0.3, place + 0.3, color=color)
+            axis.set_yticks(range(len(models)), models, fontsize=8)
+            axis.set_ylim(len(models) - 0.4, -0.6)
+            axis.set_title(f"{test}: {panel}", fontsize=10)
+            axis.grid(axis="x", alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    save_plot(figure, path)
+
+
+def write_results(folder, results):
+    """results.json, results.md and the plots of a comparison's settings, seeds, trials, choices, epochs and runs."""
+    tests = [test for seeds in results["runs"].values() for figures in seeds.values() for test in figures
+             if test != "failed"]
+    runs = results["runs"]
+    for ending, corrected in (("", False), ("_corrected", True)):
+        results["summary" if not corrected else "corrected"] = {
+            test: summary(runs, test, corrected) for test in dict.fromkeys(tests)}
+        results["differences" + ending] = {
+            test: differences(folder, runs, test, corrected) for test in dict.fromkeys(tests)}
+    with replacing(os.path.join(folder, "results.json"), "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=1)
+    tables = markdown(results)
+    with replacing(os.path.join(folder, "results.md"), "w", encoding="utf-8") as file:
+        file.write(tables)
+    print(tables)
+    plot(os.path.join(folder, "results.png"), results)
+    plot_epochs(os.path.join(folder, "epochs.png"), results["epochs"])
+    plot_grid(os.path.join(folder, "grid.png"), results)
