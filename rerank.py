@@ -30,7 +30,8 @@ def rerank(source, shortlists, k, image_of):
 
     source: of the other model's similarities; shortlists: both Rankings of the one that makes the shortlists, with k
     items or more (all, if fewer); image_of: for each caption its image's number, (C,).
-    A query with none of its own among the k keeps its rank, which is k at least: those k all stand before its own.
+    A query with none of its own among the k keeps its rank, which is k at least: those k all stand before its own. So
+    does one whose own is there by chance, as one of several with the k-th best score.
     """
     sides = [ranking.items[:, :k] for ranking in shortlists]
     images, captions = (torch.arange(len(side), device=side.device).unsqueeze(1).expand_as(side) for side in sides)
@@ -44,11 +45,12 @@ def rerank(source, shortlists, k, image_of):
 
 def _reordered(ranking, scores, own):
     """A Ranking whose first k items stand by these scores (n, k); own: (n, k), which are the query's own."""
-    order = scores.argsort(1, descending=True, stable=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)
     items = torch.cat((ranking.items.gather(1, order), ranking.items[:, scores.shape[1]:]), 1)
     bars = just_below(scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True))
     before = (~own & ~(scores < bars)).sum(1)  # equal scores, and NaN, count against the model
-    return Ranking(torch.where(own.any(1), before, ranking.ranks), items)
+    found = own.any(1) & (ranking.ranks < scores.shape[1])
+    return Ranking(torch.where(found, before, ranking.ranks), items)
 
 
 # An evaluation ----------------------------------------------------------------------------------
