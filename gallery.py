@@ -203,10 +203,10 @@ class Gallery:
         self.files = os.path.join(folder, self.description["files"])
         self._check_sizes(with_index)
         self.embeddings = torch.from_numpy(self._array("embeddings", (self.count, self.width + 1), np.float32))
-        self.items = Texts(os.path.join(self.files, "items"))
+        self.items = self._texts("items", self.count)
         self.n_captions = self.description["captions"]
         if self.n_captions:
-            self.caption_texts = Texts(os.path.join(self.files, "captions"))
+            self.caption_texts = self._texts("captions", self.n_captions)
             self.caption_starts = self._array("caption_starts", (self.count + 1,), np.int64)
             self.caption_embeddings = torch.from_numpy(
                 self._array("caption_embeddings", (self.n_captions, self.width), np.float32))
@@ -228,6 +228,12 @@ class Gallery:
             if found != size:
                 raise InputError(f"{path} is {'not there' if found is None else f'of {found} bytes'}, and was written "
                                  f"with {size}: build the gallery again")
+
+    def _texts(self, name, n):
+        texts = Texts(os.path.join(self.files, name))
+        if len(texts) != n:
+            raise InputError(f"the gallery {self.folder} has {len(texts)} {name} and tells of {n}: build it again")
+        return texts
 
     def _array(self, name, shape, dtype):
         path = os.path.join(self.files, name + ".npy")
