@@ -1,5 +1,6 @@
 """Where a script computes, and how exactly: chosen once, at its start."""
 
+import os
 import re
 import time
 from statistics import median
@@ -20,11 +21,16 @@ WORTHWHILE = 1.1  # times faster that bf16 products must be: the casts take what
 
 
 def choose_device(name):
-    """The torch device for auto, cpu, cuda[:n] or mps; raises InputError where it is not there."""
+    """The torch device for auto, cpu, cuda[:n] or mps; raises InputError where it is not there.
+
+    Under torchrun cuda is the GPU of the process's number on its machine.
+    """
+    if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", name):
+        raise InputError(f"--device {name} is no device: choose auto, cpu, cuda, cuda:<n> or mps")
+    if distributed.launched():
+        name = _own(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
-        raise InputError(f"--device {name} is no device: choose auto, cpu, cuda, cuda:<n> or mps")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -32,6 +38,21 @@ def choose_device(name):
         raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): choose auto or cpu"
                          ) from error
     return device
+
+
+def _own(name):
+    """--device for one of torchrun's processes; raises InputError for a device that several cannot have."""
+    if name.startswith(("cuda:", "mps")):
+        raise InputError(f"--device {name} under torchrun: give cuda, where each process takes the GPU of its number "
+                         "on its machine, or cpu")
+    if name.startswith("cpu") or not torch.cuda.is_available():
+        return "cpu" if name == "auto" else name
+    local, gpus, nccl = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count(), torch.distributed.is_nccl_available()
+    if local >= gpus or not nccl:
+        raise InputError(f"process {local} of this machine finds {gpus} GPUs{'' if nccl else ' and no NCCL'}: start as "
+                         "many as there are with --nproc_per_node, or take --device cpu")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
 
 
 class Products(NamedTuple):

@@ -147,28 +147,6 @@ def _call(collective, *arguments):
         raise RunBroken(f"another one is gone, or too slow for --dist_timeout ({reason})") from error
 
 
-def device_name(name):
-    """--device for this process: under torchrun, the GPU is chosen by the process's number on its machine.
-
-    Raises InputError for a device that several processes cannot have.
-    """
-    if not launched():
-        return name
-    if name.startswith("cuda:") or name == "mps":
-        raise InputError(f"--device {name} under torchrun: give cuda, where each process takes the GPU of its number "
-                         "on its machine, or cpu")
-    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
-        return "cpu"
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and (local >= torch.cuda.device_count() or not dist.is_nccl_available()):
-        raise InputError(f"process {local} of this machine finds {torch.cuda.device_count()} GPUs"
-                         f"{'' if dist.is_nccl_available() else ' and no NCCL'}: start as many as there are with "
-                         "--nproc_per_node, or take --device cpu")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-    return f"cuda:{local}"
-
-
 # What they send each other ----------------------------------------------------------------------
 
 def gather(rows, sizes):
@@ -264,5 +242,4 @@ def check_alike(digests):
         rows = gather(torch.tensor([list(digests.values())]), [1] * size())
         differing = [what for what, column in zip(digests, rows.t().tolist()) if len(set(column)) > 1]
         if differing:
-            error = InputError(f"the processes differ in {', '.join(differing)}: give all the same")
-            sync(error)
+            raise InputError(f"the processes differ in {', '.join(differing)}: give all the same")

@@ -19,22 +19,23 @@ import json
 import os
 import re
 import shutil
-from datetime import timedelta
+import sys
 
 import numpy as np
 import torch
 
+import distributed
 from caption_files import CaptionedPhoto, read_caption_texts, read_photo_captions
 from device import choose_device
 from errors import ArgumentParser, InputError, number, replacing, run_script
 from features import POOLINGS, build_encoder, read_features_json, refuse_other
 from images import image_path, photo_names
-from photo_blocks import BLOCK_PHOTOS, BLOCKS, encode_blocks, plan_blocks, read_notes, read_rows, tell
+from photo_blocks import BLOCK_PHOTOS, BLOCKS, encode_blocks, plan_blocks, read_notes, read_rows
 from word_ids import CAPTIONS_PER_IMAGE
 
 DEFAULT_SHARE, DEFAULT_MOST = 10, 1000  # dev and test: a tenth of the photos each, and no more than so many
 GALLERY = "gallery"
-MEETING_TIME = timedelta(days=30)  # the processes' shares may take long
+MEETING_TIME = 30 * 24 * 3600  # seconds: the processes' shares may take long
 
 
 def parse_args(argv=None):
@@ -76,22 +77,27 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Make what the flags say, on this process or on all that torchrun has started."""
+    with distributed.session():
+        distributed.wait_at_most(MEETING_TIME)
+        carry_out(parse_args(argv))
+
+
+def carry_out(args):
     """Photos and captions, encoder, blocks of features, files."""
-    args = parse_args(argv)
     photos = find_photos(args)
     check_splits(args, photos)
-    device = choose_device(own_device(args.device))
+    device = choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or every process would hold memory on the first
     encoder = build_encoder(args.encoder, args.encoder_weights, args.pooling, args.regions, args.normalise, device)
     description = {**encoder.description, "dtype": args.dtype, "amp": args.amp}
     check_output(args.output, description)
-    rank, processes = meet_others()
-    with the_only_one(args.output, rank):
+    with the_only_one(args.output):
         blocks = plan_blocks(args, photos, description)
-        encode_blocks(args, photos, blocks, encoder, rank, processes)
-        wait_for_others(processes)
-        if rank == 0:
+        encode_blocks(args, photos, blocks, encoder)
+        distributed.sync()
+        if distributed.is_first():
             write_all(args, photos, blocks, encoder.row_shape, description)
 
 
@@ -116,7 +122,7 @@ def find_photos(args):
     if not captioned:
         raise InputError(f"{args.captions} has no caption of a photo: check --captions, or leave it out for a gallery")
     if len(captioned) < len(photos):
-        tell(f"note: {len(photos) - len(captioned)} photos have no caption and are left out")
+        print(f"note: {len(photos) - len(captioned)} photos have no caption and are left out", file=sys.stderr)
     for photo in captioned:
         image_path(args.images, photo.name, args.captions)
     return captioned
@@ -150,36 +156,10 @@ def draw_splits(args, n):
     return splits.tolist()
 
 
-# One of several processes -----------------------------------------------------------------------
-
-def own_device(name):
-    """--device, with `auto` and `cuda` read as this process's own GPU under torchrun."""
-    if name in ("auto", "cuda") and torch.cuda.device_count() > 1 and "LOCAL_RANK" in os.environ:
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return name
-
-
-def meet_others():
-    """This process's number and how many there are: 0 and 1, but for torchrun."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1
-    try:
-        torch.distributed.init_process_group("gloo", timeout=MEETING_TIME)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot meet ({error}): start "
-                         "them with torchrun") from error
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def wait_for_others(processes):
-    """Return once every process has encoded its share."""
-    if processes > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
+# The output folder ------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def the_only_one(output, rank):
+def the_only_one(output):
     """Keep other runs out of the output folder while the block runs; a killed run's hold is gone with it."""
     path, was_there = os.path.join(output, BLOCKS), os.path.exists(output)
     try:
@@ -188,15 +168,16 @@ def the_only_one(output, rank):
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error.strerror}): name another folder") from error
     try:
-        if rank == 0:
+        if distributed.is_first():
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"another run is writing to {output}: wait for it, or name another folder") from error
+        distributed.sync()
         yield
     finally:
         os.close(folder)
-        if rank == 0:
+        if distributed.is_first():
             for made in [path] if was_there else [path, output]:
                 with contextlib.suppress(OSError):  # only an empty one goes: nothing has come of the run
                     os.rmdir(made)

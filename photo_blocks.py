@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 from errors import InputError, replacing
 from features import check_photo, encode
 from images import decode_image
@@ -23,12 +24,6 @@ from images import decode_image
 BLOCKS = ".blocks"  # below the output folder: what is finished, until all is
 BLOCK_PHOTOS = 256
 AHEAD = 4  # batches a worker decodes ahead
-
-
-def tell(line):
-    """A line for the person at the keyboard, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
 
 
 class Block(NamedTuple):
@@ -104,14 +99,14 @@ class Part(NamedTuple):
         return len(self.numbers) + len(self.broken)
 
 
-def encode_blocks(args, photos, blocks, encoder, rank, processes):
+def encode_blocks(args, photos, blocks, encoder):
     """Encode those of this process's blocks that are not there yet, each into its file."""
-    mine = [block for block in blocks[rank::processes] if read_notes(block) is None]
-    total = sum(block.end - block.first for block in (blocks if processes == 1 else mine))
+    mine = [block for block in blocks[distributed.rank()::distributed.size()] if read_notes(block) is None]
+    total = sum(block.end - block.first for block in (blocks if distributed.size() == 1 else mine))
     todo = sum(block.end - block.first for block in mine)
     loader = load_photos(args, [photo.name for photo in photos], mine, encoder)
     started, ends = time.monotonic(), []  # (time, photos until then) of each batch
-    with tqdm(total=total, initial=total - todo, unit="photo", disable=None if rank == 0 else True) as bar:
+    with tqdm(total=total, initial=total - todo, unit="photo", disable=None) as bar:
         for block in mine:
             parts = []
             while sum(part.photos for part in parts) < block.end - block.first:
@@ -121,8 +116,8 @@ def encode_blocks(args, photos, blocks, encoder, rank, processes):
             write_block(block, parts, args, photos)
     if len(ends) > 1:
         (first_end, first), (end, encoded) = ends[0], ends[-1]
-        tell(f"{encoded} photos encoded: the first batch took {first_end - started:.1f} s, then "
-             f"{(encoded - first) / (end - first_end):.1f} photos a second")
+        print(f"{encoded} photos encoded: the first batch took {first_end - started:.1f} s, then "
+              f"{(encoded - first) / (end - first_end):.1f} photos a second", file=sys.stderr)
 
 
 def load_photos(args, names, blocks, encoder):

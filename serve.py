@@ -492,7 +492,7 @@ def make_server(app, host, port):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         bound = socket.create_server((host, port), family=family, backlog=SERVER["backlog"])
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise InputError(f"--host {host} --port {port} cannot be listened at ({reason}): give another port, or an "
                          "address of this machine") from error
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that a request waits a moment is no news

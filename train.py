@@ -685,7 +685,7 @@ def write_new(vocabulary, opt):
 
 def carry_out(opt):
     """Train as the options say."""
-    device = choose_device(distributed.device_name(opt.device))
+    device = choose_device(opt.device)
     last, resuming = os.path.join(opt.logger_name, "checkpoint.pth.tar"), opt.resume == "auto"
     written = checkpoint.written(last)
     run, is_new, products = set_up(opt, device)

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import together
 import torch
-from conftest import RAW, REFERENCE, RELEASED, ROOT, TINY, load, write_flickr
+from conftest import RAW, REFERENCE, RELEASED, ROOT, TINY, load, tree, write_flickr, write_image
 from test_regions import write_regions
 
 import compute_results
-import distributed
+import extract_features
 import reproduce
 import train
+from device import choose_device
 from errors import InputError
 from shares import shares
 
@@ -201,6 +202,14 @@ def test_two_processes_train_as_one_with_the_bank(folder, one_process):
     assert (record["processes"], record["backend"], record["result"]["outcome"]) == (2, "gloo", "finished")
 
 
+def test_two_processes_train_as_one_in_bf16(folder):
+    flags = [*TRAIN, *BANK, "--amp", "bf16", "--learning_rate", "0.0002"]
+    code, _, said = ended(torchrun(2, "train.py", *flags))
+    assert code == 0, said
+    train.main([*flags, "--logger_name", "runs/one"])
+    assert furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX"))) <= 1e-2
+
+
 @pytest.fixture
 def in_double(monkeypatch):
     """train.py in this process computes in float64, as `together.py double` does."""
@@ -296,6 +305,21 @@ def test_an_evaluation_of_regions_by_two_processes_prints_what_one_does_once(tmp
     assert out == capsys.readouterr().out
 
 
+def test_photos_encoded_by_two_processes_are_those_of_one(tmp_path, monkeypatch):  # one block of photos: one waits
+    monkeypatch.chdir(tmp_path)
+    for number in range(5):
+        write_image(tmp_path / "photos" / f"{number}.png", number)
+    flags = ["--images", "photos", "--encoder", "shufflenet_v2_x0_5", "--encoder_weights", "none", "--workers", "0",
+             "--device", "cpu", "--batch_size", "2"]
+    code, out, said = ended(torchrun(2, "extract_features.py", *flags, "--output", "together"))
+    assert code == 0 and out.count("gallery photos") == 1 and said.count("photos a second") == 1, said
+    extract_features.main([*flags, "--output", "alone"])
+    assert tree(tmp_path / "together") == tree(tmp_path / "alone")
+    code, _, said = ended(torchrun(2, "extract_features.py", *flags, "--output", "photos/0.png"))
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code and len(errors) == 1 and "--output photos/0.png cannot be written" in errors[0], said
+
+
 # Bad input --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, flags, sentence", [
@@ -312,11 +336,10 @@ def test_bad_input_ends_all_processes_with_one_sentence(folder, script, flags, s
 
 @pytest.mark.parametrize("name, reason", [("cuda:3", "each process takes the GPU of its number"), ("mps", "torchrun")])
 def test_a_device_that_processes_cannot_share_is_refused(name, reason, monkeypatch):
-    assert distributed.device_name(name) == name
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
     with pytest.raises(InputError, match=reason):
-        distributed.device_name(name)
-    assert distributed.device_name("cpu") == "cpu"
+        choose_device(name)
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_reproduce_is_refused_under_torchrun(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from conftest import run_script, tree
 from PIL import Image
 
+import distributed
 import extract_features
 import photo_blocks
 from errors import InputError
@@ -354,18 +355,11 @@ def test_each_of_two_processes_takes_its_share(folder, watched, monkeypatch):
     watched.extract("whole")
     shares = []
     for rank in (1, 0):  # the first process assembles, once the others have met it
-        monkeypatch.setattr(extract_features, "meet_others", lambda rank=rank: (rank, 2))
-        monkeypatch.setattr(extract_features, "wait_for_others", lambda processes: None)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "size", lambda: 2)
         shares.append(watched.extract("out"))
     assert shares == [[3, 1], [3, 1, 2]]
     assert tree(folder / "out") == tree(folder / "whole")
-
-
-def test_processes_that_cannot_meet_are_said(folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(InputError, match="WORLD_SIZE is 2, but the processes cannot meet"):
-        extract(encoder=SAMPLE)
 
 
 def test_the_script_decodes_in_processes(folder):

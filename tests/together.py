@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 import data  # noqa: E402
 import distributed  # noqa: E402
@@ -56,6 +57,7 @@ CASES = {
     "i2t, micro, seven pairs": (I2T, 7, 1),
     "cnn": ({"data_name": "photos"}, 6, None),
     "cnn, fewer pairs than processes": ({"data_name": "photos"}, 3, None),
+    "cnn without batch norm, micro": ({"data_name": "photos", "without": "batch norm"}, 9, 2),
     "cnn that is frozen": ({"data_name": "photos", "finetune": False}, 6, None),
 }
 # Measure, images, images of a tile, items kept.
@@ -80,12 +82,22 @@ class Pairs(data.PrecompDataset):
         return self.images[rows]
 
 
+def convolutions(width):
+    """A small network in the manner of VGG: no batch norm; no dropout either, whose draws go by the pieces."""
+    layers = [layer for narrow, wide in ((3, 8), (8, 16), (16, 32))
+              for layer in (nn.Conv2d(narrow, wide, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, width), nn.ReLU())
+
+
 def case(name):
     """(model, loader, criterion, similarity, bank, pieces' size) of one of CASES, the same on every process."""
     changes, pairs, micro_batch = CASES[name]
     opt = Namespace(**{**OPTIONS, **changes})
     torch.manual_seed(1)
-    model, criterion = build(opt).double().train(), ContrastiveLoss(opt)
+    model, criterion = build(opt), ContrastiveLoss(opt)
+    if "without" in changes:
+        model.img_enc.cnn = convolutions(model.img_enc.fc.in_features)
+    model.double().train()
     bank = None
     if changes.get("bank"):
         images, captions = (l2norm(torch.randn(changes["bank"], opt.embed_size).double()) for _ in range(2))
