@@ -199,7 +199,7 @@ def from_photos(loaded, encoder, description, output, folder, names, options):
                               workers=options.workers, dtype="float32", amp="off", encoder="the model")
     loaded.model.val_start()
     blocks = plan_blocks(args, whole, {**encoder.description, "model": hash_file(loaded.path)})
-    encode_blocks(args, whole, blocks, encoder, 0, 1)
+    encode_blocks(args, whole, blocks, encoder)
     notes = [read_notes(block) for block in blocks]
     broken = {whole[number].name: why for note in notes for number, why in note.broken.items()}
     broken |= dict.fromkeys(links, "it is a link that leads outside the folder")
