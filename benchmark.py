@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import distributed
 from benchmark_extract import bench_extract
 from benchmark_scan import bench_scan
+from benchmark_search import bench_search
 from caption_files import read_captions
 from corrections import METHODS, corrections_of, parameters_of, rank_corrected
 from data import Loader, PrecompDataset
@@ -473,9 +474,9 @@ def parse_args(argv=None):
     parser = ArgumentParser("Measure training and evaluation on this machine, in ratios to the original style.")
     count = number(int, 1)
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--parts", default=PARTS, nargs="+", choices=[*PARTS, "scan", "extract"],
-                      help="only these (default: all but scan, SCAN's scores and training step over regions, and "
-                           "extract, features out of photos)")
+    what.add_argument("--parts", default=PARTS, nargs="+", choices=[*PARTS, "scan", "extract", "search"],
+                      help="only these (default: all but scan, SCAN's scores and training step over regions, extract, "
+                           "features out of photos, and search, galleries of made-up photos)")
     what.add_argument("--photos", metavar="FOLDER", help="extract: these photos instead of made-up ones")
     what.add_argument("--amp", default=["off", "bf16"], nargs="+", choices=["off", "bf16"],
                       help="kinds of training step")
@@ -493,6 +494,12 @@ def parse_args(argv=None):
     size.add_argument("--step_batch", default=128, type=count, help="batch of the training step")
     size.add_argument("--eval_images", default=[1000, 5000], type=number(int, FOLDS), nargs="+",
                       help="images of the evaluations, a multiple of five")
+    size.add_argument("--search_sizes", default=[10_000, 100_000, 1_000_000], type=number(int, 1000), nargs="+",
+                      help="search: photos of the galleries (1024 numbers each: 4 GB of disk, twice, for a million)")
+    size.add_argument("--search_quantizer", action="store_true",
+                      help="search: the largest of them with a product quantizer, too")
+    size.add_argument("--search_folder", metavar="FOLDER", help="search: where they are built (default: the system's "
+                                                                "for temporary files)")
     how = parser.add_argument_group("how, and what to write")
     how.add_argument("--repeats", default=7, type=count, help="timed rounds of each part")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
@@ -541,6 +548,8 @@ def measure(options, timer):
         lines |= bench_scan(options, timer, captions, vocab, speeds)
     if "extract" in options.parts:
         lines |= bench_extract(options, timer)
+    if "search" in options.parts:
+        lines |= bench_search(options)
     if options.coco_memory:
         lines |= bench_coco_memory(options, timer, made_up_vocabulary())
     return {"speeds": speeds, "parts": lines}

@@ -199,7 +199,7 @@ def from_photos(loaded, encoder, description, output, folder, names, options):
                               workers=options.workers, dtype="float32", amp="off", encoder="the model")
     loaded.model.val_start()
     blocks = plan_blocks(args, whole, {**encoder.description, "model": hash_file(loaded.path)})
-    encode_blocks(args, whole, blocks, encoder, 0, 1)
+    encode_blocks(args, whole, blocks, encoder)
     notes = [read_notes(block) for block in blocks]
     broken = {whole[number].name: why for note in notes for number, why in note.broken.items()}
     broken |= dict.fromkeys(links, "it is a link that leads outside the folder")
@@ -290,32 +290,40 @@ def joined(one, other):
 
 def write(folder, loaded, contents, correction, kind=None):
     """Write a gallery of Contents; kind: the type of index (None: the usual one). The folder must be locked."""
-    n, width = len(contents.items), loaded.opt.embed_size
+    n = len(contents.items)
     if not n:
         raise InputError("no photo would be left in the gallery: leave it as it is, or build another one")
     kind = kind or index.usual_type(n)
+    index.check_count(kind, n)
     gallery.clear(folder)
-    files = gallery.new_files(folder)
-    path = os.path.join(files, "embeddings.npy")
-    gallery.save_rows(path, (with_shift(loaded, block, correction) for block in contents.rows), (n, width + 1))
+    with gallery.new_files(folder) as files:
+        hubs = write_arrays(files, loaded, contents, correction, kind)
+        gallery.publish(folder, files, {
+            "count": n, "width": loaded.opt.embed_size, "captions": sum(map(len, contents.captions)),
+            "model": {"path": relative(loaded.path, folder), "sha256": hash_file(loaded.path)},
+            "source": contents.source,
+            "folder": None if contents.folder is None else relative(contents.folder, folder),
+            "features": contents.features, "index": kind, "hubs": hubs,
+            "correction": {"method": correction.method, "parameters": correction.parameters,
+                           "bank_split": correction.bank_split, "bank_images": correction.bank_images}})
+
+
+def write_arrays(files, loaded, contents, correction, kind):
+    """Write embeddings, index, hubs and names into the folder `files`; returns what tells the hubs, or None."""
+    n, captions, path = len(contents.items), contents.caption_embeddings, os.path.join(files, "embeddings.npy")
+    gallery.save_rows(path, (with_shift(loaded, block, correction) for block in contents.rows),
+                      (n, loaded.opt.embed_size + 1))
     embeddings = torch.from_numpy(np.load(path, mmap_mode="c"))
-    captions = contents.caption_embeddings
     if kind != index.EXACT:
         queries = index.spread(embeddings[:, :-1] if captions is None else captions.float().cpu(), PROBE_QUERIES)
         asked = queries.new_full((len(queries), 1), float(correction.method != "none"))
         index.build(kind, embeddings, torch.cat([queries, asked], 1), os.path.join(files, gallery.INDEX))
     search = index.read(kind, os.path.join(files, gallery.INDEX), embeddings)
-    hubs, hub_words = gallery_hubs.count_hubs(search, captions, correction.bank, n)
+    hubs, words = gallery_hubs.count_hubs(search, captions, correction.bank, n)
     if hubs is not None:
         gallery.save(os.path.join(files, "hubs.npy"), hubs)
     gallery.write_items(files, contents.items, contents.captions, captions, contents.facts)
-    gallery.publish(folder, files, {
-        "count": n, "width": width, "captions": sum(map(len, contents.captions)),
-        "model": {"path": relative(loaded.path, folder), "sha256": hash_file(loaded.path)},
-        "source": contents.source, "folder": None if contents.folder is None else relative(contents.folder, folder),
-        "features": contents.features, "index": kind, "hubs": hub_words,
-        "correction": {"method": correction.method, "parameters": correction.parameters,
-                       "bank_split": correction.bank_split, "bank_images": correction.bank_images}})
+    return words
 
 
 def recall_of(found):
@@ -339,11 +347,13 @@ def with_shift(loaded, rows, correction):
 
 def build(options, loaded, folder, photo_folder):
     """Build the gallery of what the options name: precomp and split, or photo_folder (see also `photo_encoder`)."""
+    names = [] if options.precomp is not None else names_below(photo_folder, photo_folder)
+    if names:
+        index.check_count(options.index_type, len(names))
     correction = gallery_hubs.choose_correction(options, loaded)
     if options.precomp is not None:
         contents = from_features(loaded, options.precomp, options.split, photo_folder)
     else:
-        names = names_below(photo_folder, photo_folder)
         contents = from_photos(loaded, *photo_encoder(loaded, None, options), folder, photo_folder, names, options)
         if not contents.items:
             raise InputError(f"none of the {len(names)} photos in {photo_folder} can be read: "

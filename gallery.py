@@ -13,12 +13,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 import index
 from caption_files import read_json
+from corrections import METHODS
 from errors import InputError, check_regular, replacing
 from photo_blocks import BLOCKS
 
@@ -31,6 +33,8 @@ OURS = re.compile(rf"{MADE.pattern}|gallery\.json(\..*)?|broken\.txt(\..*)?|\.lo
 KEYS = {"format": int, "files": str, "sizes": dict, "count": int, "width": int, "captions": int, "model": dict,
         "source": str, "folder": (str, type(None)), "features": (dict, type(None)), "correction": dict, "index": str,
         "hubs": (str, type(None))}
+PARTS = {"model": {"path": str, "sha256": str},
+         "correction": {"method": str, "parameters": dict, "bank_split": str, "bank_images": (int, type(None))}}
 
 
 class Texts(Sequence):
@@ -94,12 +98,18 @@ def _load(path):
 
 # Writing ----------------------------------------------------------------------------------------
 
+@contextmanager
 def new_files(folder):
-    """A new folder for a gallery's arrays, below it."""
+    """A new folder for a gallery's arrays, below it, which goes away where the block fails."""
     try:
-        return tempfile.mkdtemp(prefix=FILES, dir=folder)
+        files = tempfile.mkdtemp(prefix=FILES, dir=folder)
     except OSError as error:
         raise InputError(f"--index {folder} cannot be written ({error.strerror}): name another folder") from error
+    try:
+        yield files
+    except BaseException:
+        shutil.rmtree(files, ignore_errors=True)
+        raise
 
 
 def write_items(files, items, captions, caption_embeddings, facts):
@@ -163,9 +173,14 @@ def describe(folder):
     if content["format"] > FORMAT:
         raise InputError(f"{path} is of format {content['format']}, newer than this program's {FORMAT}: update it, or "
                          "build the gallery in another folder")
-    for name, kinds in KEYS.items():
-        if not isinstance(content.get(name, ...), kinds):
-            raise InputError(f"{path} lacks {name!r}, or has something odd for it: build the gallery again")
+    for part, keys in {None: KEYS, **PARTS}.items():
+        for name, kinds in keys.items():
+            if not isinstance((content[part] if part else content).get(name, ...), kinds):
+                raise InputError(f"{path} lacks {name!r}, or has something odd for it: build the gallery again")
+    if content["index"] not in index.TYPES or content["correction"]["method"] not in ("none", *METHODS):
+        raise InputError(f"{path} tells of the index {content['index']} and the correction "
+                         f"{content['correction']['method']}, of which this program does not know one: update it, or "
+                         "build the gallery again")
     if not MADE.fullmatch(content["files"]):
         raise InputError(f"{path} names files outside the gallery: build it again")
     return content
@@ -184,14 +199,14 @@ class Gallery:
             raise InputError(f"there is no whole gallery in {folder}: build it with --images or --precomp")
         self.folder, self.description = folder, describe(folder)
         self.count, self.width = self.description["count"], self.description["width"]
-        self.correction = self.description["correction"].get("method", "none")
+        self.correction = self.description["correction"]["method"]
         self.files = os.path.join(folder, self.description["files"])
         self._check_sizes(with_index)
         self.embeddings = torch.from_numpy(self._array("embeddings", (self.count, self.width + 1), np.float32))
-        self.items = Texts(os.path.join(self.files, "items"))
+        self.items = self._texts("items", self.count)
         self.n_captions = self.description["captions"]
         if self.n_captions:
-            self.caption_texts = Texts(os.path.join(self.files, "captions"))
+            self.caption_texts = self._texts("captions", self.n_captions)
             self.caption_starts = self._array("caption_starts", (self.count + 1,), np.int64)
             self.caption_embeddings = torch.from_numpy(
                 self._array("caption_embeddings", (self.n_captions, self.width), np.float32))
@@ -213,6 +228,12 @@ class Gallery:
             if found != size:
                 raise InputError(f"{path} is {'not there' if found is None else f'of {found} bytes'}, and was written "
                                  f"with {size}: build the gallery again")
+
+    def _texts(self, name, n):
+        texts = Texts(os.path.join(self.files, name))
+        if len(texts) != n:
+            raise InputError(f"the gallery {self.folder} has {len(texts)} {name} and tells of {n}: build it again")
+        return texts
 
     def _array(self, name, shape, dtype):
         path = os.path.join(self.files, name + ".npy")

@@ -59,6 +59,13 @@ def spread(rows, most):
 
 # FAISS ------------------------------------------------------------------------------------------
 
+def check_count(kind, n):
+    """Raise InputError where n rows are too few for a type of index."""
+    if kind in (IVF, PQ) and n < CODES:
+        raise InputError(f"--index_type {kind} needs at least {CODES} photos to learn its codes from, and there are "
+                         f"{n}: take exact")
+
+
 def build(kind, embeddings, queries, path):
     """Write FAISS's index of (n, D + 1) embeddings, of type `kind`.
 
@@ -67,9 +74,7 @@ def build(kind, embeddings, queries, path):
     """
     import faiss
     n, width = embeddings.shape
-    if n < CODES:
-        raise InputError(f"--index_type {kind} needs at least {CODES} photos to learn its codes from, and there are "
-                         f"{n}: take exact")
+    check_count(kind, n)
     lists = 2**round(np.log2(2 * n**0.5))
     sample = spread(embeddings, max(TRAINED_ON * lists, CODE_ROWS * (kind == PQ)))
     found = (_scalar if kind == IVF else _product)(faiss, sample.numpy(), width, lists)

@@ -266,8 +266,8 @@ def open_searcher(options):
 def find_places(options):
     """(path of the checkpoint, folder of the gallery)."""
     if options.index is not None and options.model_path is None and is_whole(options.index):
-        own = describe(options.index)["model"].get("path")
-        return os.path.normpath(os.path.join(os.path.realpath(options.index), str(own))), options.index
+        own = describe(options.index)["model"]["path"]
+        return os.path.normpath(os.path.join(os.path.realpath(options.index), own)), options.index
     model_path = options.model_path or DEFAULT_MODEL
     return model_path, options.index or os.path.join(os.path.dirname(model_path), "gallery")
 
@@ -281,7 +281,7 @@ def locked(folder):
         with run_record.lock(folder, "--index"):
             yield
     except InputError:
-        if not was_there and set(os.listdir(folder)) <= {".lock"}:
+        if not was_there and os.path.isdir(folder) and set(os.listdir(folder)) <= {".lock"}:
             shutil.rmtree(folder)
         raise
 
@@ -294,7 +294,7 @@ def is_stale_sample(folder, options, loaded):
     """Whether a gallery is of the sample data, which is quickly built again, and the model was trained anew since."""
     found, sample = describe(folder), os.path.join(loaded.opt.data_path, SAMPLE)
     return (options.images is None and found["source"] == build_gallery.source_of(sample, "test")
-            and found["model"].get("sha256") != build_gallery.hash_file(loaded.path))
+            and found["model"]["sha256"] != build_gallery.hash_file(loaded.path))
 
 
 def build_named(options, loaded, folder):
@@ -315,7 +315,7 @@ def check_own(folder, options, loaded):
     """Raise InputError where a gallery is of another model, or of other photos than the options name."""
     found = describe(folder)
     own = build_gallery.hash_file(loaded.path), loaded.opt.embed_size
-    if (found["model"].get("sha256"), found["width"]) != own:
+    if (found["model"]["sha256"], found["width"]) != own:
         raise InputError(f"the gallery {folder} is of another model than {loaded.path}: name that with --model_path, "
                          "or build one of this model in another --index")
     named = (build_gallery.source_of(options.precomp, options.split or "test") if options.precomp is not None else
