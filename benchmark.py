@@ -3,6 +3,7 @@
     python3 benchmark.py                       # made-up data of COCO's shape, a few minutes on two cores
     python3 benchmark.py --json benchmark.json --coco_memory
     python3 benchmark.py --parts scan --repeats 5    # SCAN's scores and training step, six minutes on two cores
+    python3 benchmark.py --parts extract --repeats 5 # photos to features: whether the encoder is kept busy
 
 Each part is timed in turn with its reference, after a warm-up; figures are medians with minimum and
 maximum. The floor of a part is what its operations would take at the speed of one large
@@ -27,7 +28,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import distributed
+from benchmark_extract import bench_extract
 from benchmark_scan import bench_scan
+from benchmark_search import bench_search
 from caption_files import read_captions
 from corrections import METHODS, corrections_of, parameters_of, rank_corrected
 from data import Loader, PrecompDataset
@@ -471,8 +474,10 @@ def parse_args(argv=None):
     parser = ArgumentParser("Measure training and evaluation on this machine, in ratios to the original style.")
     count = number(int, 1)
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--parts", default=PARTS, nargs="+", choices=[*PARTS, "scan"],
-                      help="only these (default: all but scan, SCAN's scores and training step, over regions)")
+    what.add_argument("--parts", default=PARTS, nargs="+", choices=[*PARTS, "scan", "extract", "search"],
+                      help="only these (default: all but scan, SCAN's scores and training step over regions, extract, "
+                           "features out of photos, and search, galleries of made-up photos)")
+    what.add_argument("--photos", metavar="FOLDER", help="extract: these photos instead of made-up ones")
     what.add_argument("--amp", default=["off", "bf16"], nargs="+", choices=["off", "bf16"],
                       help="kinds of training step")
     what.add_argument("--coco_memory", action="store_true",
@@ -489,6 +494,12 @@ def parse_args(argv=None):
     size.add_argument("--step_batch", default=128, type=count, help="batch of the training step")
     size.add_argument("--eval_images", default=[1000, 5000], type=number(int, FOLDS), nargs="+",
                       help="images of the evaluations, a multiple of five")
+    size.add_argument("--search_sizes", default=[10_000, 100_000, 1_000_000], type=number(int, 1000), nargs="+",
+                      help="search: photos of the galleries (1024 numbers each: 4 GB of disk, twice, for a million)")
+    size.add_argument("--search_quantizer", action="store_true",
+                      help="search: the largest of them with a product quantizer, too")
+    size.add_argument("--search_folder", metavar="FOLDER", help="search: where they are built (default: the system's "
+                                                                "for temporary files)")
     how = parser.add_argument_group("how, and what to write")
     how.add_argument("--repeats", default=7, type=count, help="timed rounds of each part")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
@@ -535,6 +546,10 @@ def measure(options, timer):
             lines |= bench_hubs(options, Timer(timer.device, min(timer.repeats, 3)), images)
     if "scan" in options.parts:
         lines |= bench_scan(options, timer, captions, vocab, speeds)
+    if "extract" in options.parts:
+        lines |= bench_extract(options, timer)
+    if "search" in options.parts:
+        lines |= bench_search(options)
     if options.coco_memory:
         lines |= bench_coco_memory(options, timer, made_up_vocabulary())
     return {"speeds": speeds, "parts": lines}

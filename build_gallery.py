@@ -1,46 +1,59 @@
-"""Building a gallery (see `gallery`): features or photos in, embeddings, captions, correction and hubs out."""
+"""Building a gallery (see `gallery`): photos or features in; embeddings, captions, a correction and an index out."""
 
 import argparse
 import hashlib
+import itertools
 import os
+import sys
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
+import features
 import gallery
-import run_record
+import gallery_hubs
+import index
+from caption_files import CaptionedPhoto, read_caption_texts, read_photo_captions
 from data import Loader, PrecompDataset, check_form, open_features, read_ids
-from errors import InputError
-from evaluation import embed
-from features import read_features_json, refuse_other
+from errors import InputError, replacing
+from evaluation import embed, embed_texts
+from images import image_transform, photo_names
+from photo_blocks import BLOCK_PHOTOS, encode_blocks, file_facts, plan_blocks, read_notes, read_rows
 from ranking import filled
+from word_ids import number_words
 
 BLOCK_ROWS = 8192  # embeddings handled at a time
 HASHED_BYTES = 2**20  # at a time
+RECALL_QUERIES = 1000  # that tell how much of the nearest it finds
+PROBE_QUERIES = 200  # that tell how much an index has to look through
+BROKEN = "broken.txt"
 
 
 class Contents(NamedTuple):
     """What goes into a gallery."""
 
     items: list  # paths of the photos, relative to `folder`, or ids
-    rows: Any  # iterable of (m, D) embeddings, in the items' order
-    captions: list  # of str, each photo's together
-    caption_counts: list  # how many of them each photo has
+    rows: Iterable  # blocks (m, D) of embeddings in the items' order, or (m, D + 1), which have their shifts
+    captions: list  # for each item, the list of its captions
     caption_embeddings: Any  # (C, D), or None where there are none
     source: str  # what it was made from, in words
     folder: str | None  # of the photos
     features: dict | None  # what made the features (see `features`), or None
+    facts: list | None = None  # for each photo (size, time of change) of its file
 
 
 def refuse_unsearchable(loaded):
     """Raise InputError for a model whose similarity is no product of two vectors."""
-    if loaded.opt.measure == "order":
-        raise InputError(f"checkpoint {loaded.path} was trained with --measure order, whose similarity is no product "
-                         "of embeddings, so that there is nothing to index: take one of --measure cosine")
     if loaded.opt.cross_attn:
         raise InputError(f"checkpoint {loaded.path} is SCAN, with a vector for each region and word instead of one an "
                          "item: search with a VSE model, and give this one as --rerank_model")
+    if loaded.opt.measure == "order":
+        raise InputError(f"checkpoint {loaded.path} was trained with --measure order, whose similarity is no product "
+                         "of embeddings, so that there is nothing to index: take one of --measure cosine")
 
 
 def hash_file(path):
@@ -60,36 +73,48 @@ def from_features(loaded, folder, split, photos=None):
     photos: the folder in which the ids name photos (default: `<folder>/images`, if it is there).
     """
     opt = loaded.opt
-    if hasattr(loaded.model.img_enc, "cnn"):
+    if sees_photos(loaded.model):
         raise InputError(f"checkpoint {loaded.path} was trained on photos, not on features: build its gallery with "
-                         "--images")
-    description = read_features_json(folder)
+                         "--images alone")
+    description = features.read_features_json(folder)
     if description and loaded.features:
-        refuse_other(description, loaded.features, folder, f"checkpoint {loaded.path}")
+        features.refuse_other(description, loaded.features, folder, f"checkpoint {loaded.path}")
     if os.path.exists(os.path.join(folder, f"{split}_caps.txt")) or not os.path.isdir(folder):
         dataset = PrecompDataset(folder, split, loaded.vocabulary, opt.caption_reading, opt.img_dim)
         check_form(dataset, opt)
         images, caption_embeddings = embed(loaded.model, Loader(dataset, opt.batch_size))
-        rows, captions, image_of = images.split(BLOCK_ROWS), dataset.captions, dataset.image_of
+        image_of, rows = dataset.image_of, images.split(BLOCK_ROWS)
+        captions = grouped(dataset.captions, image_of)
     else:
-        features = open_features(os.path.join(folder, f"{split}_ims.npy"))
-        check_form(argparse.Namespace(images=features), opt)
-        if features.shape[-1] != opt.img_dim:
-            raise InputError(f"{folder} has features of width {features.shape[-1]}, and the model was trained on "
+        found = open_features(os.path.join(folder, f"{split}_ims.npy"))
+        check_form(argparse.Namespace(images=found), opt)
+        if found.shape[-1] != opt.img_dim:
+            raise InputError(f"{folder} has features of width {found.shape[-1]}, and the model was trained on "
                              f"{opt.img_dim}: take features of the same encoder")
-        rows, captions, caption_embeddings = embedded(loaded.model, features, opt.batch_size), [], None
+        rows, caption_embeddings, captions = embedded(loaded.model, found, opt.batch_size), None, [[]] * len(found)
         image_of = torch.empty(0, dtype=torch.int64)
-    n = int(image_of[-1]) + 1 if captions else len(features)
     if photos is None and os.path.isdir(os.path.join(folder, "images")):
         photos = os.path.join(folder, "images")
-    return Contents(items_of(folder, split, n, image_of), rows, captions, torch.bincount(image_of, minlength=n).tolist(),
-                    caption_embeddings, f"{os.path.abspath(folder)}, {split}", photos, description or loaded.features)
+    return Contents(items_of(folder, split, len(captions), image_of), rows, captions, caption_embeddings,
+                    source_of(folder, split), photos, description or loaded.features)
 
 
-def embedded(model, features, batch_size):
+def source_of(folder, split):
+    """What gallery.json says of a gallery of such features."""
+    return f"{os.path.realpath(folder)}, {split}"
+
+
+def grouped(captions, image_of):
+    """Captions (list of str) and their images' numbers (C,), in order -> a list of them for each image."""
+    counts = torch.bincount(image_of).tolist()
+    remaining = iter(captions)
+    return [list(itertools.islice(remaining, count)) for count in counts]
+
+
+def embedded(model, rows, batch_size):
     """(n, ...) features -> their embeddings, a batch at a time."""
     model.val_start()
-    for batch in features.split(batch_size):
+    for batch in rows.split(batch_size):
         yield model.embed_images(filled(batch.float(), batch_size))[:len(batch)]
 
 
@@ -106,36 +131,278 @@ def items_of(folder, split, n, image_of):
     return ids
 
 
+# From photos ------------------------------------------------------------------------------------
+
+class _Embedding(nn.Module):
+    """Pictures (B, ...) -> their embeddings (B, D), by the net that makes features and the model over these."""
+
+    def __init__(self, net, model, normalised):
+        super().__init__()
+        self.net, self.model, self.normalised = net, model, normalised
+
+    def forward(self, pictures):
+        rows = self.net(pictures).float()
+        return self.model.embed_images(nn.functional.normalize(rows, dim=-1) if self.normalised else rows)
+
+
+def sees_photos(model):
+    """Whether a model takes photos, and not their features."""
+    return hasattr(model.img_enc, "cnn")
+
+
+def photo_encoder(loaded, known=None, options=None):
+    """(a `features.Encoder` whose rows are the model's embeddings of photos, what features.json would say of it).
+
+    known: a gallery's description of its features, or None; options: encoder, encoder_weights, pooling, regions and
+    normalise, of which None are not given. Raises InputError where it is not known how the model sees a photo, or that
+    cannot be built here.
+    """
+    known, device = known or loaded.features, loaded.model.device
+    if sees_photos(loaded.model):
+        description = {"encoder": loaded.opt.cnn_type, "weights": "the checkpoint's", "normalised": False,
+                       "resize": 256}
+        encoder = features.Encoder(nn.Identity(), image_transform(False, loaded.opt.crop_size), description, device)
+        known = None
+    elif getattr(options, "encoder", None):
+        encoder = features.build_encoder(options.encoder, options.encoder_weights or "imagenet",
+                                         options.pooling or "pooled", options.regions, options.normalise, device)
+        if known:
+            features.refuse_other(encoder.description, known, f"--encoder {options.encoder}",
+                                  f"checkpoint {loaded.path}")
+    elif known:
+        encoder = features.encoder_from(known, device, getattr(options, "encoder_weights", None))
+    else:
+        raise InputError(f"checkpoint {loaded.path} does not tell which network saw its photos: name it with "
+                         "--encoder, --encoder_weights and --pooling, as extract_features.py takes them")
+    description = encoder.description
+    if not sees_photos(loaded.model):
+        if description["width"] != loaded.opt.img_dim:
+            raise InputError(f"{description['encoder']} gives features of width {description['width']}, and the model "
+                             f"{loaded.path} was trained on {loaded.opt.img_dim}: name the encoder of its features")
+        check_form(argparse.Namespace(images=torch.empty(1, *encoder.row_shape)), loaded.opt)
+    own = {**description, "normalised": False, "regions": None, "width": loaded.opt.embed_size}
+    encoder = encoder._replace(net=_Embedding(encoder.net, loaded.model, description["normalised"]), description=own)
+    return encoder, None if sees_photos(loaded.model) else {"dtype": "float32", "amp": "off", **description}
+
+
+def from_photos(loaded, encoder, description, output, folder, names, options):
+    """The Contents of photos, encoded block by block below `output`, so that a killed build goes on.
+
+    names: their paths relative to `folder`; options: captions, batch_size, workers. Photos that cannot be read are
+    left out, and listed in broken.txt.
+    """
+    photos = photos_of(folder, names, options.captions)
+    links = {photo.name for photo in photos if os.path.islink(os.path.join(folder, photo.name))
+             and gallery.inside(os.path.realpath(folder), photo.name) is None}
+    whole = [photo for photo in photos if photo.name not in links]
+    args = argparse.Namespace(images=folder, output=output, batch_size=min(options.batch_size or 32, BLOCK_PHOTOS),
+                              workers=options.workers, dtype="float32", amp="off", encoder="the model")
+    loaded.model.val_start()
+    blocks = plan_blocks(args, whole, {**encoder.description, "model": hash_file(loaded.path)})
+    encode_blocks(args, whole, blocks, encoder)
+    notes = [read_notes(block) for block in blocks]
+    broken = {whole[number].name: why for note in notes for number, why in note.broken.items()}
+    broken |= dict.fromkeys(links, "it is a link that leads outside the folder")
+    chosen = [whole[number] for note in notes for number in note.numbers]
+    write_broken(output, broken, len(photos))
+    captions = [photo.captions for photo in chosen]
+    rows = (torch.from_numpy(read_rows(block)) for block, note in zip(blocks, notes) if note.numbers)
+    return Contents([photo.name for photo in chosen], rows,
+                    captions,
+                    embed_captions(loaded, captions), os.path.realpath(folder), folder, description,
+                    [file_facts(os.path.join(folder, photo.name)) or (0, 0) for photo in chosen])
+
+
+def photos_of(folder, names, captions):
+    """CaptionedPhotos of the names: captions are of text files beside them, or of the file or folder `captions`."""
+    if captions is None or os.path.isdir(captions):
+        return read_caption_texts(captions or folder, names)
+    known = {os.path.normpath(photo.name): photo.captions for photo in read_photo_captions(captions)}
+    if missing := known.keys() - set(names):
+        tell(f"note: {len(missing)} photos of {captions} are not in {folder}, such as {min(missing)}")
+    return [CaptionedPhoto(name, known.get(name, []), None) for name in names]
+
+
+def embed_captions(loaded, captions):
+    """Lists of captions, one a photo -> (C, D) embeddings, or None where there are none."""
+    texts = list(itertools.chain.from_iterable(captions))
+    if not texts:
+        return None
+    return embed_texts(loaded.model, number_words(texts, loaded.vocabulary, loaded.opt.caption_reading),
+                       loaded.opt.batch_size)
+
+
+def write_broken(output, broken, total):
+    """List the photos that are left out, {name: why}, or remove an older list."""
+    path = os.path.join(output, BROKEN)
+    if broken:
+        with replacing(path) as file:
+            file.writelines(f"{gallery.shown(name)}\t{gallery.shown(why)}\n".encode()
+                            for name, why in sorted(broken.items()))
+        tell(f"{len(broken)} of {total} photos are left out: {path} lists them")
+    elif os.path.exists(path):
+        os.unlink(path)
+
+
+def names_below(folder, root):
+    """The photo files below `folder`, which is `root` or lies in it, by their paths relative to `root`."""
+    below = os.path.relpath(os.path.realpath(folder), os.path.realpath(root))
+    if below.split(os.sep)[0] == os.pardir:
+        raise InputError(f"--add {folder} does not lie in the gallery's one folder {root}: move it there, or build a "
+                         "gallery of the folder that holds both")
+    names = [os.path.normpath(os.path.join(below, name)) for name in photo_names(folder)]
+    if not names:
+        raise InputError(f"there is no photo in {folder}: its files must end in .jpg, .png, or such")
+    return names
+
+
+# From a gallery ---------------------------------------------------------------------------------
+
+def from_gallery(found, kept=None, shifted=True):
+    """The Contents of a Gallery, of the photos `kept` (their numbers, in order; None: all).
+
+    shifted: whether the rows keep their shifts.
+    """
+    kept = np.arange(found.count) if kept is None else np.array(kept, np.int64)
+    width = found.width + shifted
+    rows = (found.embeddings[torch.from_numpy(part), :width] for part in np.array_split(
+        kept, max(1, len(kept) // BLOCK_ROWS)))
+    captions, caption_embeddings = [found.captions(number) for number in kept.tolist()], None
+    if any(captions):
+        starts = found.caption_starts
+        caption_embeddings = torch.cat([found.caption_embeddings[starts[number]:starts[number + 1]]
+                                        for number in kept.tolist()])
+    facts = found.facts
+    return Contents([found.items[number] for number in kept.tolist()], rows, captions, caption_embeddings,
+                    found.description["source"], found.photo_folder, found.description["features"],
+                    None if facts is None else [tuple(facts[number].tolist()) for number in kept.tolist()])
+
+
+def joined(one, other):
+    """Two Contents as one, which is of the first's folder and source."""
+    embeddings = [part.cpu() for part in (one.caption_embeddings, other.caption_embeddings) if part is not None]
+    return one._replace(items=one.items + other.items, rows=itertools.chain(one.rows, other.rows),
+                        captions=one.captions + other.captions, facts=one.facts + other.facts,
+                        caption_embeddings=torch.cat(embeddings) if embeddings else None)
+
+
 # Writing ----------------------------------------------------------------------------------------
 
-def write(folder, loaded, contents, correction):
-    """Write a gallery of Contents, with a `corrections` method's name and what else is to be said of it."""
-    with run_record.lock(folder, "--index"):
-        gallery.clear(folder, kept=gallery.describe(folder)["files"] if gallery.is_whole(folder) else None)
-        files = gallery.new_files(folder)
-        n, width = len(contents.items), loaded.opt.embed_size
-        rows = (with_shift(block, None) for block in contents.rows)
-        gallery.save_rows(os.path.join(files, "embeddings.npy"), rows, (n, width + 1))
-        gallery.write_texts(os.path.join(files, "items"), contents.items)
-        if contents.captions:
-            gallery.write_texts(os.path.join(files, "captions"), contents.captions)
-            gallery.save(os.path.join(files, "caption_starts.npy"), np.cumsum([0, *contents.caption_counts]))
-            gallery.save_rows(os.path.join(files, "caption_embeddings.npy"),
-                              contents.caption_embeddings.split(BLOCK_ROWS), (len(contents.captions), width))
+def write(folder, loaded, contents, correction, kind=None):
+    """Write a gallery of Contents; kind: the type of index (None: the usual one). The folder must be locked."""
+    n = len(contents.items)
+    if not n:
+        raise InputError("no photo would be left in the gallery: leave it as it is, or build another one")
+    kind = kind or index.usual_type(n)
+    index.check_count(kind, n)
+    gallery.clear(folder)
+    with gallery.new_files(folder) as files:
+        hubs = write_arrays(files, loaded, contents, correction, kind)
         gallery.publish(folder, files, {
-            "count": n, "width": width, "captions": len(contents.captions),
+            "count": n, "width": loaded.opt.embed_size, "captions": sum(map(len, contents.captions)),
             "model": {"path": relative(loaded.path, folder), "sha256": hash_file(loaded.path)},
             "source": contents.source,
             "folder": None if contents.folder is None else relative(contents.folder, folder),
-            "features": contents.features, "correction": {"method": "none"}, "index": "exact", "hubs": None})
+            "features": contents.features, "index": kind, "hubs": hubs,
+            "correction": {"method": correction.method, "parameters": correction.parameters,
+                           "bank_split": correction.bank_split, "bank_images": correction.bank_images}})
 
 
-def with_shift(rows, shift):
-    """(m, D) embeddings -> (m, D + 1), the last number minus the correction's shift (m,), or 0."""
-    last = rows.new_zeros(len(rows)) if shift is None else -shift.to(rows)
-    return torch.cat([rows, last.unsqueeze(1)], 1)
+def write_arrays(files, loaded, contents, correction, kind):
+    """Write embeddings, index, hubs and names into the folder `files`; returns what tells the hubs, or None."""
+    n, captions, path = len(contents.items), contents.caption_embeddings, os.path.join(files, "embeddings.npy")
+    gallery.save_rows(path, (with_shift(loaded, block, correction) for block in contents.rows),
+                      (n, loaded.opt.embed_size + 1))
+    embeddings = torch.from_numpy(np.load(path, mmap_mode="c"))
+    if kind != index.EXACT:
+        queries = index.spread(embeddings[:, :-1] if captions is None else captions.float().cpu(), PROBE_QUERIES)
+        asked = queries.new_full((len(queries), 1), float(correction.method != "none"))
+        index.build(kind, embeddings, torch.cat([queries, asked], 1), os.path.join(files, gallery.INDEX))
+    search = index.read(kind, os.path.join(files, gallery.INDEX), embeddings)
+    hubs, words = gallery_hubs.count_hubs(search, captions, correction.bank, n)
+    if hubs is not None:
+        gallery.save(os.path.join(files, "hubs.npy"), hubs)
+    gallery.write_items(files, contents.items, contents.captions, captions, contents.facts)
+    return words
+
+
+def recall_of(found):
+    """What share of some queries' ten nearest a Gallery's index finds: (share, how many queries, in words which)."""
+    queries, words = found.embeddings[:, :-1], "of its own photos"
+    if found.n_captions:
+        queries, words = found.caption_embeddings, "of its own captions"
+    queries = index.spread(queries, RECALL_QUERIES)
+    queries = torch.cat([queries, queries.new_full((len(queries), 1), float(found.correction != "none"))], 1)
+    numbers = (search(queries, index.DEPTH)[1] for search in (found.find, partial(index.exact, found.embeddings)))
+    return index.recall(*numbers), len(queries), words
+
+
+def with_shift(loaded, rows, correction):
+    """A block of embeddings (m, D) -> (m, D + 1), minus the correction's shift last; one that has it stays as it is."""
+    if rows.shape[1] > loaded.opt.embed_size:
+        return rows
+    rows = rows.float()
+    return torch.cat([rows, -correction.shift(loaded, rows).to(rows).unsqueeze(1)], 1)
+
+
+def build(options, loaded, folder, photo_folder):
+    """Build the gallery of what the options name: precomp and split, or photo_folder (see also `photo_encoder`)."""
+    names = [] if options.precomp is not None else names_below(photo_folder, photo_folder)
+    if names:
+        index.check_count(options.index_type, len(names))
+    correction = gallery_hubs.choose_correction(options, loaded)
+    if options.precomp is not None:
+        contents = from_features(loaded, options.precomp, options.split, photo_folder)
+    else:
+        contents = from_photos(loaded, *photo_encoder(loaded, None, options), folder, photo_folder, names, options)
+        if not contents.items:
+            raise InputError(f"none of the {len(names)} photos in {photo_folder} can be read: "
+                             f"{os.path.join(folder, BROKEN)} says why")
+    write(folder, loaded, contents, correction, options.index_type)
+
+
+def change(options, loaded, folder):
+    """Carry out what the options ask of a gallery that is there: add, prune, rebuild_index, correction, index_type."""
+    found = gallery.Gallery(folder, with_index=not options.rebuild_index)
+    anew = options.rebuild_index and options.correction is not None
+    correction = (gallery_hubs.choose_correction(options, loaded) if anew else
+                  gallery_hubs.correction_of(found, loaded))
+    kept, names = range(found.count), []
+    if options.add is not None:
+        kept, names = what_is_new(found, options.add)
+    if options.prune:
+        kept = [number for number in kept if found.photo(number) is not None]
+    contents = from_gallery(found, kept, shifted=not anew)
+    if names:
+        encoder, description = photo_encoder(loaded, found.description["features"], options)
+        contents = joined(contents, from_photos(loaded, encoder, description, folder, found.photo_folder, names,
+                                                options))
+    write(folder, loaded, contents, correction, options.index_type or (
+        None if found.description["index"] == index.usual_type(found.count) else found.description["index"]))
+    tell(f"{folder}: {len(contents.items)} photos, before {found.count}; {len(names)} were encoded")
+
+
+def what_is_new(found, folder):
+    """(numbers of a Gallery's photos that stay as they are, names of those below `folder` to encode)."""
+    if found.facts is None:
+        raise InputError(f"the gallery {found.folder} was built from features, and photos can't be added to those: "
+                         "build one with --images")
+    names = names_below(folder, found.photo_folder)
+    number_of = {name: number for number, name in enumerate(found.items)}
+    new, changed = [], set()
+    for name in names:
+        number = number_of.get(name)
+        if number is None or tuple(found.facts[number].tolist()) != file_facts(os.path.join(found.photo_folder, name)):
+            new.append(name)
+            changed.add(number)
+    return [number for number in range(found.count) if number not in changed], new
 
 
 def relative(path, folder):
     """A path as seen from a gallery's folder, so that both can be moved together."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+
+
+def tell(line):
+    """A line for the person at the keyboard."""
+    print(gallery.shown(line), file=sys.stderr)

@@ -5,7 +5,12 @@
         --hubness --correction all --tune_correction --report report
 
 COCO's two settings are `--split testall` (5K) and `--split testall --fold5` (mean of five 1Ks).
-Reads checkpoints of the released scripts, too.
+Reads checkpoints of the released scripts, too. Several are one model whose similarities are the mean of theirs; a VSE
+and a SCAN model can also share the work, VSE finding the nearest and SCAN putting them in order:
+
+    python3 compute_results.py --model_path runs/t2i/model_best.pth.tar runs/i2t/model_best.pth.tar --data_path data
+    python3 compute_results.py --model_path runs/vse/model_best.pth.tar runs/i2t/model_best.pth.tar --data_path data \\
+        --rerank 100
 """
 
 import signal
@@ -27,13 +32,16 @@ from evaluation import (
     BANK_REGION_IMAGES,
     as_dict,
     bank_stride,
-    embed,
+    embedded,
     evaluate,
+    load_members,
     mean_metrics,
     metrics_of,
+    print_evaluation,
     write_results,
 )
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
+from rerank import by_kind, rank_three_ways
 from vocab import READINGS
 
 
@@ -45,6 +53,7 @@ def parse_args(argv=None):
     add_machine_flags(parser.add_argument_group("how"))
     add_output_flags(parser.add_argument_group("what to write"))
     options = parser.parse_args(argv)
+    take_members(options)
     check_useless_flags(options)
     check_correction_splits(options)
     check_folders(options)
@@ -53,11 +62,16 @@ def parse_args(argv=None):
 
 def add_source_flags(group):
     """What to evaluate."""
-    group.add_argument("--model_path", default="runs/runX/model_best.pth.tar", help="checkpoint file")
+    group.add_argument("--model_path", nargs="+", default="runs/runX/model_best.pth.tar", metavar="FILE",
+                       help="checkpoint; of several, any mix of VSE and SCAN, the mean of the similarities is taken")
+    group.add_argument("--rerank", type=number(int, 1), metavar="K",
+                       help="of a VSE and a SCAN checkpoint: VSE finds each query's K nearest, SCAN puts them in order")
     group.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
-    group.add_argument("--data_name", help="data set to evaluate on (default: the checkpoint's)")
-    group.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
-                                            "vocab_path where it carries none)")
+    group.add_argument("--data_name", nargs="+", metavar="NAME",
+                       help="data set to evaluate on, or one for each checkpoint (default: the checkpoint's)")
+    group.add_argument("--vocab_path", nargs="+", metavar="DIR",
+                       help="folder of the vocabulary, or one for each checkpoint (default: the checkpoint's own "
+                            "words, or its vocab_path where it carries none)")
     group.add_argument("--split", default="test", choices=["train", "dev", "val", "test", "testall"],
                        help="split of the data set")
     group.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
@@ -107,6 +121,29 @@ def add_output_flags(group):
                        help="write <run folder's name>_img_and_cap_embeddings.npz, one row a caption")
     group.add_argument("--report", metavar="DIR", help="write DIR/report.html: intervals, hubs, examples, in pictures")
     group.add_argument("--images", metavar="DIR", help="--report: folder of the photos, named as in <split>_ids.txt")
+
+
+def take_members(options):
+    """Make one value of a list of one; raise InputError where the flags do not fit as many checkpoints as there are."""
+    for name in ("model_path", "data_name", "vocab_path"):
+        values = getattr(options, name)
+        if isinstance(values, list) and len(values) == 1:
+            setattr(options, name, values[0])
+    n = len(options.model_path) if isinstance(options.model_path, list) else 1
+    for name in ("data_name", "vocab_path"):
+        values = getattr(options, name)
+        if isinstance(values, list) and len(values) != n:
+            raise InputError(f"--{name} has {len(values)} values for {n} of --model_path: give one, or as many")
+    if options.rerank and n != 2:
+        raise InputError(f"--rerank is for two checkpoints, a VSE and a SCAN one, and --model_path names {n}: name "
+                         "both, or leave --rerank out")
+    for name, why in (("correction", "a correction"), ("report", "the page"), ("eccv", "the package")):
+        if options.rerank and getattr(options, name):
+            raise InputError(f"--rerank gives no similarities of all pairs, which {why} needs: leave out --{name} or "
+                             "--rerank")
+    if n > 1 and options.save_embeddings:
+        raise InputError("--save_embeddings is for one checkpoint, and --model_path names "
+                         f"{n}: leave it out, or name one")
 
 
 def check_useless_flags(options):
@@ -182,7 +219,7 @@ def load_bank(options, result):
     split = options.correction_bank or "train"
     loader = result.checkpoint.loader(split)
     stride = bank_stride(result.checkpoint.opt, loader.dataset.n_images, options.correction_bank_images)
-    images, captions = embed(result.checkpoint.model, loader, stride)
+    images, captions = result.checkpoint.embed(loader, stride)
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
 
 
@@ -198,7 +235,7 @@ def correct(options, result):
     loaded, (bank, words) = result.checkpoint, load_bank(options, result)
     if options.tune_correction:
         loader = loaded.loader("dev")
-        dev = embed(loaded.model, loader)
+        dev = loaded.embed(loader)
         tuned = corrections.tune(names, loaded.similarities(*dev), bank_sources(loaded, dev, bank or dev), given,
                                  loader.dataset.image_of)
         words += "; parameters chosen on dev"
@@ -233,6 +270,22 @@ def print_hubness(hubs):
                   f"{row.hub_occurrence:16.1%}{row.largest:13.6g}{item}")
 
 
+def print_reranking(k, figures):
+    """The table of --rerank; figures: {way: (Metrics, seconds)}."""
+    names = {"vse": "VSE", "reranked": f"VSE's {k}, by SCAN", "scan": "SCAN"}
+    print("Reranking (seconds from embeddings to ranks)")
+    print(f"{'':18}{'image to text':^20}{'text to image':^22}")
+    print(f"{'':18}{'R@1':>6}{'R@5':>7}{'R@10':>7}{'R@1':>8}{'R@5':>7}{'R@10':>7}{'rsum':>8}{'seconds':>10}")
+    for way, (metrics, seconds) in figures.items():
+        print(f"{names[way]:18}{recall_cells(metrics)}{seconds:10.2f}")
+
+
+def recall_cells(metrics):
+    """Recalls and rsum as cells of a table."""
+    recalls = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], (6, 7, 7, 8, 7, 7, 8))
+    return "".join(f"{value:{width}.1f}" for value, width in recalls)
+
+
 def print_corrections(words, plain, outcome):
     """The table of --correction: a row without, then a row for each method."""
     print(f"Corrections ({words})")
@@ -241,8 +294,7 @@ def print_corrections(words, plain, outcome):
           + f"{'skewness':>10}{'anti-hubs':>11}" * 2)
     rows = {"none": plain, **{name: (one["metrics"], one["hubness"]) for name, one in outcome.items()}}
     for name, (metrics, hubs) in rows.items():
-        recalls = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], (6, 7, 7, 8, 7, 7, 8))
-        cells = "".join(f"{value:{width}.1f}" for value, width in recalls)
+        cells = recall_cells(metrics)
         cells += "".join(f"{hubs[side][10].skewness:10.2f}{hubs[side][10].anti_hubs:11.1%}" for side in ("i2t", "t2i"))
         print(f"{name:18}{cells}")
     for name, one in outcome.items():
@@ -260,22 +312,34 @@ def main(argv=None):
         carry_out(parse_args(argv))
 
 
-def evaluate_all(options, top):
-    """(The Evaluation with `top` items a query, {"eccv": what --eccv asks for} if it does), printed."""
-    if not options.eccv:
+def evaluated(options, top):
+    """(The Evaluation with `top` items a query, further entries of the JSON file), printed."""
+    if options.eccv:
+        package = eccv.load_package()
+        result = evaluate(options, options.split, eccv.DEPTH, partial(eccv.coco_ids, package, options.split))
+        found, folds = eccv.figures(package, options.split, result)
+        eccv.print_figures(found, result.metrics, folds)
+        rankings = [ranking._replace(items=ranking.items[:, :top]) for ranking in result.rankings[0]]
+        return result._replace(rankings=[tuple(rankings)]), {"eccv": found, "coco_1k": as_dict(folds)}
+    if not options.rerank:
         return evaluate(options, options.split, top), {}
-    package = eccv.load_package()
-    result = evaluate(options, options.split, eccv.DEPTH, partial(eccv.coco_ids, package, options.split))
-    found, folds = eccv.figures(package, options.split, result)
-    eccv.print_figures(found, result.metrics, folds)
-    rankings = [ranking._replace(items=ranking.items[:, :top]) for ranking in result.rankings[0]]
-    return result._replace(rankings=[tuple(rankings)]), {"eccv": found, "coco_1k": as_dict(folds)}
+    loaded = load_members(options)
+    by_kind(loaded)
+    result = embedded(loaded, options.split, options.fold5)
+    ways = rank_three_ways(result, options.rerank, top)
+    result = result.ranked(list(ways["reranked"].rankings))
+    print_evaluation(result)
+    figures = {way: (mean_metrics(list(map(metrics_of, timed.rankings))), timed.seconds)
+               for way, timed in ways.items()}
+    print_reranking(options.rerank, figures)
+    return result, {"rerank": {"k": options.rerank, **{way: {**as_dict(metrics), "seconds": seconds}
+                                                       for way, (metrics, seconds) in figures.items()}}}
 
 
 def carry_out(options):
     """Evaluate what the options name."""
     look_at_hubs = options.hubness or options.correction or options.report
-    result, more = evaluate_all(options, top=max(DEPTHS) if look_at_hubs or options.save_ranks else 1)
+    result, more = evaluated(options, top=max(DEPTHS) if look_at_hubs or options.save_ranks else 1)
     words, outcome = "", {}
     if look_at_hubs:
         hubs = hubness_of_folds(result.rankings)

@@ -25,6 +25,7 @@ SLOPE = 0.1  # "clipped" norms are leaky ones
 LARGEST = 2 ** 27  # scores region x word held at once; more images than that are taken in turns
 CACHED = 2 ** 20  # scores worked on in turn on a CPU, whose caches they should fit
 FEW, PAIRS = 0.1, 16  # where less than this part of all pairs has gradients, only theirs are made, so many at a time
+PAIRED = 256  # images whose Gram matrices are made at a time, where pairs are scored
 ROUNDED = 64  # rows of the large product's captions, whose number would be another one for every batch (see gru.py)
 
 NORMS = ("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "no_norm", "softmax")
@@ -227,6 +228,13 @@ def _gradients_of_pairs(contexts, queries, scores, grams, grad_terms, how, pairs
     return grad_contexts, grad_queries
 
 
+def _relevance(dots, squares, lengths):
+    """Cosines of queries of these lengths and what they attend to, from both terms."""
+    # Rounding may make a square negative, and at zero the root has no gradient: EPS is larger than either.
+    attended = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+    return dots / (lengths * attended).clamp(min=EPS)
+
+
 def _by_length(lengths):
     """The captions' order, longest first, and their groups."""
     lengths = np.asarray(lengths)
@@ -235,32 +243,36 @@ def _by_length(lengths):
     return order, _grouped(zip((-values).tolist(), counts.tolist()))
 
 
-def _packed(words, order, groups):
-    """Words (C, T, D) -> (rows, D): the groups' captions one after the other."""
-    places = np.concatenate([(order[group.members, None] * words.shape[1] + np.arange(group.length)).ravel()
+def _packed(vectors, starts, order, groups):
+    """Flat words -> (rows, D): the groups' captions one after the other."""
+    places = np.concatenate([(starts[order[group.members], None] + np.arange(group.length)).ravel()
                              for group in groups])
     places = np.pad(places, (0, -len(places) % ROUNDED))  # any word will do: nothing looks at those scores
-    return words.flatten(0, 1).index_select(0, torch.from_numpy(places).to(words.device, non_blocking=True))
+    return vectors.index_select(0, torch.from_numpy(places).to(vectors.device, non_blocking=True))
 
 
-def _similarities(images, words, lengths, opt, cross_attn):
-    """All at once: `cross_attention_similarities` of as many images as that may be."""
+def _similarities(images, vectors, starts, lengths, opt, cross_attn):
+    """All at once: `flat_similarities` of as many images as that may be."""
     order, captions = _by_length(lengths)
     owners, askers = _grouped([(images.shape[1], len(images))]), captions
-    contexts, queries = images.flatten(0, 1), _packed(words, order, captions)
+    contexts, queries = images.flatten(0, 1), _packed(vectors, starts, order, captions)
     if cross_attn == "i2t":
         owners, askers, contexts, queries = askers, owners, queries, contexts
     dtype = torch.bfloat16 if getattr(opt, "amp", "off") == "bf16" else images.dtype
     dots, squares = _Terms.apply(contexts, queries, owners, askers, opt.raw_feature_norm, opt.lambda_softmax, dtype)
-    lengths_of_queries = torch.linalg.vector_norm(queries[:dots.shape[1]], dim=1)
-    # Rounding may make a square negative, and at zero the root has no gradient: EPS is larger than either.
-    attended = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
-    relevance = dots / (lengths_of_queries * attended).clamp(min=EPS)
+    relevance = _relevance(dots, squares, torch.linalg.vector_norm(queries[:dots.shape[1]], dim=1))
     aggregate = AGGREGATIONS[opt.agg_func]
     scores = torch.cat([aggregate(relevance[:, asking.rows].unflatten(1, (-1, asking.length)),
                                   getattr(opt, "lambda_lse", None)) for asking in askers], 1)
     scores = scores if cross_attn == "t2i" else scores.t()
     return scores[:, torch.from_numpy(np.argsort(order)).to(scores.device, non_blocking=True)]
+
+
+def _checked(opt, cross_attn=None):
+    """Which side asks; raises InputError where opt has a name that is none."""
+    choice(opt, "raw_feature_norm", NORMS)
+    choice(opt, "agg_func", AGGREGATIONS)
+    return cross_attn or choice(opt, "cross_attn", ("t2i", "i2t"))
 
 
 def cross_attention_similarities(images, words, lengths, opt, cross_attn=None):
@@ -270,18 +282,77 @@ def cross_attention_similarities(images, words, lengths, opt, cross_attn=None):
     LogSumExp) and, with bf16 for the large products, amp. LogSumExp is no mean: scores may exceed 1.
     Raises InputError for an unknown name, or lengths that the words do not have.
     """
-    cross_attn = cross_attn or choice(opt, "cross_attn", ("t2i", "i2t"))
-    choice(opt, "raw_feature_norm", NORMS)
-    choice(opt, "agg_func", AGGREGATIONS)
     lengths = torch.as_tensor(lengths).tolist()
     if len(lengths) != len(words) or not all(1 <= length <= words.shape[1] for length in lengths):
         raise InputError(f"the words of {len(words)} captions, at most {words.shape[1]} each, came with the lengths "
                          f"{', '.join(map(str, lengths[:9])) or '(none)'}: give each caption's own number of words")
-    tiles = images.split(max(1, LARGEST // (images.shape[1] * sum(lengths))))
+    starts = np.arange(len(words)) * words.shape[1]
+    return flat_similarities(images, words.flatten(0, 1), starts, np.array(lengths), opt, cross_attn)
+
+
+def flat_similarities(images, vectors, starts, lengths, opt, cross_attn=None):
+    """Regions (I, R, D) and captions, each vectors[start:start + length] -> similarities S (I, C).
+
+    vectors: (rows, D); starts and lengths: (C,) arrays; opt and InputError: as above.
+    """
+    cross_attn = _checked(opt, cross_attn)
+    tiles = images.split(max(1, LARGEST // (images.shape[1] * int(lengths.sum()))))
     if len(tiles) == 1:
-        return _similarities(images, words, lengths, opt, cross_attn)
-    return torch.cat([checkpoint(_similarities, tile, words, lengths, opt, cross_attn, use_reentrant=False,
+        return _similarities(images, vectors, starts, lengths, opt, cross_attn)
+    return torch.cat([checkpoint(_similarities, tile, vectors, starts, lengths, opt, cross_attn, use_reentrant=False,
                                  preserve_rng_state=False) for tile in tiles])
+
+
+def pair_similarities(images, vectors, starts, lengths, pairs, opt):
+    """Similarities (n,) of pairs (2, n), each an image's number and a caption's, without gradients.
+
+    As `flat_similarities`, but starts, lengths and pairs are tensors on the CPU. A product is of an image and all its
+    captions of one length, or of a caption and all its images where captions are fewer.
+    """
+    cross_attn, device = _checked(opt), images.device
+    by = 0 if len(pairs[0].unique()) <= len(pairs[1].unique()) else 1
+    found, length_of = images.new_empty(pairs.shape[1]), lengths[pairs[1]]
+    numbers, image_of = pairs[0].unique(return_inverse=True)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        known = torch.cat([_known(images[some.to(device)], cross_attn == "t2i") for some in numbers.split(PAIRED)])
+        for length in length_of.unique().tolist():
+            places = (length_of == length).nonzero().squeeze(1)
+            places = places[pairs[by, places].argsort(stable=True)]
+            captions, caption_of = pairs[1, places].unique(return_inverse=True)
+            words = vectors[(starts[captions].unsqueeze(1) + torch.arange(length)).to(device)]
+            known_words = _known(words, cross_attn == "i2t")
+            size = max(1, (CACHED if device.type == "cpu" else LARGEST) // (images.shape[1] * length))
+            for some, own in zip(places.split(size), caption_of.split(size)):
+                sides = (images, pairs[0, some]), (words, own)
+                scores = _pair_scores(*sides[by], *sides[1 - by])
+                scores = scores if (by == 0) == (cross_attn == "i2t") else scores.mT  # (pairs, contexts, queries)
+                both = known[image_of[some].to(device)], known_words[own.to(device)]
+                found[some.to(device)] = _aggregated(scores, *(both if cross_attn == "t2i" else both[::-1]), opt)
+    return found
+
+
+def _known(vectors, are_contexts):
+    """Of contexts their Gram matrices (n, K, K), of queries their lengths (n, Q)."""
+    return vectors @ vectors.mT if are_contexts else torch.linalg.vector_norm(vectors, dim=2)
+
+
+def _pair_scores(ones, numbers, others, their_numbers):
+    """Products of pairs, those of a number side by side: (pairs, others' vectors each, ones' vectors each)."""
+    vectors, height, start, parts = others.flatten(0, 1), others.shape[1], 0, []
+    rows = (their_numbers.unsqueeze(1) * height + torch.arange(height)).to(others.device)
+    for number, count in zip(*(x.tolist() for x in numbers.unique_consecutive(return_counts=True))):
+        parts.append(vectors.index_select(0, rows[start:start + count].flatten()) @ ones[number].t())
+        start += count
+    return torch.cat(parts).unflatten(0, (-1, height))
+
+
+def _aggregated(scores, grams, lengths, opt):
+    """Scores (n, K, Q), Gram matrices (n, K, K), lengths (n, Q) -> similarities (n,)."""
+    with _plain_products(scores.device):
+        weights = _attention(scores, opt.raw_feature_norm, opt.lambda_softmax)
+        dots, squares = (weights * scores).sum(1), (grams @ weights).mul_(weights).sum(1)
+    relevance = _relevance(dots, squares, lengths).unsqueeze(0)
+    return AGGREGATIONS[opt.agg_func](relevance, getattr(opt, "lambda_lse", None)).squeeze(0)
 
 
 def xattn_score_t2i(images, captions, cap_lens, opt):

@@ -17,6 +17,7 @@ import distributed
 from caption_files import is_precomputed
 from data import get_test_loader
 from device import choose_device, choose_products
+from ensemble import Ensemble
 from errors import InputError, replacing
 from features import features_of
 from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
@@ -240,6 +241,15 @@ class Checkpoint(NamedTuple):
     path: str = ""
     features: dict | None = None  # what describes those that it was trained on
 
+    @property
+    def members(self):
+        """Itself, as the one member that an Ensemble has several of."""
+        return [self]
+
+    def embed(self, loader, stride=1):
+        """(images, captions) of a loader, as `embed` gives them."""
+        return embed(self.model, loader, stride)
+
     def similarities(self, images, captions):
         """The source of similarities of what `embed` gives, for `ranking` and `corrections`."""
         return similarity_source(self.opt, images, captions)
@@ -293,8 +303,25 @@ def bank_stride(opt, n_images, limit=None):
     return -(-n_images // (most if limit is None else limit or n_images))
 
 
+def load_members(opt_eval):
+    """The Checkpoint opt_eval.model_path, or the Ensemble of several, where that is a list of paths.
+
+    opt_eval: as for `load_for_evaluation`; data_name and vocab_path may be lists, too, with a value a path.
+    """
+    paths = opt_eval.model_path
+    if not isinstance(paths, list):
+        return load_for_evaluation(opt_eval)
+    given = {name: getattr(opt_eval, name, None) for name in ("data_name", "vocab_path")}
+    each = {name: value if isinstance(value, list) else [value] * len(paths) for name, value in given.items()}
+    return Ensemble([load_for_evaluation(argparse.Namespace(**{**vars(opt_eval), "model_path": path, **dict(
+        zip(each, values))})) for path, *values in zip(paths, *each.values(), strict=True)])
+
+
 class Evaluation(NamedTuple):
-    """A checkpoint's figures on a split: over all of it (one fold), or over five folds and their mean."""
+    """A checkpoint's figures on a split: over all of it (one fold), or over five folds and their mean.
+
+    Of an Ensemble, images and captions are `ensemble.Together`.
+    """
 
     checkpoint: Checkpoint
     dataset: object
@@ -309,18 +336,36 @@ class Evaluation(NamedTuple):
         parts = [part.chunk(len(self.folds)) for part in (self.images, self.captions, self.dataset.image_of)]
         return [(images, captions, image_of - image_of[0]) for images, captions, image_of in zip(*parts)]
 
+    def ranked(self, rankings):
+        """The same with each fold's rankings and their figures."""
+        folds = [metrics_of(pair) for pair in rankings]
+        return self._replace(rankings=rankings, folds=folds, metrics=mean_metrics(folds))
+
 
 def evaluate(opt_eval, split, top=1, check=None):
-    """Evaluate a checkpoint on a split and print its recalls; returns the Evaluation, with `top` items a query.
+    """Evaluate a checkpoint, or several as one, on a split and print its recalls; returns the Evaluation, with `top`
+    items a query.
 
-    opt_eval: as for `load_for_evaluation`, and fold5; check: called with the Checkpoint and the data set before
-    anything is computed, to refuse them.
+    opt_eval: as for `load_members`, and fold5; check: called with what is loaded and the data set before anything is
+    computed, to refuse them.
     """
-    loaded = load_for_evaluation(opt_eval)
+    loaded = load_members(opt_eval)
     if loaded.opt.cross_attn and getattr(opt_eval, "save_embeddings", False):
         raise InputError("--save_embeddings is for models with one vector an item, and this one is SCAN, with one for "
                          "each region and word: leave it out")
-    loader, opt, n_folds = loaded.loader(split), loaded.opt, FOLDS if getattr(opt_eval, "fold5", False) else 1
+    result = embedded(loaded, split, getattr(opt_eval, "fold5", False), check)
+    result = result.ranked([rank_shifted(loaded.similarities(images, captions), top=top, image_of=image_of)[0]
+                            for images, captions, image_of in result.parts()])
+    print_evaluation(result)
+    return result
+
+
+def embedded(loaded, split, fold5=False, check=None):
+    """The Evaluation of a Checkpoint or an Ensemble on a split, its rankings and figures still to come.
+
+    check: as for `evaluate`.
+    """
+    loader, opt, n_folds = loaded.loader(split), loaded.opt, FOLDS if fold5 else 1
     n_images = loader.dataset.n_images
     if n_folds > 1 and not five_each(loader.dataset.image_of):
         raise InputError(f"--fold5 needs {CAPTIONS_PER_IMAGE} captions for each image, and split {split} has "
@@ -331,22 +376,21 @@ def evaluate(opt_eval, split, top=1, check=None):
         raise InputError(f"--fold5 needs five equal folds, and split {split} has {n_images} images: {hint}")
     if check:
         check(loaded, loader.dataset)
-    images, captions = embed(loaded.model, loader)
+    images, captions = loaded.embed(loader)
     print(f"Images: {len(images)}, Captions: {len(captions)}", file=sys.stderr)
-    result = Evaluation(loaded, loader.dataset, images, captions, [], [None] * n_folds, None)
-    rankings = [rank_shifted(loaded.similarities(images, captions), top=top, image_of=image_of)[0]
-                for images, captions, image_of in result.parts()]
-    folds = [metrics_of(pair) for pair in rankings]
-    result = result._replace(rankings=rankings, folds=folds, metrics=mean_metrics(folds) if n_folds > 1 else folds[0])
-    if n_folds > 1:
-        for metrics in folds:
+    return Evaluation(loaded, loader.dataset, images, captions, [], [None] * n_folds, None)
+
+
+def print_evaluation(result):
+    """Each fold's lines, where there are several, and those of the whole split or of the folds' means."""
+    if len(result.folds) > 1:
+        for metrics in result.folds:
             print("Image to text: " + ", ".join(f"{value:.1f}" for value in metrics.i2t))
             print("Text to image: " + ", ".join(f"{value:.1f}" for value in metrics.t2i))
             print(f"rsum: {metrics.rsum:.1f} ar: {metrics.ar:.1f} ari: {metrics.ari:.1f}")
         print("-----------------------------------")
         print("Mean metrics: ")
     print_metrics(result.metrics)
-    return result
 
 
 def _by_options(opt_eval, split="test"):
@@ -397,7 +441,8 @@ def write_results(opt_eval, split, result, more=None):
             append(opt_eval.save_csv + suffix, f"{opt.logger_name}, {figures}\n")
     if getattr(opt_eval, "save_json", None):
         with replacing(opt_eval.save_json, "w", encoding="utf-8") as file:
-            json.dump({"model_path": opt_eval.model_path, "data_name": opt.data_name, "split": split,
+            names = [member.opt.data_name for member in result.checkpoint.members]
+            json.dump({"model_path": opt_eval.model_path, "data_name": names if names[1:] else names[0], "split": split,
                        "images": len(result.images), "captions": len(result.captions),
                        "folds": [as_dict(fold) for fold in folds], **as_dict(metrics), **(more or {})}, file, indent=1)
     if getattr(opt_eval, "save_embeddings", False):

@@ -6,25 +6,35 @@ new one. Every embedding has one number more than the model gives, minus the shi
 (see `corrections`): a question with a 1 there gets corrected scores, with a 0 plain ones.
 """
 
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 import index
 from caption_files import read_json
+from corrections import METHODS
 from errors import InputError, check_regular, replacing
+from photo_blocks import BLOCKS
 
 FORMAT = 1  # of gallery.json
-NAME, FILES = "gallery.json", "files-"
+BLOCK_ROWS = 8192  # embeddings written at a time
+NAME, FILES, INDEX = "gallery.json", "gallery-files-", "index.faiss"
+MADE = re.compile(rf"{FILES}[a-z0-9_]{{8}}")  # as `new_files` names them
+OURS = re.compile(rf"{MADE.pattern}|gallery\.json(\..*)?|broken\.txt(\..*)?|\.lock|\.blocks")
 # What gallery.json holds, with its types.
 KEYS = {"format": int, "files": str, "sizes": dict, "count": int, "width": int, "captions": int, "model": dict,
         "source": str, "folder": (str, type(None)), "features": (dict, type(None)), "correction": dict, "index": str,
         "hubs": (str, type(None))}
+PARTS = {"model": {"path": str, "sha256": str},
+         "correction": {"method": str, "parameters": dict, "bank_split": str, "bank_images": (int, type(None))}}
 
 
 class Texts(Sequence):
@@ -88,12 +98,30 @@ def _load(path):
 
 # Writing ----------------------------------------------------------------------------------------
 
+@contextmanager
 def new_files(folder):
-    """A new folder for a gallery's arrays, below it."""
+    """A new folder for a gallery's arrays, below it, which goes away where the block fails."""
     try:
-        return tempfile.mkdtemp(prefix=FILES, dir=folder)
+        files = tempfile.mkdtemp(prefix=FILES, dir=folder)
     except OSError as error:
         raise InputError(f"--index {folder} cannot be written ({error.strerror}): name another folder") from error
+    try:
+        yield files
+    except BaseException:
+        shutil.rmtree(files, ignore_errors=True)
+        raise
+
+
+def write_items(files, items, captions, caption_embeddings, facts):
+    """Keep the items, a list of captions for each, these's embeddings (C, D) or None, and the facts of the files."""
+    write_texts(os.path.join(files, "items"), items)
+    if facts is not None:
+        save(os.path.join(files, "facts.npy"), np.array(facts, np.int64))
+    if caption_embeddings is not None:
+        write_texts(os.path.join(files, "captions"), itertools.chain.from_iterable(captions))
+        save(os.path.join(files, "caption_starts.npy"), np.cumsum([0, *map(len, captions)]))
+        save_rows(os.path.join(files, "caption_embeddings.npy"), caption_embeddings.split(BLOCK_ROWS),
+                  tuple(caption_embeddings.shape))
 
 
 def publish(folder, files, description):
@@ -103,14 +131,30 @@ def publish(folder, files, description):
     content = {"format": FORMAT, **description, "files": os.path.basename(files), "sizes": sizes}
     with replacing(os.path.join(folder, NAME), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
-    clear(folder, kept=os.path.basename(files))
+    clear(folder)
+    shutil.rmtree(os.path.join(folder, BLOCKS), ignore_errors=True)
 
 
-def clear(folder, kept=None):
+def clear(folder):
     """Remove what killed or earlier builds have left in a gallery's folder."""
+    kept = describe(folder)["files"] if is_whole(folder) else None
     for name in os.listdir(folder):
-        if name.startswith(FILES) and name != kept:
+        if MADE.fullmatch(name) and name != kept:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def refuse_foreign(folder):
+    """Raise InputError where a folder that is to become a gallery has something else in it."""
+    if os.path.isdir(folder) and not is_whole(folder):
+        foreign = [name for name in os.listdir(folder) if not OURS.fullmatch(name)]
+        if foreign:
+            raise InputError(f"--index {folder} is no gallery, and has other files in it, such as {shown(foreign[0])}: "
+                             "name an empty or new folder")
+
+
+def shown(text):
+    """The text as it can be printed: what would not be seen, or would move the cursor, as an escape."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 # Reading ----------------------------------------------------------------------------------------
@@ -129,10 +173,15 @@ def describe(folder):
     if content["format"] > FORMAT:
         raise InputError(f"{path} is of format {content['format']}, newer than this program's {FORMAT}: update it, or "
                          "build the gallery in another folder")
-    for name, kinds in KEYS.items():
-        if not isinstance(content.get(name, ...), kinds):
-            raise InputError(f"{path} lacks {name!r}, or has something odd for it: build the gallery again")
-    if os.path.basename(content["files"]) != content["files"] or not content["files"].startswith(FILES):
+    for part, keys in {None: KEYS, **PARTS}.items():
+        for name, kinds in keys.items():
+            if not isinstance((content[part] if part else content).get(name, ...), kinds):
+                raise InputError(f"{path} lacks {name!r}, or has something odd for it: build the gallery again")
+    if content["index"] not in index.TYPES or content["correction"]["method"] not in ("none", *METHODS):
+        raise InputError(f"{path} tells of the index {content['index']} and the correction "
+                         f"{content['correction']['method']}, of which this program does not know one: update it, or "
+                         "build the gallery again")
+    if not MADE.fullmatch(content["files"]):
         raise InputError(f"{path} names files outside the gallery: build it again")
     return content
 
@@ -144,34 +193,47 @@ class Gallery:
     many there are in all. Raises InputError where it is half-built, truncated or broken.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, with_index=True):
+        """with_index: False where the index is torn, and to be built again."""
         if not is_whole(folder):
             raise InputError(f"there is no whole gallery in {folder}: build it with --images or --precomp")
         self.folder, self.description = folder, describe(folder)
         self.count, self.width = self.description["count"], self.description["width"]
-        self.correction = self.description["correction"].get("method", "none")
+        self.correction = self.description["correction"]["method"]
         self.files = os.path.join(folder, self.description["files"])
-        self._check_sizes()
+        self._check_sizes(with_index)
         self.embeddings = torch.from_numpy(self._array("embeddings", (self.count, self.width + 1), np.float32))
-        self.items = Texts(os.path.join(self.files, "items"))
+        self.items = self._texts("items", self.count)
         self.n_captions = self.description["captions"]
         if self.n_captions:
-            self.caption_texts = Texts(os.path.join(self.files, "captions"))
+            self.caption_texts = self._texts("captions", self.n_captions)
             self.caption_starts = self._array("caption_starts", (self.count + 1,), np.int64)
             self.caption_embeddings = torch.from_numpy(
                 self._array("caption_embeddings", (self.n_captions, self.width), np.float32))
+        has_facts = "facts.npy" in self.description["sizes"]
+        self.facts = self._array("facts", (self.count, 2), np.int64) if has_facts else None
         self.hub_counts = self._array("hubs", (self.count,), np.int64) if self.description["hubs"] else None
+        if with_index:
+            self.find = index.read(self.description["index"], os.path.join(self.files, INDEX), self.embeddings)
         photos = self.description["folder"]
         self.photo_folder = None if photos is None else os.path.realpath(os.path.join(folder, photos))
 
-    def _check_sizes(self):
+    def _check_sizes(self, with_index):
         """Raise InputError where a file is not as long as it was written."""
         for name, size in self.description["sizes"].items():
+            if name == INDEX and not with_index:
+                continue
             path = os.path.join(self.files, os.path.basename(name))
             found = os.path.getsize(path) if os.path.isfile(path) else None
             if found != size:
                 raise InputError(f"{path} is {'not there' if found is None else f'of {found} bytes'}, and was written "
                                  f"with {size}: build the gallery again")
+
+    def _texts(self, name, n):
+        texts = Texts(os.path.join(self.files, name))
+        if len(texts) != n:
+            raise InputError(f"the gallery {self.folder} has {len(texts)} {name} and tells of {n}: build it again")
+        return texts
 
     def _array(self, name, shape, dtype):
         path = os.path.join(self.files, name + ".npy")
@@ -199,8 +261,7 @@ class Gallery:
     def search(self, queries, top, corrected=False):
         """(q, width) queries -> scores and numbers of the best photos: (q, top) float32, int64, best first."""
         queries = queries.float().cpu()
-        queries = torch.cat([queries, queries.new_full((len(queries), 1), float(corrected))], 1)
-        return index.exact(self.embeddings, queries, top)
+        return self.find(torch.cat([queries, queries.new_full((len(queries), 1), float(corrected))], 1), top)
 
     def search_captions(self, queries, top):
         """(q, width) queries -> scores and numbers of the best captions, as `search`."""
@@ -208,7 +269,7 @@ class Gallery:
 
 
 def inside(folder, name):
-    """The path of a regular file below a folder (whose path is real), or None where that is not what `name` leads to."""
+    """The path of a regular file below a folder (whose path is real), or None where `name` leads to none there."""
     try:
         path = os.path.realpath(os.path.join(folder, name))
         return path if os.path.isfile(path) and os.path.commonpath([path, folder]) == folder else None

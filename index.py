@@ -10,10 +10,12 @@ spends its codes on a number that is the same in all questions, so here it has a
 """
 
 
+from functools import partial
+
 import numpy as np
 import torch
 
-from errors import InputError
+from errors import InputError, check_regular
 from ranking import Best
 
 EXACT, IVF, PQ = TYPES = ("exact", "ivf_sq8", "opq_ivf_pq64")
@@ -50,7 +52,19 @@ def recall(found, wanted):
     return float((found.unsqueeze(1) == wanted.unsqueeze(2)).any(2).float().mean())
 
 
+def spread(rows, most):
+    """At most so many of the rows, evenly spread."""
+    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()]
+
+
 # FAISS ------------------------------------------------------------------------------------------
+
+def check_count(kind, n):
+    """Raise InputError where n rows are too few for a type of index."""
+    if kind in (IVF, PQ) and n < CODES:
+        raise InputError(f"--index_type {kind} needs at least {CODES} photos to learn its codes from, and there are "
+                         f"{n}: take exact")
+
 
 def build(kind, embeddings, queries, path):
     """Write FAISS's index of (n, D + 1) embeddings, of type `kind`.
@@ -60,11 +74,9 @@ def build(kind, embeddings, queries, path):
     """
     import faiss
     n, width = embeddings.shape
-    if n < CODES:
-        raise InputError(f"--index_type {kind} needs at least {CODES} photos to learn its codes from, and there are "
-                         f"{n}: take exact")
+    check_count(kind, n)
     lists = 2**round(np.log2(2 * n**0.5))
-    sample = embeddings[torch.linspace(0, n - 1, min(n, max(TRAINED_ON * lists, CODE_ROWS * (kind == PQ)))).long()]
+    sample = spread(embeddings, max(TRAINED_ON * lists, CODE_ROWS * (kind == PQ)))
     found = (_scalar if kind == IVF else _product)(faiss, sample.numpy(), width, lists)
     found.train(sample.numpy())
     for start in range(0, n, BLOCK_ROWS):
@@ -145,11 +157,14 @@ class Approximate:
 
 
 def read(kind, path, embeddings):
-    """The Approximate index in a file, which stays on disk where FAISS can leave it there.
+    """The search, a function like `exact` of queries and top alone, of the index of type `kind` of such embeddings.
 
-    Raises InputError where the file is torn, or is not the index of such embeddings.
+    FAISS's stay in their file where it can leave them there. Raises InputError where the file is torn, or another's.
     """
+    if kind == EXACT:
+        return partial(exact, embeddings)
     import faiss
+    check_regular(path)
     try:
         found = Approximate(faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY), embeddings)
     except RuntimeError as error:
@@ -159,7 +174,7 @@ def read(kind, path, embeddings):
     if not isinstance(found.lists, own) or found.faiss.metric_type != faiss.METRIC_INNER_PRODUCT or (
             found.faiss.ntotal, found.faiss.d) != tuple(embeddings.shape):
         raise InputError(f"{path} is not the {kind} index of this gallery: make it again with --rebuild_index")
-    return found
+    return found.search
 
 
 def _reason(error):

@@ -97,8 +97,8 @@ def smallest_difference(interval):
     That is half of the interval's width.
     """
     half = (interval.high - interval.low) / 2
-    return half, (f"these images and seeds tell a measured difference from none if it is more than {half:.1f}; a true "
-                  "one of that size would be missed every second time, and smaller ones may be there all the same")
+    return half, (f"a measured difference of more than {half:.1f} is told from none by these images and seeds; a true "
+                  "one of that size would be missed every second time, and smaller ones may be there unseen")
 
 
 def check_runs(*sides):

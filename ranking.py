@@ -210,7 +210,7 @@ class _Side:
             own = own - (shift if dim == 1 else shift[tiles.image_of])
         if dim == 1:
             own = own.new_full((n_images,), -torch.inf).scatter_reduce_(0, tiles.image_of, own, "amax")
-        self.bars = _just_below(own).unsqueeze(dim)
+        self.bars = just_below(own).unsqueeze(dim)
         self.n_targets = n_captions if dim == 1 else n_images
         self.lower = torch.zeros(len(own), dtype=torch.int64, device=own.device)
         self.best = Best(len(own), min(top, self.n_targets), own) if top else None
@@ -264,7 +264,7 @@ class _Side:
         return Ranking(ranks, self.best.items if self.best else ranks.new_empty(len(ranks), 0))
 
 
-def _just_below(scores):
+def just_below(scores):
     """Two units in the last place lower: what is above this is a tie or better."""
     lowest = torch.full_like(scores, -torch.inf)
     return scores.nextafter(lowest).nextafter(lowest)

@@ -223,9 +223,10 @@ class Estimate(NamedTuple):
 
 def facts(options, split, result, words):
     """What was evaluated: {name: text}."""
-    opt = result.checkpoint.opt
-    return {"Checkpoint": options.model_path, "Trained in": opt.logger_name,
-            "Data": os.path.join(opt.data_path, opt.data_name), "Split": split,
+    opt, models = result.checkpoint.opt, [member.opt for member in result.checkpoint.members]
+    paths = options.model_path if isinstance(options.model_path, list) else [options.model_path]
+    folders = dict.fromkeys(os.path.join(model.data_path, model.data_name) for model in models)
+    return {"Checkpoint": ", ".join(paths), "Trained in": opt.logger_name, "Data": ", ".join(folders), "Split": split,
             "Size": f"{len(result.images)} images, {len(result.captions)} captions", "Similarity": opt.measure,
             "Correction": words or "none"}
 

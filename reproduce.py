@@ -97,6 +97,25 @@ def regions(rates, alphas, epsilons, max_margin=()):
             if loss != "sum-margin"}
 
 
+def ablations(rate, alphas, epsilons, max_margin):
+    """HAL over its parameters, the bank over its own, the batch, and bf16: each model has one setting."""
+    def hal(alpha, epsilon, **more):
+        return {"learning_rate": (rate,), "local_alpha": (alpha,), "local_ep": (epsilon,),
+                **{name: (value,) for name, value in more.items()}}
+
+    usual = hal(30, 0.3)
+    models = {f"HAL alpha {alpha} epsilon {epsilon}": Model((), hal(alpha, epsilon))
+              for alpha in alphas for epsilon in epsilons}
+    models |= {f"HAL+bank rate {share} k {k}": Model(tuple(BANK), hal(30, 0.3, mb_rate=share, mb_k=k))
+               for share in (0.05, 0.2) for k in (50, 250)}
+    models |= {f"HAL batch {size}": Model((), hal(30, 0.3, batch_size=size)) for size in (64, 256)}
+    margin = {"learning_rate": (rate,), "margin": (0.2,)}
+    return models | {"sum-margin bf16": Model(("--sum_violation", "--amp", "bf16"), margin),
+                     "max-margin bf16": Model(("--max_violation", *max_margin, "--amp", "bf16"), margin),
+                     "HAL bf16": Model(("--amp", "bf16"), usual),
+                     "HAL+bank bf16": Model((*BANK, "--amp", "bf16"), hal(30, 0.3, mb_rate=0.05, mb_k=250))}
+
+
 COCO_TESTS = {"5K": ["--split", "testall"], "1K": ["--split", "testall", "--fold5"]}
 RATES, F8K_RATES, SCAN_RATES = (0.0005, 0.001, 0.0002, 0.002), (0.004, 0.002, 0.001, 0.008), (0.0005, 0.001, 0.0002)
 # Alphas and epsilons around the paper's, which come first: COCO's are 30 and 0.3, Flickr30k's 60 and 0.7.
@@ -109,6 +128,8 @@ PRESETS = {
     "f30k": Preset("f30k_precomp", vse(RATES, *F30K_HAL)),
     "f8k": Preset("f8k_precomp", vse(F8K_RATES, *COCO_HAL, FIRST_SUM), num_epochs=8, lr_update=5, train=WARM,
                   seeds=(0, 1, 2, 3, 4)),
+    "ablations_f8k": Preset("f8k_precomp", ablations(0.004, (15, 30, 60), (0.1, 0.3, 0.5, 0.7), FIRST_SUM),
+                            num_epochs=8, lr_update=5, trials=1, seeds=(0, 1), train=WARM),
     "scan_coco": Preset("coco_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=20, lr_update=10,
                         trials=4, tests=COCO_TESTS),
     "scan_f30k": Preset("f30k_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=30, lr_update=15,
@@ -342,12 +363,20 @@ class Comparison:
         opt, seed = self.opt, self.opt.seeds[0]
         if self.train(model, trial, seed, opt.pilot_epochs):
             return None
+        return max(epoch["rsum"] for epoch in self.epochs(model, trial, seed, least=1)[:opt.pilot_epochs])
+
+    def epochs(self, model, trial, seed, least=0):
+        """What a run's validation gave after each of its epochs, `least` of them or more: [{"rsum", ...}, ...]."""
         path = os.path.join(self.folder(model, trial, seed), "log.jsonl")
+        names = ("rsum", "i2t_n10_skewness", "t2i_n10_skewness")
         try:
             with open(path, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file]
-            return max(line["rsum"] for line in lines
-                       if line["kind"] == "validation" and line["epoch"] < opt.pilot_epochs)
+            last = {line["epoch"]: {name: line[name] for name in names} for line in lines
+                    if line["kind"] == "validation"}
+            if len(last) < least:
+                raise ValueError("it has no validation")
+            return [last[epoch] for epoch in range(len(last))]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({error}): delete its folder, and the run is made anew") from error
 
@@ -458,10 +487,12 @@ def run_all(opt, comparison):
             whole = [seed for seed in opt.seeds if not any("failed" in runs[member][seed] for member in members)]
             tested = comparison.calls.map(comparison.ensemble, [(name, chosen, seed) for seed in whole])
             runs[name] = {seed: {"failed": "a member failed"} for seed in opt.seeds} | dict(zip(whole, tested))
+    epochs = {model: {seed: comparison.epochs(model, chosen[model], seed) for seed in opt.seeds
+                      if "failed" not in runs[model][seed]} for model in opt.models}
     trials = {model: [{"setting": setting, "dev_rsum": rsum} for setting, rsum in zip(settings, rsums[model])]
               for model, settings in opt.settings.items()}
     return {"trials": trials, "chosen": {model: opt.settings[model][trial] for model, trial in chosen.items()},
-            "runs": runs}
+            "epochs": epochs, "runs": runs}
 
 
 if __name__ == "__main__":

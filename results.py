@@ -8,6 +8,7 @@ import statistics
 import intervals
 from errors import replacing
 
+CURVES = {"rsum": "rsum", "i2t_n10_skewness": "i2t N10 skewness", "t2i_n10_skewness": "t2i N10 skewness"}
 COMPARED = {"rsum": "rsum", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}  # of intervals.FIGURES
 FIGURES = {  # the table's columns, from compute_results.py's JSON
     **{f"{side} R@{k}": (lambda f, side=side, k=k: f[side][f"r{k}"]) for side in ("i2t", "t2i") for k in (1, 5, 10)},
@@ -129,12 +130,73 @@ def markdown(results):
     return "\n".join(lines)
 
 
-def plot(path, results):
-    """rsum and N_10's skewness of every run, plain and corrected, one row of panels a test."""
+def pyplot_without_screen():
+    """matplotlib.pyplot, drawing into files."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    return pyplot
 
+
+def save_plot(figure, path):
+    """Write a figure, the same bytes each time, and forget it."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=90, metadata={"Software": None})
+    pyplot_without_screen().close(figure)
+
+
+def plot_epochs(path, epochs):
+    """The dev split's rsum and skewness after each epoch, the mean over seeds; epochs: {model: {seed: [...]}}."""
+    pyplot = pyplot_without_screen()
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(12, 3.6), layout="constrained")
+    for axis, (name, title) in zip(axes, CURVES.items()):
+        for place, (model, seeds) in enumerate(epochs.items()):
+            means = [statistics.mean(one[name] for one in after) for after in zip(*seeds.values())]
+            axis.plot(range(1, 1 + len(means)), means, marker=".", color=f"C{place % 10}", label=model,
+                      linestyle=("-", "--", ":", "-.")[place // 10 % 4])
+        axis.set_title(f"dev: {title}", fontsize=10)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=6)
+    save_plot(figure, path)
+
+
+def plot_grid(path, results):
+    """Heat maps over HAL's alpha and epsilon, of the models that differ in these alone: the best dev rsum, and the
+    skewness in that epoch, the mean over seeds. Nothing where no two models do."""
+    cells = {}
+    for model, setting in results["chosen"].items():
+        flags = tuple(results["settings"]["models"][model]["flags"])
+        others = tuple(item for item in setting.items() if item[0] not in ("local_alpha", "local_ep"))
+        best = [max(seed, key=lambda epoch: epoch["rsum"]) for seed in results["epochs"][model].values() if seed]
+        if {"local_alpha", "local_ep"} <= setting.keys() and best:
+            cells.setdefault((flags, others), {})[setting["local_alpha"], setting["local_ep"]] = {
+                name: statistics.mean(one[name] for one in best) for name in CURVES}
+    grid = max(cells.values(), key=len, default={})
+    if len(grid) < 2:
+        return
+    alphas, epsilons = (sorted({key[place] for key in grid}) for place in (0, 1))
+    pyplot = pyplot_without_screen()
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(12, 3.2), layout="constrained")
+    for axis, (name, title) in zip(axes, CURVES.items()):
+        values = [[grid.get((alpha, epsilon), {}).get(name, float("nan")) for epsilon in epsilons] for alpha in alphas]
+        image = axis.imshow(values, aspect="auto", cmap="viridis")
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                axis.text(column, row, f"{value:.1f}" if name == "rsum" else f"{value:.2f}", ha="center", va="center",
+                          fontsize=8, bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1})
+        axis.set_xticks(range(len(epsilons)), [f"{epsilon:g}" for epsilon in epsilons], fontsize=8)
+        axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas], fontsize=8)
+        axis.set_xlabel("epsilon", fontsize=8)
+        axis.set_ylabel("alpha", fontsize=8)
+        axis.set_title(f"dev: {title}", fontsize=10)
+        figure.colorbar(image, ax=axis)
+    save_plot(figure, path)
+
+
+def plot(path, results):
+    """rsum and N_10's skewness of every run, plain and corrected, one row of panels a test."""
+    pyplot = pyplot_without_screen()
     panels, tests = ("rsum", "i2t N10 skewness", "t2i N10 skewness"), results["summary"]
     models = list(results["runs"])
     height = len(tests) * (1.2 + 0.3 * len(models))
@@ -154,13 +216,11 @@ def plot(path, results):
             axis.set_title(f"{test}: {panel}", fontsize=10)
             axis.grid(axis="x", alpha=0.3)
     axes[0, 0].legend(fontsize=7)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=90, metadata={"Software": None})
-    pyplot.close(figure)
+    save_plot(figure, path)
 
 
 def write_results(folder, results):
-    """results.json, results.md and results.png of a comparison's settings, seeds, trials, choices and runs."""
+    """results.json, results.md and the plots of a comparison's settings, seeds, trials, choices, epochs and runs."""
     tests = [test for seeds in results["runs"].values() for figures in seeds.values() for test in figures
              if test != "failed"]
     runs = results["runs"]
@@ -176,3 +236,5 @@ def write_results(folder, results):
         file.write(tables)
     print(tables)
     plot(os.path.join(folder, "results.png"), results)
+    plot_epochs(os.path.join(folder, "epochs.png"), results["epochs"])
+    plot_grid(os.path.join(folder, "grid.png"), results)

@@ -17,7 +17,9 @@ from cross_attention import (  # noqa: F401 (handed on: the family imports them 
     EPS,
     choice,
     cross_attention_similarities,
+    flat_similarities,
     func_attention,
+    pair_similarities,
     shard_xattn_i2t,
     shard_xattn_t2i,
     xattn_score_i2t,
@@ -155,6 +157,10 @@ class Words(NamedTuple):
         """In n parts."""
         return [Words(self.vectors, *part) for part in zip(self.starts.chunk(n), self.lengths.chunk(n))]
 
+    def flat(self):
+        """The vectors, and as arrays where each caption starts and its length."""
+        return self.vectors, self.starts.numpy(), self.lengths.numpy()
+
     def padded(self):
         """(n, longest, D): what stands past a caption's end is not its own."""
         places = self.starts.unsqueeze(1) + torch.arange(int(self.lengths.max()))
@@ -176,7 +182,7 @@ class CrossAttention:
     def of(self, images, captions):
         """(n, m) scores of some regions (n, R, D) with some Words."""
         with torch.no_grad():
-            return cross_attention_similarities(images, captions.padded(), captions.lengths, self.opt)
+            return flat_similarities(images, *captions.flat(), self.opt)
 
     def tile(self, images, captions, shape):
         """(images, captions) scores of two slices."""
@@ -189,7 +195,12 @@ class CrossAttention:
         return self.of(self.images[targets], self.captions)
 
     def pairs(self, images, captions):
-        """(n,) scores of pairs, given by the numbers of their images and captions."""
-        scores = [self.of(self.images[i:i + 1], self.captions[c:c + 1]) for i, c in zip(images.tolist(),
-                                                                                      captions.tolist())]
-        return torch.cat(scores).flatten()
+        """(n,) scores of pairs, given by the numbers of their images and captions; equal captions score alike."""
+        images, captions = images.cpu(), captions.cpu()
+        starts, which = self.captions.starts.unique(return_inverse=True)
+        distinct, place = (images * len(starts) + which[captions]).unique(return_inverse=True)
+        pairs = torch.stack((distinct // len(starts), distinct % len(starts)))
+        lengths = self.captions.lengths.new_empty(len(starts)).scatter_(0, which, self.captions.lengths)
+        with torch.no_grad():
+            scores = pair_similarities(self.images, self.captions.vectors, starts, lengths, pairs, self.opt)
+        return scores[place.to(scores.device)]

@@ -15,49 +15,150 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import json
 import os
+import shutil
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
-
 import build_gallery
+import index
+import run_record
 import sample_data
+from build_gallery import refuse_unsearchable
 from caption_files import read_captions
+from corrections import ADJUSTABLE, parameters_of
 from errors import ArgumentParser, InputError, number, run_script
-from evaluation import load_for_evaluation
-from features import encode_photo
-from gallery import Gallery, describe, is_whole
+from evaluation import BANK_IMAGES, embed_texts, load_for_evaluation
+from features import POOLINGS, encode_photo
+from gallery import Gallery, describe, is_whole, refuse_foreign, shown
+from gallery_hubs import SHIFTS
 from vocab import MAX_CAPTION, READINGS, tokenize
-from word_ids import by_length, number_words
+from word_ids import number_words
 
 DEFAULT_MODEL = "runs/runX/model_best.pth.tar"
 SAMPLE = "sample_precomp"
 MAX_WORDS = 1000  # of a question
+MOST_HITS = 1000
+BATCH = 1024  # questions answered at once
+HOST, PORT = "127.0.0.1", 8000
 
 
 def parse_args(argv=None):
     """The script's flags."""
     parser = ArgumentParser("Find photos by words or by a photo.")
     parser.add_argument("question", nargs="?", help="what to look for, in words")
-    ask = parser.add_argument_group("more ways to ask, and what to print")
-    ask.add_argument("--image", metavar="FILE", help="find captions and photos that are alike")
-    ask.add_argument("--batch", metavar="FILE", help="questions, one a line")
-    ask.add_argument("--top", default=10, type=number(int, 1), help="photos for each question")
-    ask.add_argument("--json", action="store_true", help="print a JSON object a question")
-    where = parser.add_argument_group("the gallery")
-    where.add_argument("--index", metavar="FOLDER", help="the gallery (default: gallery, beside the model)")
-    where.add_argument("--precomp", metavar="FOLDER", help="build it from the precomputed features in there")
-    where.add_argument("--split", default="test", help="--precomp: of that split")
-    model = parser.add_argument_group("the model")
-    model.add_argument("--model_path", help=f"checkpoint (default: the gallery's, or {DEFAULT_MODEL})")
-    model.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
-    model.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
+    add_question_flags(parser.add_argument_group("more ways to ask, and what to print"))
+    add_gallery_flags(parser.add_argument_group("the gallery"))
+    add_correction_flags(parser.add_argument_group("correction of hubs, for questions in words"))
+    add_model_flags(parser.add_argument_group("the model"))
+    add_encoder_flags(parser.add_argument_group("what sees a photo, where the checkpoint does not tell"))
+    options = parser.parse_args(argv)
+    check_flags(options)
+    return options
+
+
+def add_question_flags(group):
+    """What is asked."""
+    group.add_argument("--image", metavar="FILE", help="find captions and photos that are alike")
+    group.add_argument("--batch", metavar="FILE", help="questions, one a line")
+    group.add_argument("--top", default=10, type=number(int, 1, MOST_HITS), help="photos for each question")
+    group.add_argument("--json", action="store_true", help="print a JSON object a question")
+    group.add_argument("--serve", action="store_true", help="answer in a browser")
+    group.add_argument("--host", help=f"--serve: address to listen on (default: {HOST}, this machine only)")
+    group.add_argument("--port", type=number(int, 0, 65535), help=f"--serve: its port (default: {PORT}; 0: a free one)")
+    group.add_argument("--allow_host", nargs="+", metavar="NAME", help="--serve: further names that the page answers "
+                                                                       "to, such as a proxy's")
+
+
+def add_gallery_flags(group):
+    """The gallery, what it is built from, and changes to it."""
+    group.add_argument("--index", metavar="FOLDER", help="the gallery (default: gallery, beside the model)")
+    group.add_argument("--images", metavar="FOLDER", help="build it from the photos in there, at any depth; with "
+                                                          "--precomp: the photos that its ids name")
+    group.add_argument("--captions", metavar="FILE|FOLDER", help="the photos' captions, as extract_features.py takes "
+                                                                 "them (default: text files beside them, if any)")
+    group.add_argument("--precomp", metavar="FOLDER", help="build it from the precomputed features in there")
+    group.add_argument("--split", help="--precomp: of that split (default: test)")
+    group.add_argument("--add", metavar="FOLDER", help="encode the photos in this folder, which lies in the gallery's, "
+                                                       "that are new or have changed")
+    group.add_argument("--prune", action="store_true", help="drop the photos that are not there any more")
+    group.add_argument("--index_type", choices=index.TYPES,
+                       help=f"build the index of this type (default: {index.EXACT} up to {index.EXACT_MOST} photos, "
+                            f"{index.IVF} up to {index.IVF_MOST}, then {index.PQ})")
+    group.add_argument("--rebuild_index", action="store_true", help="build the index again from the embeddings, with "
+                                                                    "--correction that, too")
+    group.add_argument("--recall_check", action="store_true", help="print how many of the ten nearest the index finds")
+
+
+def add_correction_flags(group):
+    """The correction of hubs, as compute_results.py has it."""
+    group.add_argument("--correction", choices=[*SHIFTS, "none"],
+                       help="build the gallery with it, or, of one that is built, none: do without (default: the best "
+                            "on dev where the checkpoint's data is at hand)")
+    group.add_argument("--correction_bank", choices=["train", "dev"],
+                       help="split whose captions tell which photos are hubs (default: train)")
+    group.add_argument("--correction_bank_images", type=number(int, 0),
+                       help=f"at most so many images' captions of it (0: all; default: {BANK_IMAGES})")
+    group.add_argument("--correction_k", type=number(int, 1), help="csls, nnn: nearest of the bank (default: 10, 128)")
+    group.add_argument("--correction_temperature", type=number(float, 1e-4, 100),
+                       help="inverted_softmax: temperature (default: 0.05)")
+    group.add_argument("--correction_alpha", type=number(float, 0, low_allowed=False),
+                       help="nnn: weight of what is taken off (default: 0.75)")
+    group.add_argument("--tune_correction", action="store_true",
+                       help="choose those that are not given by the recalls on the dev split")
+
+
+def add_model_flags(group):
+    """The model and where it computes."""
+    group.add_argument("--model_path", help=f"checkpoint (default: the gallery's, or {DEFAULT_MODEL})")
+    group.add_argument("--data_path", help="folder that holds the data sets (default: the checkpoint's)")
+    group.add_argument("--vocab_path", help="folder of the vocabulary (default: the checkpoint's own words, or its "
                                             "vocab_path where it carries none)")
-    model.add_argument("--caption_reading", choices=READINGS,
+    group.add_argument("--caption_reading", choices=READINGS,
                        help="how questions become words (default: as in the checkpoint's training)")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
-    model.add_argument("--batch_size", type=number(int, 1), help="items encoded at a time (default: the checkpoint's)")
-    return parser.parse_args(argv)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda[:n] or mps")
+    group.add_argument("--batch_size", type=number(int, 1), help="items encoded at a time (default: the checkpoint's; "
+                                                                 "of photos 32)")
+    group.add_argument("--workers", default=min(os.cpu_count(), 8), type=number(int, 0),
+                       help="processes that decode photos")
+
+
+def add_encoder_flags(group):
+    """As extract_features.py has them."""
+    group.add_argument("--encoder", help="a torchvision classification CNN, timm/<name>, a torchvision detector (with "
+                                         "--regions), or sample")
+    group.add_argument("--encoder_weights", metavar="imagenet|none|FILE", help="its weights (default: imagenet)")
+    group.add_argument("--pooling", choices=POOLINGS, help="pooled: one row a photo; grid: 36 rows; 10crop: the mean "
+                                                           "of ten crops (default: pooled)")
+    group.add_argument("--regions", type=number(int, 1), help="rows a photo of a detector")
+    group.add_argument("--normalise", action="store_true", help="scale each row to length one")
+
+
+def check_flags(options):
+    """Raise InputError for a flag that does nothing beside the others, or contradicts them."""
+    parameters = [f"correction_{name}" for name in ADJUSTABLE]
+    own = [] if options.correction in (None, "none") else parameters_of(options.correction)
+    bank = ["correction_bank", "correction_bank_images", "tune_correction"]
+    for useless, flags, others in (
+            (not options.serve, ["host", "port", "allow_host"], "without --serve"),
+            (options.precomp is None, ["split"], "without --precomp"),
+            (options.precomp is not None, ["captions", "add"], "with --precomp"),
+            (options.images is None and options.add is None, ["captions"], "without --images or --add"),
+            (options.encoder is None, ["pooling", "regions", "normalise"], "without --encoder"),
+            (options.correction == "none", [*parameters, *bank], "with --correction none"),
+            (options.correction, [flag for flag in parameters if flag.removeprefix("correction_") not in own],
+             f"with --correction {options.correction}"),
+            (options.correction is None, ["tune_correction"], "without --correction: the best is chosen anyhow")):
+        given = [flag for flag in flags if useless and not any(getattr(options, flag) is x for x in (None, False))]
+        if given:
+            raise InputError(f"--{given[0]} does nothing {others}: leave it out, or change the other")
+    if options.correction_bank == "dev" and (options.tune_correction or options.correction is None):
+        raise InputError("a correction that is chosen on the dev split can't have that as --correction_bank, too: "
+                         "leave it out, or name a --correction without --tune_correction")
+    if options.images is not None and not os.path.isdir(options.images):
+        raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
+    if options.question is not None and options.batch is not None:
+        raise InputError("a question and --batch are given: write the question into that file, too, or leave one out")
 
 
 class Hit(NamedTuple):
@@ -71,10 +172,11 @@ class Hit(NamedTuple):
 class Searcher:
     """A model and a gallery of its, ready to answer one caller at a time."""
 
-    def __init__(self, loaded, gallery, encoder=None):
-        """loaded: an `evaluation.Checkpoint`; encoder: a `features.Encoder` that gives a photo's embedding, or what
-        makes it when it is first asked for."""
-        self.loaded, self.gallery, self.encoder = loaded, gallery, encoder
+    def __init__(self, loaded, gallery, make_encoder, corrected=True):
+        """loaded: an `evaluation.Checkpoint`; make_encoder: gives the `features.Encoder` of photos' embeddings, and is
+        called when the first photo comes; corrected: whether questions in words may be corrected at all."""
+        self.loaded, self.gallery, self.corrected = loaded, gallery, corrected
+        self.make_encoder, self.encoder = make_encoder, None
         loaded.model.val_start()
 
     def check(self, question):
@@ -90,20 +192,13 @@ class Searcher:
             raise InputError(f"none of the question's words is known to the model ({shown(question[:80])}): use plain "
                              "words such as those of its captions")
 
-    def _embed_questions(self, questions):
-        """list of str -> (q, D) embeddings."""
-        words = number_words(questions, self.loaded.vocabulary, self.loaded.opt.caption_reading)
-        order = by_length(words.lengths)
-        parts = [self.loaded.model.embed_captions(words.padded(batch, int(words.lengths[batch[0]])),
-                                                  words.lengths[batch])
-                 for batch in order.split(self.loaded.opt.batch_size)]
-        return torch.cat(parts).cpu()[order.argsort()]
-
     def by_words(self, questions, top, corrected=True):
         """For each question (str) its `top` best photos: [[Hit, ...], ...]; corrected: by the gallery's correction."""
         for question in questions:
             self.check(question)
-        return self._hits(*self.gallery.search(self.embed_questions(questions), top, corrected))
+        words = number_words(questions, self.loaded.vocabulary, self.loaded.opt.caption_reading)
+        queries = embed_texts(self.loaded.model, words, self.loaded.opt.batch_size)
+        return self._hits(*self.gallery.search(queries, top, corrected and self.corrected))
 
     def by_photo(self, file, top):
         """A photo, a path or an open file -> (its `top` Hits, [(caption, Hit of the photo it belongs to), ...])."""
@@ -117,12 +212,13 @@ class Searcher:
                        for caption, photo, score in zip(captions, photos, scores)]
 
     def _embed_photo(self, file):
-        if callable(self.encoder):
-            self.encoder = self.encoder()
-        if self.encoder is None:
-            raise InputError("what made this gallery's features is not known, so no photo can be compared with them: "
-                             "name it with --encoder, --encoder_weights and --pooling")
-        return encode_photo(self.encoder, file)
+        self.encoder = self.encoder or self.make_encoder()
+        try:
+            return encode_photo(self.encoder, file)
+        except InputError as error:
+            name = f"image {shown(os.fspath(file))}" if isinstance(file, (str, os.PathLike)) else "the photo"
+            raise InputError(f"{name} cannot be read ({error.__cause__ or error}): give a whole photo of a usual "
+                             "format") from error
 
     def like(self, number, top):
         """The `top` photos most alike photo `number`, without itself: [Hit, ...]."""
@@ -142,54 +238,96 @@ class Searcher:
         return list(zip(order.tolist(), counts[order].tolist()))
 
     def _hits(self, scores, numbers):
-        return [[Hit(number, self.gallery.items[number], score) for number, score in zip(*pair)]
+        return [[Hit(number, self.gallery.items[number], score) for number, score in zip(*pair) if number >= 0]
                 for pair in zip(numbers.tolist(), scores.tolist())]
 
 
 # The gallery ------------------------------------------------------------------------------------
 
 def open_searcher(options):
-    """The Searcher of the options' model and gallery, which is built first where it is to be."""
-    model_path, folder = find_places(options)
-    options.model_path = model_path
+    """The Searcher of the options' model and gallery, which is built or changed first where it is to be."""
+    options.model_path, folder = find_places(options)
     loaded = load_for_evaluation(options)
-    build_gallery.refuse_unsearchable(loaded)
-    if not is_whole(folder):
-        build(options, loaded, folder)
+    refuse_unsearchable(loaded)
+    if not is_whole(folder) or is_stale_sample(folder, options, loaded):
+        with locked(folder):
+            build_named(options, loaded, folder)
+    elif wants_change(options, folder):
+        with locked(folder):
+            check_own(folder, options, loaded)
+            build_gallery.change(options, loaded, folder)
+    check_own(folder, options, loaded)
     gallery = Gallery(folder)
-    if gallery.description["model"].get("sha256") != build_gallery.hash_file(model_path):
-        raise InputError(f"the gallery {folder} is of another model than {model_path}: name that with --model_path, or "
-                         "build one of this model in another --index")
-    return Searcher(loaded, gallery)
+    known = gallery.description["features"]
+    return Searcher(loaded, gallery, lambda: build_gallery.photo_encoder(loaded, known, options)[0],
+                    corrected=options.correction != "none")
 
 
 def find_places(options):
     """(path of the checkpoint, folder of the gallery)."""
     if options.index is not None and options.model_path is None and is_whole(options.index):
-        return os.path.normpath(os.path.join(options.index, str(describe(options.index)["model"].get("path")))), \
-            options.index
+        own = describe(options.index)["model"]["path"]
+        return os.path.normpath(os.path.join(os.path.realpath(options.index), own)), options.index
     model_path = options.model_path or DEFAULT_MODEL
     return model_path, options.index or os.path.join(os.path.dirname(model_path), "gallery")
 
 
-def build(options, loaded, folder):
-    """Build the gallery that the options ask for, or that of the sample data for a model of that."""
-    precomp = options.precomp
-    if precomp is None:
+@contextmanager
+def locked(folder):
+    """Keep other builders out of the gallery's folder; a new one that comes to nothing goes away."""
+    refuse_foreign(folder)
+    was_there = os.path.isdir(folder)
+    try:
+        with run_record.lock(folder, "--index"):
+            yield
+    except InputError:
+        if not was_there and os.path.isdir(folder) and set(os.listdir(folder)) <= {".lock"}:
+            shutil.rmtree(folder)
+        raise
+
+
+def wants_change(options, folder):
+    """Whether the options ask for another gallery than there is."""
+    return (options.add is not None or options.prune or options.rebuild_index
+            or options.index_type not in (None, describe(folder)["index"]))
+def is_stale_sample(folder, options, loaded):
+    """Whether a gallery is of the sample data, which is quickly built again, and the model was trained anew since."""
+    found, sample = describe(folder), os.path.join(loaded.opt.data_path, SAMPLE)
+    return (options.images is None and found["source"] == build_gallery.source_of(sample, "test")
+            and found["model"]["sha256"] != build_gallery.hash_file(loaded.path))
+
+
+def build_named(options, loaded, folder):
+    """Build the gallery that the options name, or, for a model of the sample data, that of its test pictures."""
+    if options.add is not None or options.prune or options.rebuild_index:
+        raise InputError(f"there is no whole gallery in {folder} to change: build it first, with --images or --precomp")
+    if options.precomp is None and options.images is None:
         if loaded.opt.data_name != SAMPLE:
             raise InputError(f"there is no whole gallery in {folder}: build it with --images or --precomp")
         sample_data.draw(loaded.opt.data_path)
-        precomp = os.path.join(loaded.opt.data_path, SAMPLE)
-    print(f"Building the gallery {folder} from {precomp}, {options.split}", file=sys.stderr)
-    build_gallery.write(folder, loaded, build_gallery.from_features(loaded, precomp, options.split), None)
+        options.precomp = os.path.join(loaded.opt.data_path, SAMPLE)
+    options.split = options.split or "test"
+    print(f"Building the gallery {shown(folder)} from {shown(options.precomp or options.images)}", file=sys.stderr)
+    build_gallery.build(options, loaded, folder, options.images)
+
+
+def check_own(folder, options, loaded):
+    """Raise InputError where a gallery is of another model, or of other photos than the options name."""
+    found = describe(folder)
+    own = build_gallery.hash_file(loaded.path), loaded.opt.embed_size
+    if (found["model"]["sha256"], found["width"]) != own:
+        raise InputError(f"the gallery {folder} is of another model than {loaded.path}: name that with --model_path, "
+                         "or build one of this model in another --index")
+    named = (build_gallery.source_of(options.precomp, options.split or "test") if options.precomp is not None else
+             options.images and os.path.realpath(options.images))
+    if named and named != found["source"]:
+        raise InputError(f"the gallery {folder} is of {found['source']}, not of {named}: name another --index")
+    if options.correction not in (None, "none", found["correction"]["method"]) and not options.rebuild_index:
+        raise InputError(f"the gallery {folder} was built with --correction {found['correction']['method']}: add "
+                         "--rebuild_index for another one")
 
 
 # Answers ----------------------------------------------------------------------------------------
-
-def shown(text):
-    """The text as it can be printed: what would not be seen, or would move the cursor, as an escape."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
 
 def as_json(query, hits, captions=None):
     """An answer as a JSON object on one line."""
@@ -212,23 +350,45 @@ def print_answer(options, query, hits, captions=None):
 
 
 def answer(options, searcher):
-    """Print the answers to what is asked."""
+    """Print the answers to what is asked; raises InputError, before any, where one can't be given."""
     questions = [options.question] if options.question is not None else []
     if options.batch is not None:
-        questions += read_captions(options.batch)
-    for question in questions:
-        searcher.check(question)
-    if questions:
-        for question, hits in zip(questions, searcher.by_words(questions, options.top)):
+        questions = read_captions(options.batch)
+    for line, question in enumerate(questions, start=1):
+        try:
+            searcher.check(question)
+        except InputError as error:
+            raise InputError(f"--batch {options.batch}, line {line}: {error}" if options.batch else error) from error
+    found = searcher.by_photo(options.image, options.top) if options.image is not None else None
+    for place in range(0, len(questions), BATCH):
+        some = questions[place:place + BATCH]
+        for question, hits in zip(some, searcher.by_words(some, options.top)):
             print_answer(options, question, hits)
-    if options.image is not None:
-        print_answer(options, options.image, *searcher.by_photo(options.image, options.top))
+    if found:
+        print_answer(options, options.image, *found)
+
+
+def check_recall(searcher):
+    """Print how many of the ten nearest of 1,000 questions the index finds, by exact search."""
+    share, n, words = build_gallery.recall_of(searcher.gallery)
+    print(f"recall@10 of the {searcher.gallery.description['index']} index: {share:.4f} ({n} {words})")
 
 
 def main(argv=None):
     """A gallery, then answers from it."""
     options = parse_args(argv)
-    answer(options, open_searcher(options))
+    searcher = open_searcher(options)
+    if options.recall_check:
+        check_recall(searcher)
+    answer(options, searcher)
+    if options.serve:
+        from serve import serve
+        serve(searcher, options.host or HOST, PORT if options.port is None else options.port,
+              options.allow_host or ())
+    elif options.question is options.batch is options.image is None and not options.recall_check:
+        gallery = searcher.gallery
+        print(f"{shown(gallery.folder)}: {gallery.count} photos, {gallery.n_captions} captions, correction "
+              f"{gallery.correction}, index {gallery.description['index']}; ask with a question, --image or --serve")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ SENTENCES = {
     421: "this page does not answer to that host name: use the address that the server said when it started, or start "
          "it with --allow_host",
     500: "something broke in here: the server's own output says what",
-    503: "too many questions at once: ask again in a moment",
+    503: "too many questions at once, or one that takes too long: ask again in a moment",
 }
 
 
@@ -79,6 +80,7 @@ def serve(searcher, host="127.0.0.1", port=8000, allow_hosts=()):
     """
     app = make_app(searcher, host, allow_hosts)
     server = make_server(app, host, port)
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what it remarks on strangers' photos
     signal.signal(signal.SIGTERM, _end)  # waitress ends its loop at a SystemExit, as it does at Ctrl-C
     print(f"{searcher.gallery.count:,} photos can be searched at http://{_in_address(host)}:{server.effective_port}/ "
           "(Ctrl-C ends)", file=sys.stderr)
@@ -98,7 +100,6 @@ def make_app(searcher, host="127.0.0.1", allow_hosts=()):
     """The page as a Flask app. host: the address it will be bound to; allow_hosts: as in `serve`."""
     app = Flask(__name__, static_folder=None, template_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=UPLOAD_LIMIT, MAX_FORM_PARTS=10)
-    app.json.sort_keys = False
     app.url_map.merge_slashes = False
     app.extensions["asker"] = asker = Asker(searcher)
     pages = Pages(searcher, asker)
@@ -319,7 +320,7 @@ class Pages:
     def api(self):
         """GET /api: how to ask in JSON."""
         return self._page("search_api.html", address=request.host_url, top_limit=TOP_LIMIT, default=TOP,
-                          megabytes=JSON_LIMIT // 2**20)
+                          json_megabytes=JSON_LIMIT // 2**20)
 
     def bad_input(self, error):
         """400 with the sentence of an InputError."""
@@ -365,7 +366,7 @@ class Pages:
     def _page(self, file, status=200, /, **values):
         page = template(file).render(query=request.args.get("q") or "", compare=self._compares(),
                                      correction=self.gallery.correction, count=self.gallery.count,
-                                     megabytes_photo=UPLOAD_LIMIT // 2**20, **values)
+                                     megabytes=UPLOAD_LIMIT // 2**20, **values)
         # What UTF-8 can't write, such as an odd byte of a file name, is shown as an escape.
         return Response(page.encode("utf-8", "backslashreplace"), status, mimetype="text/html")
 
@@ -458,9 +459,11 @@ def _read_question():
 def check_upload(file):
     """Raise InputError unless a file begins like a photo of a known format and no absurd size."""
     try:
-        with Image.open(file, formats=PHOTO_FORMATS) as picture:
-            pixels = picture.width * picture.height
-    except Image.DecompressionBombError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=PHOTO_FORMATS) as picture:
+                pixels = picture.width * picture.height
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = Image.MAX_IMAGE_PIXELS + 1
     except Exception:  # decoders raise many kinds on broken files
         raise InputError("this is not a photo that can be read: send a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG "
@@ -489,7 +492,7 @@ def make_server(app, host, port):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         bound = socket.create_server((host, port), family=family, backlog=SERVER["backlog"])
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise InputError(f"--host {host} --port {port} cannot be listened at ({reason}): give another port, or an "
                          "address of this machine") from error
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that a request waits a moment is no news
@@ -515,6 +518,7 @@ class Parser(HTTPRequestParser):
         taken = super().received(data)
         if self.error and self.error.code == 413 and not self.chunked and self.content_length <= SWALLOWED:
             self.error = None
+            self.headers["CONNECTION"] = "close"  # a body that comes all the same must not be read as a request
             if not self.expect_continue:  # who asks before sending hears at once
                 self.left, self.completed = self.content_length, False
             self.expect_continue = False

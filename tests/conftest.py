@@ -27,6 +27,9 @@ TINY = ["--data_name", "tiny_precomp", "--vocab_path", "vocab", "--word_dim", "6
 RAW = ["--word_dim", "6", "--embed_size", "8", "--batch_size", "8", "--num_epochs", "1", "--vocab_path", "vocab",
        "--cnn_type", "resnet18", "--cnn_weights", "none", "--crop_size", "32", "--device", "cpu", "--workers", "0"]
 
+MODELS = {"vse": ["--data_name", "vectors_precomp"], "t2i": ["--data_name", "regions_precomp", "--cross_attn", "t2i"],
+          "i2t": ["--data_name", "regions_precomp", "--cross_attn", "i2t", "--agg_func", "Mean", "--bi_gru"]}
+
 
 def pytest_configure(config):
     """One thread: the tensors are tiny, and threads that wait for each other take most of a busy machine's time.
@@ -164,6 +167,34 @@ def trained(tmp_path_factory, drawn_data):
 def evaluated(tmp_path, monkeypatch, trained):
     """A current folder with a copy of the trained run and its data."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def three_models(tmp_path_factory):
+    """A folder with vectors and regions of the same twenty test images, and a run of each kind; not to be changed."""
+    from test_regions import write_regions
+
+    import train
+    folder = tmp_path_factory.mktemp("models")
+    splits = {"train": 12, "dev": 5, "test": 20}
+    write_precomp(folder / "data" / "vectors_precomp", splits)
+    write_regions(folder / "data" / "regions_precomp", splits.items())
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        for name, flags in MODELS.items():
+            train.main([*TINY, "--num_epochs", "1", "--logger_name", f"runs/{name}", *flags])
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch, three_models):
+    """A current folder with a copy of the three runs and their data."""
+    shutil.copytree(three_models, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -54,7 +54,7 @@ def ask(connection, turn, questions):
 
 
 def client(port, number, questions, end, times, errors):
-    """Ask until the end, by the monotonic clock; each failed request is an error, after which the connection is a new one."""
+    """Ask until the end, by the monotonic clock; after an error on a new connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     turn = number  # so that not all ask the same
     while time.monotonic() < end:

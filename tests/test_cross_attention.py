@@ -77,6 +77,19 @@ def test_scores_and_gradients_equal_the_released_code_s(case):
     check_gradients(case, SCORE_ARRAYS, (found * weights).sum(), images, captions)
 
 
+@pytest.mark.parametrize("case", SCORES, ids=names(SCORES))
+def test_scores_of_pairs_equal_the_released_code_s(case):
+    images, captions, lengths = (SCORE_ARRAYS[f"{case['inputs']}_{part}"] for part in ("images", "captions", "lengths"))
+    starts = torch.arange(len(captions)) * captions.shape[1]
+    pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(captions))).t()
+    pairs = pairs[:, torch.randperm(pairs.shape[1], generator=torch.Generator().manual_seed(0))]
+    of_two = pairs[:, pairs[1] < 2]  # fewer captions than images: taken together by caption
+    for chosen in (pairs, of_two, pairs[:, :1]):
+        found = cross_attention.pair_similarities(images, captions.flatten(0, 1), starts, lengths, chosen,
+                                                  Namespace(**case))
+        assert (found - SCORE_ARRAYS[f"{case['name']}_scores"][tuple(chosen)]).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("few", [0, 2], ids=["all pairs", "those with gradients"])
 @pytest.mark.parametrize("case", LOSSES, ids=names(LOSSES))
 def test_losses_of_the_scores_equal_the_released_code_s(monkeypatch, case, few):

@@ -13,8 +13,7 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 COMMAND = re.compile(r"(?:^|`)(?:python3|\S+/python) (\w+\.py\b[^`\n&#]*)", re.MULTILINE)
 COMMANDS = sorted({command.strip() for text in TEXTS.values() for command in COMMAND.findall(text)})
 OTHERS = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_id", "--rdzv_backend", "--rdzv_endpoint", "--max",
-          "--nodes", "--ntasks", "--gpus", "--requeue", "--open", "--kill",
-          "--signal"}  # torchrun's and Slurm's, up to a hyphen
+          "--nodes", "--ntasks", "--gpus", "--requeue", "--open", "--kill", "--signal"}
 
 
 def anchors(text):

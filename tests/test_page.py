@@ -148,6 +148,14 @@ def test_a_photo_is_chosen(page, tmp_path, address):
     assert results(page, "Photos like it")[0] == ("tree/green.png", "1.000")
 
 
+def test_a_photo_that_is_too_large_is_said_to_be(page, tmp_path):
+    (tmp_path / "large.jpg").write_bytes(bytes(24 * 2**20))
+    page.find_element(By.ID, "photo").send_keys(str(tmp_path / "large.jpg"))
+    note = WebDriverWait(page, 20).until(lambda driver: driver.find_element(By.CSS_SELECTOR, '[role="alert"]'))
+    assert "more than 20 MB" in note.text
+    assert ["413" in line["message"] for line in page.get_log("browser")] == [True]  # the browser's own remark on it
+
+
 def test_the_keyboard_is_enough(page):
     page.find_element(By.TAG_NAME, "body").send_keys("/")
     page.switch_to.active_element.send_keys("a white boat", Keys.ENTER)

@@ -50,12 +50,16 @@ COMMANDS = {
     "regions": ["compute_results.py", "--model_path", "runs/regions/model_best.pth.tar", "--hubness"],
     "cross attention evaluated": ["compute_results.py", "--model_path", "runs/scan/model_best.pth.tar", "--hubness",
                                   "--correction", "csls"],
+    "an ensemble": ["compute_results.py", "--model_path", "runs/regions/model_best.pth.tar",
+                    "runs/scan2/model_best.pth.tar", "--hubness", "--correction", "all", "--report", "page"],
+    "reranked": ["compute_results.py", "--model_path", "runs/scan/model_best.pth.tar",
+                 "runs/regions/model_best.pth.tar", "--rerank", "3"],
 }
 # What a training step goes through. It may wait where figures are logged, and on MPS, where the fused Adam passes over
-# found_inf, for whether they are finite.
+# found_inf, for whether they are finite; and in the scores of listed pairs, which no step asks for.
 STEP = {"train.py", "data.py", "images.py", "word_ids.py", "model.py", "gru.py", "loss.py", "memory_bank.py",
         "watch.py", "meters.py", "shares.py", "distributed.py", "pooling.py", "scan.py", "cross_attention.py"}
-MAY_WAIT = {"cuda": {"record"}, "mps": {"record", "train_step"}}
+MAY_WAIT = {"cuda": {"record", "pairs"}, "mps": {"record", "train_step", "pairs"}}
 
 
 @pytest.fixture(scope="module", params=["cuda", "mps"])

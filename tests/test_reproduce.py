@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -43,14 +44,14 @@ if kind == "HAL" and lr > 0.001:
 with open(os.path.join(folder, "log.jsonl"), "w") as file:
     for epoch in range(epochs):  # 0.001 leads after one epoch, 0.0005 in the end
         rsum = 100 + epoch * (50 if lr == 0.0005 else 1) + (10 if lr == 0.001 else 0)
-        file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum}) + "\\n")
+        file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum, "i2t_n10_skewness": lr * epoch,
+                               "t2i_n10_skewness": seed}) + "\\n")
         file.write(json.dumps({"kind": "step", "epoch": epoch}) + "\\n")
 result = {"outcome": "finished", "epochs": epochs, "steps": 9}
 json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
 '''
 TEST = '''
-import json, os, sys
-import numpy as np
+import json, os, shutil, sys
 flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
 seed = int(flags["--model_path"].rsplit("seed", 1)[1][0])
 with open(os.environ["CALLS"], "a") as file:
@@ -63,10 +64,7 @@ figures = {"i2t": recalls, "t2i": recalls, "rsum": 120 + 4 * seed,
 corrections = {name: {**figures, "rsum": 120 + 4 * seed + gain, "dev_rsum": 150 - (gain if seed else -gain)}
                for name, gain in (("csls", 9), ("nnn", 5))}
 json.dump({**figures, "corrections": corrections}, open(flags["--save_json"], "w"))
-rng = np.random.default_rng(seed)
-names = [f"{name}{side}_ranks" for name in ("", "csls_", "nnn_") for side in ("i2t", "t2i")]
-np.savez(flags["--save_ranks"], image_of=np.arange(50) // 5,
-         **{name: rng.integers(0, 20, 10 if "i2t" in name else 50).astype(np.int32) for name in names})
+shutil.copy(f"{os.environ['CALLS']}_{seed}.npz", flags["--save_ranks"])
 '''
 FAST = ["--preset", "smoke", "--devices", "cpu"]
 
@@ -80,6 +78,11 @@ def scripts(tmp_path, monkeypatch):
     (folder / "compute_results.py").write_text(TEST)
     monkeypatch.setattr(reproduce, "SCRIPTS", str(folder))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    names = [f"{name}{side}_ranks" for name in ("", "csls_", "nnn_") for side in ("i2t", "t2i")]
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        ranks = {name: rng.integers(0, 20, 10 if "i2t" in name else 50).astype(np.int32) for name in names}
+        np.savez(tmp_path / f"calls_{seed}.npz", image_of=np.arange(50) // 5, **ranks)
     monkeypatch.chdir(tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield lambda: (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
@@ -155,6 +158,23 @@ def test_the_correction_is_the_one_that_each_seed_s_dev_split_likes_best(scripts
     assert found["corrected"]["test"]["HAL"]["rsum"] == [129, 133]
     assert "| HAL | 2 | 12.0 | 12.0 | 128.0 | 3.50 | 3.50 | nnn: 133.0 |" in open(
         "runs/reproduce_smoke/results.md").read()
+
+
+def test_the_epochs_of_every_run_are_kept_and_drawn(scripts):
+    reproduce.main([*FAST, "--losses", "HAL", "--seeds", "0", "2"])
+    assert results()["epochs"]["HAL"] == {seed: [
+        {"rsum": 110 + epoch, "i2t_n10_skewness": 0.001 * epoch, "t2i_n10_skewness": int(seed)} for epoch in (0, 1)]
+        for seed in ("0", "2")}
+    assert open("runs/reproduce_smoke/epochs.png", "rb").read(4) == b"\x89PNG"
+    assert not os.path.exists("runs/reproduce_smoke/grid.png")
+
+
+def test_models_that_differ_in_alpha_and_epsilon_alone_make_a_heat_map(scripts, monkeypatch):
+    models = reproduce.ablations(0.001, (30, 60), (0.3, 0.7), ())
+    monkeypatch.setitem(reproduce.PRESETS, "smoke", reproduce.PRESETS["smoke"]._replace(models=models, trials=1))
+    grid = [f"HAL alpha {alpha} epsilon {epsilon}" for alpha in (30, 60) for epsilon in (0.3, 0.7)]
+    reproduce.main([*FAST, "--losses", *grid, "HAL bf16", "--seeds", "0"])
+    assert open("runs/reproduce_smoke/grid.png", "rb").read(4) == b"\x89PNG"
 
 
 def test_every_pair_s_difference_has_its_interval(scripts):

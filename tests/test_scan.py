@@ -11,7 +11,7 @@ import scan
 from cross_attention import cross_attention_similarities
 from errors import InputError
 from loss import max_margin_loss, sum_margin_loss
-from scan import SCAN
+from scan import SCAN, CrossAttention, Words
 
 RELEASED = REFERENCE / "scan"
 ENCODERS = torch.load(RELEASED / "encoders.pt", weights_only=True)
@@ -129,6 +129,23 @@ def test_bf16_is_near_and_gives_float32():
     model.amp = False
     for a, b in zip(near, model.forward_emb(images, captions, lengths)):
         assert a.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("images", [[0, 0, 0, 1], [0, 1, 2, 3]], ids=["by image", "by caption"])
+def test_equal_captions_make_equal_pairs(images):
+    """Captions 0, 2 and 5 are one; to the bit, wherever they stand beside others."""
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(40, 32, generator=generator)
+    words = Words(vectors, torch.tensor([7, 0, 7, 20, 30, 7]), torch.tensor([5, 7, 5, 5, 5, 5]))
+    source = CrossAttention(torch.randn(4, 9, 32, generator=generator), words, options())
+    numbers = torch.tensor(images)
+    first, second, third = (source.pairs(numbers, torch.tensor(captions)) for captions in (
+        [0, 1, 3, 4], [2, 1, 5, 0], [5, 3, 0, 2]))
+    alike = [source.pairs(numbers, torch.full((4,), caption)) for caption in (0, 2, 5)]
+    assert torch.equal(alike[0], alike[1]) and torch.equal(alike[0], alike[2])
+    expected = torch.stack([source.of(source.images[i:i + 1], words[c:c + 1]).squeeze() for i, c in zip(
+        images * 3, [0, 1, 3, 4, 2, 1, 5, 0, 5, 3, 0, 2])])
+    assert torch.allclose(torch.cat((first, second, third)), expected, atol=1e-6)
 
 
 def test_an_image_encoder_that_is_none_is_refused():

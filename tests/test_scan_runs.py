@@ -116,7 +116,7 @@ def test_scores_in_tiles_are_the_released_ones(released, monkeypatch, run, tile)
     assert np.abs(found.numpy() - scores[3:20, 11:90]).max() < 1e-6
     for side, matrix in (("i2t", scores.T), ("t2i", scores)):
         assert np.abs(source.across(side, slice(5, 9)).numpy() - matrix[5:9]).max() < 1e-6
-    images, captions = torch.tensor([0, 24, 7]), torch.tensor([124, 0, 36])
+    images, captions = torch.tensor([0, 24, 7, 0]), torch.tensor([124, 0, 36, 124])
     assert np.abs(source.pairs(images, captions).numpy() - scores[images, captions]).max() < 1e-6
     (rankings,) = rank_shifted(source, image_of=loader.dataset.image_of)
     assert np.array_equal(rankings[0].ranks, arrays["i2t_ranks"]) and np.array_equal(rankings[1].ranks,

@@ -100,7 +100,7 @@ def upload(client, content, name="mine.png", **options):
 
 def test_the_first_page_offers_questions(client):
     page = Page(client.get("/"))
-    assert "12 photos" in page.text and "corrected by nnn" in page.text
+    assert "12 photos" in page.text and "up to 20 MB" in page.text and "corrected by nnn" in page.text
     assert [link for link in page.links if link.startswith("/?q=")] == ["/?q=a%20red%20star", "/?q=a%20red%20boat",
                                                                         "/?q=a%20red%20tree"]
 
@@ -518,10 +518,17 @@ def test_who_sends_too_much_hears_why(port):
     assert status == 413 and b"more than 20 MB" in body and b"<h1>" in body
 
 
+def test_who_sends_far_too_much_hears_at_once(port):
+    status, headers, _ = talk(port, b"POST /photo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
+    assert status == 413 and headers["Content-Security-Policy"].startswith(POLICY)
+
+
 def test_who_asks_before_sending_hears_at_once(port):
-    status, headers, body = talk(port, b"POST /photo HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-                                       b"Expect: 100-continue\r\nContent-Length: 200000000\r\n\r\n")
-    assert status == 413 and b"more than 20 MB" in body
+    status, headers, body = talk(port, b"POST /photo HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+                                       b"Content-Length: 200000000\r\n\r\n"
+                                       b"GET /hubs HTTP/1.1\r\nHost: localhost\r\n\r\n")  # a body, not a request
+    assert status == 413 and b"more than 20 MB" in body and headers["Connection"] == "close"
+    assert b"HTTP/1.1" not in body
 
 
 def test_a_body_without_a_length_ends_at_the_limit_too(port):
@@ -535,7 +542,7 @@ def test_a_body_without_a_length_ends_at_the_limit_too(port):
 
 
 def test_a_port_in_use_is_an_error(searcher, port):
-    with pytest.raises(InputError, match=f"--port {port} cannot be listened at .*give another port"):
+    with pytest.raises(InputError, match=rf"--port {port} cannot be listened at \(Address already in use\): give"):
         serve.make_server(serve.make_app(searcher), "127.0.0.1", port)
 
 

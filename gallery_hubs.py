@@ -1,0 +1,108 @@
+"""Hubs of a gallery: the correction that its index carries, chosen by dev, and who the hubs are.
+
+What is taken off a photo's scores is that of `compute_results.py --correction`: the same bank, the same parameters.
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+import corrections
+import index
+from errors import InputError
+from evaluation import bank_stride, embed, embed_texts
+from hubness import k_occurrence
+from ranking import rank_shifted
+
+SHIFTS = ("nnn", "csls", "inverted_softmax")  # corrections that are a shift of each target, whatever the query
+HUB_QUERIES, HUB_DEPTH = 10_000, 10  # at most so many questions tell the hubs, by N_10
+
+
+class Correction(NamedTuple):
+    """A correction of hubs for questions in words, and the bank that it goes by."""
+
+    method: str = "none"
+    parameters: dict = {}
+    bank: Any = None  # (B, D) embeddings of captions, or None where there is none at hand
+    bank_split: str = "train"
+    bank_images: int | None = None  # at most, as --correction_bank_images says it
+
+    def shift(self, loaded, rows):
+        """(m, D) embeddings of photos -> (m,) what is taken off their scores."""
+        if self.method == "none" or not len(rows):
+            return rows.new_zeros(len(rows))
+        source = loaded.similarities(rows.to(self.bank), self.bank)
+        return corrections.corrections_of("t2i", source, [(self.method, self.parameters)])[0].shift
+
+
+def load_bank(loaded, split, limit):
+    """(B, D) embeddings of the captions of a split of the checkpoint's data, of as many images as the limit allows."""
+    dataset = loaded.loader(split).dataset
+    chosen = dataset.image_of % bank_stride(loaded.opt, dataset.n_images, limit) == 0
+    return embed_texts(loaded.model, dataset.word_ids, loaded.opt.batch_size, chosen)
+
+
+def choose_correction(options, loaded):
+    """The Correction that the options ask for, or, where they do not, the best on dev if its data is at hand."""
+    if options.correction == "none":
+        return Correction()
+    given = {name: getattr(options, f"correction_{name}") for name in corrections.ADJUSTABLE}
+    found = Correction("none", {}, None, options.correction_bank or "train", options.correction_bank_images)
+    try:
+        found = found._replace(bank=load_bank(loaded, found.bank_split, found.bank_images))
+        if options.correction is None or options.tune_correction:
+            names = SHIFTS if options.correction is None else [options.correction]
+            return found._replace(**best_on_dev(loaded, names, given, found.bank, options.correction is None))
+    except InputError as error:
+        if options.correction is not None:
+            raise
+        print(f"Hubs are not corrected, since the data to choose a correction by is not at hand: {error}",
+              file=sys.stderr)
+        return found
+    return found._replace(method=options.correction,
+                          parameters=corrections.parameters_of(options.correction, **given))
+
+
+def best_on_dev(loaded, names, given, bank, may_be_none):
+    """{method, parameters} with the best sum of text-to-image recalls on the dev split; says what it was."""
+    loader = loaded.loader("dev")
+    source = loaded.similarities(*embed(loaded.model, loader))
+    wanted = corrections.candidates(names, given)
+    shifts = corrections.corrections_of("t2i", loaded.similarities(source.images, bank), wanted)
+    nothing = shifts[0].shift.new_zeros(source.n_captions)
+    rankings = rank_shifted(source, [None, *((nothing, one.shift) for one in shifts)], 0, loader.dataset.image_of)
+    sums = [sum(100 * float((t2i.ranks < k).double().mean()) for k in (1, 5, 10)) for _, t2i in rankings]
+    best = max(range(0 if may_be_none else 1, len(sums)), key=sums.__getitem__)
+    method, parameters = [("none", {}), *wanted][best]
+    words = " ".join([method, *(f"{name}={value}" for name, value in parameters.items())])
+    print(f"Correction of hubs, the best on dev: {words} (text to image R@1 + R@5 + R@10: {sums[0]:.1f} without, "
+         f"{sums[best]:.1f} with it)", file=sys.stderr)
+    return {"method": method, "parameters": parameters}
+
+
+def correction_of(found, loaded):
+    """The Correction that a Gallery has, with its bank if it needs that or has no captions that tell hubs."""
+    said = found.description["correction"]
+    own = Correction(said["method"], said["parameters"], None, said["bank_split"], said["bank_images"])
+    try:
+        return own._replace(bank=load_bank(loaded, own.bank_split, own.bank_images))
+    except InputError as error:
+        if own.method == "none":
+            return own
+        raise InputError(f"the bank of the gallery's correction is not at hand ({error}): name its folder with "
+                         "--data_path, or build without a correction with --rebuild_index --correction none"
+                         ) from error
+
+
+def count_hubs(search, captions, bank, n):
+    """(N_10 of n photos (n,) or None, in words which questions they are over): the gallery's own captions, or a bank's.
+
+    search: of an index; captions and bank: (q, D) embeddings or None.
+    """
+    if captions is None and bank is None:
+        return None, None
+    queries, words = (bank, "captions of the correction's bank") if captions is None else (captions, "its own captions")
+    queries = index.spread(queries.float().cpu(), HUB_QUERIES)
+    numbers = search(torch.cat([queries, queries.new_zeros(len(queries), 1)], 1), HUB_DEPTH)[1]
+    return k_occurrence(numbers[numbers >= 0], n).numpy(), f"{len(queries)} of {words}"

@@ -1,0 +1,252 @@
+"""Several models as one, against VSE-infinity's recorded lines and against plain loops over whole matrices."""
+
+import json
+from argparse import Namespace
+from functools import cache
+
+import loops
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, tree
+from test_compute_results import approximately, as_dict, mean_of
+from test_cross_attention import loop_score
+from test_regions import refused
+
+import compute_results
+from ensemble import Ensemble, Mean, Together
+from evaluation import Checkpoint, Evaluation, load_for_evaluation, print_evaluation
+from loss import SIMILARITIES
+from ranking import Cosine, Order, rank_shifted
+
+RECORDED = {case["name"]: case for case in json.loads((REFERENCE / "vse_infty" / "metrics.json").read_text())}
+ARRAYS = dict(np.load(REFERENCE / "vse_infty" / "metrics.npz"))
+ENSEMBLES = [("t2i", "i2t"), ("vse", "i2t"), ("t2i", "vse"), ("vse", "t2i", "i2t")]
+
+
+def paths(*runs):
+    return [f"runs/{run}/model_best.pth.tar" for run in runs]
+
+
+@pytest.fixture
+def matrices(models):
+    """A function of a run, and the splits of images and captions: their similarities, pair by pair, as an array."""
+    @cache
+    def loaded(run, split):
+        checkpoint = load_for_evaluation(Namespace(model_path=paths(run)[0], device="cpu"))
+        return checkpoint.opt, *checkpoint.embed(checkpoint.loader(split))
+
+    @cache
+    def matrix(run, image_split="test", caption_split="test"):
+        opt, images, _ = loaded(run, image_split)
+        _, _, captions = loaded(run, caption_split)
+        if not opt.cross_attn:
+            return images.double().numpy() @ captions.double().numpy().T
+        score = cache(lambda image, words: loop_score(image, words, opt))
+        images = [tuple(map(tuple, image)) for image in images.tolist()]
+        words = [tuple(map(tuple, words[:n])) for words, n in zip(captions.padded().tolist(), captions.lengths)]
+        return np.array([[score(image, caption) for caption in words] for image in images])
+    return matrix
+
+
+def json_of(folder, flags):
+    compute_results.main([*flags, "--device", "cpu", "--save_json", "out.json"])
+    return json.loads((folder / "out.json").read_text())
+
+
+def figures(scores):
+    """(i2t, t2i) figures of a matrix, by loops."""
+    return [loops.recall(ranks) for ranks in loops.ranks(scores)]
+
+
+def holds(content, to_text, to_image):
+    """Whether JSON has these figures."""
+    expected = as_dict(to_text, to_image)
+    return {name: content[name] for name in expected} == approximately(expected)
+
+
+# Against VSE-infinity's -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("folds, printed", [(1, "printed_ensemble_with_folds"),
+                                            (5, "printed_ensemble_with_folds_fold5")])
+def test_the_mean_of_two_models_prints_the_released_lines(capsys, folds, printed):
+    opt = Namespace(measure="cosine", cross_attn=None, logger_name="runs/x")
+    names = ("folds", "ensemble_partner")
+    ensemble = Ensemble([Checkpoint(None, opt, None)] * 2)
+    images, captions = (Together([torch.from_numpy(ARRAYS[f"{name}_{side}_embeddings"]) for name in names])
+                        for side in ("image", "caption"))
+    dataset = Namespace(image_of=torch.arange(200) // 5)
+    result = Evaluation(ensemble, dataset, images, captions, [], [None] * folds, None)
+    result = result.ranked([rank_shifted(ensemble.similarities(*part[:2]), image_of=part[2])[0]
+                            for part in result.parts()])
+    print_evaluation(result)
+    assert capsys.readouterr().out.splitlines() == RECORDED["ensemble_partner"][printed]
+
+
+# The source -------------------------------------------------------------------------------------
+
+def sources(kinds=(torch.float64, torch.float64, torch.float64)):
+    """Three sources of 9 images and 20 captions, and the mean of their matrices in float64."""
+    generator = torch.Generator().manual_seed(1)
+    made, matrices = [], []
+    for source, kind in zip((Cosine, Order, Cosine), kinds):
+        images, captions = (torch.randn(n, 4, generator=generator, dtype=torch.float64).to(kind) for n in (9, 20))
+        made.append(source(images, captions))
+        matrices.append(SIMILARITIES["order" if source is Order else "cosine"](images.double(), captions.double()))
+    return Mean(made), sum(matrices) / 3
+
+
+def test_tiles_pairs_and_rows_across_are_the_mean_s():
+    source, matrix = sources()
+    assert (source.n_images, source.n_captions, source.tile_images) == (9, 20, Order.tile_images)
+    tile = source.tile(slice(2, 7), slice(3, 12), (6, 10))
+    assert tile.dtype == torch.float64 and (tile - matrix[2:7, 3:12]).abs().max() < 1e-14
+    assert (source.across("i2t", slice(4, 9)) - matrix.t()[4:9]).abs().max() < 1e-14
+    assert (source.across("t2i", slice(4, 9)) - matrix[4:9]).abs().max() < 1e-14
+    images, captions = torch.tensor([0, 8, 3]), torch.tensor([19, 0, 2])
+    assert (source.pairs(images, captions) - matrix[images, captions]).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("kinds, expected", [
+    ((torch.float32,) * 3, torch.float32), ((torch.float32, torch.float64, torch.float32), torch.float64),
+    ((torch.float64, torch.float32, torch.float32), torch.float64)], ids=str)
+def test_scores_are_of_the_widest_type(kinds, expected):
+    source, matrix = sources(kinds)
+    tile = source.tile(slice(0, 9), slice(0, 20), (9, 20))
+    assert tile.dtype == expected and (tile - matrix).abs().max() < 1e-6
+
+
+def test_the_members_scores_are_left_as_they_are():
+    """Cosine's tile is its own block of memory, which it gives out again."""
+    source, _ = sources()
+    before = source.sources[0].tile(slice(0, 9), slice(0, 20), (9, 20))
+    kept = before.clone()
+    source.tile(slice(0, 9), slice(0, 20), (9, 20))
+    assert torch.equal(before, kept)
+
+
+# From the command line --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("runs", ENSEMBLES, ids=" ".join)
+def test_figures_are_those_of_the_averaged_matrices(models, matrices, capsys, runs):
+    content = json_of(models, ["--model_path", *paths(*runs)])
+    expected = figures(sum(map(matrices, runs)) / len(runs))
+    assert holds(content, *expected) and content["model_path"] == paths(*runs)
+    assert content["data_name"] == ["vectors_precomp" if run == "vse" else "regions_precomp" for run in runs]
+    assert capsys.readouterr().out.splitlines()[2] == "Image to text: " + " ".join(f"{x:.1f}" for x in expected[0])
+
+
+def test_an_ensemble_of_a_model_and_itself_is_the_model(models):
+    alone = json_of(models, ["--model_path", *paths("i2t")])
+    twice = json_of(models, ["--model_path", *paths("i2t", "i2t")])
+    assert alone.pop("model_path") == paths("i2t")[0] and alone.pop("data_name") == "regions_precomp"
+    assert {name: twice[name] for name in alone} == alone
+
+
+def test_folds_are_averaged_fold_by_fold(models, matrices):
+    content = json_of(models, ["--model_path", *paths("vse", "i2t"), "--fold5"])
+    scores = (matrices("vse") + matrices("i2t")) / 2
+    folds = [figures(scores[4 * f:4 * f + 4, 20 * f:20 * f + 20]) for f in range(5)]
+    assert all(holds(found, *fold) for found, fold in zip(content["folds"], folds))
+    assert holds(content, *mean_of(folds))
+
+
+def test_a_correction_takes_each_model_s_own_bank(models, matrices):
+    content = json_of(models, ["--model_path", *paths("t2i", "vse"), "--correction", "nnn", "--correction_k", "4",
+                               "--correction_alpha", "0.6"])
+
+    def mean(*splits):
+        return (matrices("t2i", *splits) + matrices("vse", *splits)) / 2
+    scores = mean()
+    off_captions = 0.6 * np.sort(mean("train", "test").T)[:, -4:].mean(1)
+    off_images = 0.6 * np.sort(mean("test", "train"))[:, -4:].mean(1)
+    expected = figures(scores - off_captions)[0], figures(scores - off_images[:, None])[1]
+    assert holds(content["corrections"]["nnn"], *expected)
+    assert content["correction_bank"] == "bank: train, 12 images, 60 captions"
+
+
+def test_everything_goes_on_it(models, capsys):
+    content = json_of(models, ["--model_path", *paths("vse", "t2i"), "--hubness", "--correction", "all",
+                               "--tune_correction", "--report", "page", "--save_csv", "out.csv"])
+    output, page = capsys.readouterr().out, (models / "page" / "report.html").read_text()
+    assert "sinkhorn" in output and "parameters chosen on dev" in output and "hubness" in content
+    assert ", ".join(paths("vse", "t2i")) in page and "data/vectors_precomp, data/regions_precomp" in page
+    assert "mean of cosine, t2i" in page
+    assert (models / "out.csv").read_text().startswith("runs/vse + runs/t2i, ")
+    again = json_of(models, ["--model_path", *paths("vse", "t2i"), "--correction", "csls", "--transductive"])
+    assert again["correction_bank"].startswith("transductive") and again["rsum"] == content["rsum"]
+
+
+def test_each_checkpoint_may_have_data_and_vocabulary_of_its_own(models):
+    plain = json_of(models, ["--model_path", *paths("vse", "t2i")])
+    (models / "data" / "vectors_precomp").rename(models / "data" / "moved_precomp")
+    (models / "vocab").rename(models / "words")
+    (models / "elsewhere").mkdir()
+    (models / "words" / "regions_precomp_vocab.json").rename(models / "elsewhere" / "regions_precomp_vocab.json")
+    moved = json_of(models, ["--model_path", *paths("vse", "t2i"), "--data_name", "moved_precomp", "regions_precomp",
+                             "--vocab_path", "words", "elsewhere"])
+    assert moved.pop("data_name") == ["moved_precomp", "regions_precomp"]
+    assert moved == {name: value for name, value in plain.items() if name != "data_name"}
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+def other_captions(folder):
+    path = folder / "data" / "vectors_precomp" / "test_caps.txt"
+    path.write_text(path.read_text().replace("dog", "god", 1))
+
+
+def fewer_images(folder):
+    path = folder / "data" / "vectors_precomp"
+    np.save(path / "test_ims.npy", np.load(path / "test_ims.npy")[:10])
+    (path / "test_caps.txt").write_text("".join((path / "test_caps.txt").read_text().splitlines(True)[:50]))
+
+
+def other_layout(folder):
+    """The same captions, but of two images each in one place and of five in another."""
+    path = folder / "data" / "vectors_precomp"
+    (path / "test_ids.txt").write_text("".join(f"{min(c // 5, 18) if c != 4 else 1}\n" for c in range(100)))
+    np.save(path / "test_ims.npy", np.load(path / "test_ims.npy")[:19])
+
+
+def other_words(folder):
+    """A vocabulary with a word too many."""
+    (folder / "more").mkdir()
+    path = folder / "vocab" / "regions_precomp_vocab.json"
+    content = json.loads(path.read_text())
+    n = len(content["word2idx"])
+    content["word2idx"]["extra"], content["idx2word"][str(n)], content["idx"] = n, "extra", n + 1
+    (folder / "more" / path.name).write_text(json.dumps(content))
+
+
+def nothing(folder):
+    pass
+
+
+BOTH = ["--model_path", *paths("vse", "t2i")]
+BAD = {
+    "other captions": (other_captions, BOTH, ["ensemble", "vectors_precomp", "regions_precomp"]),
+    "fewer images": (fewer_images, BOTH, ["ensemble", "10 images, 50 captions", "20 images, 100 captions"]),
+    "captions of other images": (other_layout, BOTH, ["ensemble", "19 images", "20 images"]),
+    "a vocabulary that fits one of them": (other_words, ["--model_path", *paths("t2i", "i2t"), "--vocab_path", "vocab",
+                                                         "more"], ["vocabulary", "runs/i2t"]),
+    "two data sets for three models": (nothing, ["--model_path", *paths("vse", "t2i", "i2t"), "--data_name",
+                                                 "vectors_precomp", "regions_precomp"], ["--data_name has 2", "3"]),
+    "two vocabularies for one model": (nothing, ["--model_path", *paths("vse"), "--vocab_path", "vocab", "vocab"],
+                                       ["--vocab_path has 2", "1"]),
+    "one data set for vectors and regions": (nothing, [*BOTH, "--data_name", "regions_precomp"],
+                                             ["over vectors", "5 regions"]),
+    "a second file that is not there": (nothing, ["--model_path", *paths("vse"), "runs/none.pth.tar"], ["runs/none"]),
+    "embeddings of several": (nothing, [*BOTH, "--save_embeddings"], ["--save_embeddings", "2"]),
+    "a bank of other captions": (lambda folder: (folder / "data/vectors_precomp/train_caps.txt").write_text("a\n" * 60),
+                                 [*BOTH, "--correction", "nnn"], ["ensemble", "train"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(models, kind):
+    prepare, flags, named = BAD[kind]
+    prepare(models)
+    before = tree(models)
+    refused(compute_results.main, flags, *named)
+    assert tree(models) == before
