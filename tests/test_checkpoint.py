@@ -388,7 +388,8 @@ def test_a_checkpoint_s_vocabulary_numbers_its_words():
 @pytest.mark.parametrize("states", [
     lambda: state(0, **{"fc.bias": None}), lambda: state(0, **{"fc.bias": torch.ones(5)}),
     lambda: state(1, more=torch.ones(1)), lambda: state(1, **{"rnn.bias_hh_l0": None}),
-    lambda: state(0, **{"graph.0.weight": torch.ones(1)}), lambda: state(0, **{"mlp.layers.0.weight": torch.ones(2, 5)})],
+    lambda: state(0, **{"graph.0.weight": torch.ones(1)}),
+    lambda: state(0, **{"mlp.layers.0.weight": torch.ones(2, 5)})],
     ids=["missing", "shape", "unknown", "missing text", "reasoning over regions", "an encoder of regions"])
 def test_weights_that_do_not_fit_are_refused(states):
     with pytest.raises(InputError, match=r"run\.pth\.tar") as caught:
@@ -398,7 +399,8 @@ def test_weights_that_do_not_fit_are_refused(states):
 
 def test_the_cnn_of_a_full_model_is_left_out():
     model = VSE(options())
-    checkpoint.load_weights(model, released(model=state(0, **{"cnn.module.conv1.weight": torch.ones(1)})), "run.pth.tar")
+    states = state(0, **{"cnn.module.conv1.weight": torch.ones(1)})
+    checkpoint.load_weights(model, released(model=states), "run.pth.tar")
     assert states_equal([model.img_enc.state_dict()], [state(0)[0]])
 
 
