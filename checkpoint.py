@@ -219,7 +219,16 @@ def _image_weight(state):
 
 
 def load_weights(model, content, path):
-    """Load a checkpoint's weights; raises InputError where they are another model's."""
+    """Load a checkpoint's weights; raises InputError where they are another model's.
+
+    The image encoder leaves out names that it does not have, as in the released code: a CNN's, where features are
+    computed already. Others would be parts of a model of another family, whose figures would be wrong without them.
+    """
+    own = model.img_enc.state_dict()
+    unknown = [name for name in content["model"][0] if name not in own and not str(name).startswith("cnn.")]
+    if unknown:
+        raise InputError(f"{path} is not a checkpoint of this family, or its options describe another model: its image "
+                         f"encoder has {len(unknown)} parts that are unknown here, such as {unknown[0]}")
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:

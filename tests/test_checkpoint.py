@@ -292,6 +292,8 @@ BROKEN = {
     "a flat layer": lambda: released(model=state(0, **{"fc.weight": torch.ones(20)})),
     "a layer of text": lambda: released(model=state(0, **{"fc.weight": "weights"})),
     "no embedding": lambda: released(model=state(1, **{"embed.weight": None})),
+    "a transformer over words": lambda: released(model=[state(0)[0], {"bert.encoder.layer.0.output.dense.weight":
+                                                                      torch.ones(4, 3)}]),
     "no recurrent weights": lambda: released(model=state(1, **{"rnn.weight_hh_l0": None})),
     "a tensor without its values": lambda: released(model=state(1, **{"embed.weight": giant()})),
     "another embed_size": lambda: released(opt=options(embed_size=5)),
@@ -385,12 +387,21 @@ def test_a_checkpoint_s_vocabulary_numbers_its_words():
 
 @pytest.mark.parametrize("states", [
     lambda: state(0, **{"fc.bias": None}), lambda: state(0, **{"fc.bias": torch.ones(5)}),
-    lambda: state(1, more=torch.ones(1)), lambda: state(1, **{"rnn.bias_hh_l0": None})],
-    ids=["missing", "shape", "unknown", "missing text"])
+    lambda: state(1, more=torch.ones(1)), lambda: state(1, **{"rnn.bias_hh_l0": None}),
+    lambda: state(0, **{"graph.0.weight": torch.ones(1)}),
+    lambda: state(0, **{"mlp.layers.0.weight": torch.ones(2, 5)})],
+    ids=["missing", "shape", "unknown", "missing text", "reasoning over regions", "an encoder of regions"])
 def test_weights_that_do_not_fit_are_refused(states):
     with pytest.raises(InputError, match=r"run\.pth\.tar") as caught:
         checkpoint.load_weights(VSE(options()), released(model=states()), "run.pth.tar")
     assert "\n" not in str(caught.value)
+
+
+def test_the_cnn_of_a_full_model_is_left_out():
+    model = VSE(options())
+    states = state(0, **{"cnn.module.conv1.weight": torch.ones(1)})
+    checkpoint.load_weights(model, released(model=states), "run.pth.tar")
+    assert states_equal([model.img_enc.state_dict()], [state(0)[0]])
 
 
 # Taking up a run --------------------------------------------------------------------------------
