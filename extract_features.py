@@ -14,7 +14,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 import distributed
+import run_record
 from caption_files import CaptionedPhoto, read_caption_texts, read_photo_captions
 from device import choose_device
 from errors import ArgumentParser, InputError, number, replacing, run_script
@@ -162,22 +162,15 @@ def draw_splits(args, n):
 def the_only_one(output):
     """Keep other runs out of the output folder while the block runs; a killed run's hold is gone with it."""
     path, was_there = os.path.join(output, BLOCKS), os.path.exists(output)
+    held = run_record.lock(path, "--output") if distributed.is_first() else None
     try:
-        os.makedirs(path, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written ({error.strerror}): name another folder") from error
-    try:
-        if distributed.is_first():
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another run is writing to {output}: wait for it, or name another folder") from error
         distributed.sync()
         yield
     finally:
-        os.close(folder)
-        if distributed.is_first():
+        if held is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(held.name)
+            held.close()
             for made in [path] if was_there else [path, output]:
                 with contextlib.suppress(OSError):  # only an empty one goes: nothing has come of the run
                     os.rmdir(made)

@@ -93,8 +93,13 @@ def _scalar(faiss, sample, width, lists):
     """An empty ivf_sq8."""
     found = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(width), width, lists, faiss.ScalarQuantizer.QT_8bit,
                                           faiss.METRIC_INNER_PRODUCT)
-    found.cp.niter = ITERATIONS
+    _set_rounds(found.cp)
     return found
+
+
+def _set_rounds(clustering):
+    """Set the rounds of a clustering, and that it takes few points without a warning for each centre's lack of them."""
+    clustering.niter, clustering.min_points_per_centroid = ITERATIONS, 1
 
 
 def _product(faiss, sample, width, lists):
@@ -104,6 +109,9 @@ def _product(faiss, sample, width, lists):
     each = width // parts
     rotation = faiss.OPQMatrix(width, parts, parts * each)
     rotation.niter, rotation.niter_pq_0, rotation.max_train_points = ROTATION_ROUNDS, ITERATIONS, CODE_ROWS
+    quantizer = faiss.ProductQuantizer(parts * each, parts, 8)
+    _set_rounds(quantizer.cp)
+    rotation.pq = quantizer
     rotation.train(np.ascontiguousarray(sample[:, :width]))
     matrix = np.zeros((parts * each + each, width + 1), np.float32)
     matrix[:-each, :-1] = faiss.vector_to_array(rotation.A).reshape(-1, width)
@@ -113,7 +121,8 @@ def _product(faiss, sample, width, lists):
     turned.is_trained = True
     inner = faiss.IndexIVFPQ(faiss.IndexFlatIP(len(matrix)), len(matrix), lists, parts + 1, 8,
                              faiss.METRIC_INNER_PRODUCT)
-    inner.cp.niter = inner.pq.cp.niter = ITERATIONS
+    _set_rounds(inner.cp)
+    _set_rounds(inner.pq.cp)
     return faiss.IndexPreTransform(turned, inner)
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import time
+import weakref
 
 import torch
 
@@ -37,6 +38,7 @@ def lock(folder, flag="--logger_name"):
     try:
         import fcntl  # not on Windows, where runs are not kept apart
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _keep_from_children(held)
     except ImportError:
         pass
     except BlockingIOError as error:
@@ -48,6 +50,18 @@ def lock(folder, flag="--logger_name"):
     for path in leftovers(folder, FILES):
         os.unlink(path)
     return held
+
+
+def _keep_from_children(held):
+    """Close a locked file in processes forked from now on: a killed run's workers live for seconds longer, and with
+    the file open they would hold the lock against the run that is to go on."""
+    reference = weakref.ref(held)
+
+    def close():
+        if (file := reference()) is not None:
+            file.close()
+
+    os.register_at_fork(after_in_child=close)
 
 
 class Log:

@@ -259,12 +259,13 @@ def test_another_encoders_features_are_not_written_over(folder):
 
 def test_two_runs_do_not_write_to_one_folder(folder):
     (folder / "out/.blocks").mkdir(parents=True)
-    held = os.open(folder / "out/.blocks", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another run is writing to out"):
-        extract(encoder=SAMPLE)
-    os.close(held)
+    with open(folder / "out/.blocks/.lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="--output out/.blocks: another run is writing there"):
+            extract(encoder=SAMPLE)
+        assert (folder / "out/.blocks/.lock").exists()  # it is the other's still
     extract(encoder=SAMPLE)
+    assert not (folder / "out/.blocks").exists()
 
 
 # Killed runs, several processes -----------------------------------------------------------------

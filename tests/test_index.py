@@ -103,6 +103,12 @@ def test_a_torn_file_or_another_index_is_said(built, rows, kind, tmp_path):
         index.read(FAISS[1 - FAISS.index(kind)], str(whole), rows)
 
 
+@pytest.mark.parametrize("kind", FAISS)
+def test_few_photos_are_no_reason_for_warnings(rows, queries, kind, tmp_path, capfd):
+    index.build(kind, rows[:300], queries[:5], str(tmp_path / "index"))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_too_few_photos_for_codes_are_said(rows, queries, tmp_path):
     with pytest.raises(InputError, match="at least 256 photos"):
         index.build(index.IVF, rows[:255], queries, str(tmp_path / "index"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -35,6 +36,27 @@ def test_a_killed_run_gives_the_folder_free_and_its_temporary_files_go(tmp_path)
     assert all(len(list((tmp_path / "run").glob(f"{name}.*.tmp"))) == 1 for name in names)
     run_record.lock(str(tmp_path / "run")).close()
     assert os.listdir(tmp_path / "run") == [".lock"]
+
+
+def test_a_killed_run_s_workers_do_not_hold_its_folder(tmp_path):
+    code = ("import os, signal, time, run_record\nheld = run_record.lock('run')\nworker = os.fork()\n"
+            "if not worker:\n    print('up', flush=True)\n    time.sleep(60)\n    os._exit(0)\n"
+            "print(worker, flush=True)\ntime.sleep(60)")
+    root = os.path.dirname(run_record.__file__)
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root},
+                           stdout=subprocess.PIPE, text=True)
+    lines = {run.stdout.readline().strip() for _ in range(2)}
+    worker, = map(int, lines - {"up"})
+    try:
+        with pytest.raises(InputError, match="another run is writing"):
+            run_record.lock(str(tmp_path / "run"))  # its worker has not let the run's own hold go
+        run.kill()
+        run.wait()
+        run_record.lock(str(tmp_path / "run")).close()
+        os.kill(worker, 0)  # it lives on
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        run.stdout.close()
 
 
 def test_what_is_not_the_run_s_own_stays(tmp_path):
