@@ -162,7 +162,8 @@ def _send_back(model, share, pieces, slopes, before, no_image):
     if before:
         _set_random_state(before, model.device)
         moved = [buffer.clone() for buffer in model.buffers()]
-    for piece, pair, own in zip(share.pieces, pieces, slopes.split([len(pair[1]) for pair in pieces])):
+    sizes = [len(pair[1]) for pair in pieces]  # fewer than all where a piece could not be loaded
+    for piece, pair, own in zip(share.pieces, pieces, slopes[:sum(sizes)].split(sizes)):
         own = _pair(own, pair)
         pair = _encode(model, piece, share, no_image) if before else pair
         with_graph = [both for both in zip(pair, own) if both[0].requires_grad]
