@@ -23,12 +23,20 @@ class InputError(Exception):
         super().__init__(" ".join(str(message).splitlines()))
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that a flag has, unless its own help tells of them."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with whole flag names only, defaults shown, and errors as one sentence."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Defaults)
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")

@@ -280,3 +280,12 @@ def test_a_written_file_has_the_usual_mode(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_help_tells_of_every_default_once():
+    parser = ArgumentParser("A script.")
+    parser.add_argument("--steps", default=0, type=int, help="how many")
+    parser.add_argument("--width", type=int, help="of the file (default: its own)")
+    parser.add_argument("--quick", action="store_true", help="in a hurry")
+    text = " ".join(parser.format_help().split())
+    assert "how many (default: 0)" in text and "of the file (default: its own) --quick in a hurry" in text
