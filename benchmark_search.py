@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 import build_gallery
 import index
 from benchmark_scan import in_own_process
+from device import choose_matmul_precision
 from evaluation import Checkpoint
 from gallery import Gallery
 from gallery_hubs import Correction
@@ -88,6 +89,7 @@ def blocks_from(blocks):
 
 def ask(folder, width):
     """Figures of a gallery that this process opens: {name: a list of numbers}."""
+    choose_matmul_precision(torch.device("cpu"))
     loaded = made_up_checkpoint(width, os.path.join(folder, "model"))
     words = np.random.default_rng(3).integers(0, WORDS, (ASKED, 10))
     questions = [" ".join(f"w{word}" for word in line) for line in words]

@@ -44,6 +44,7 @@ class Contents(NamedTuple):
     folder: str | None  # of the photos
     features: dict | None  # what made the features (see `features`), or None
     facts: list | None = None  # for each photo (size, time of change) of its file
+    precomp: tuple | None = None  # the features' (folder, split), which have a row for each item
 
 
 def refuse_unsearchable(loaded):
@@ -83,7 +84,7 @@ def from_features(loaded, folder, split, photos=None):
         dataset = PrecompDataset(folder, split, loaded.vocabulary, opt.caption_reading, opt.img_dim)
         check_form(dataset, opt)
         images, caption_embeddings = embed(loaded.model, Loader(dataset, opt.batch_size))
-        image_of, rows = dataset.image_of, images.split(BLOCK_ROWS)
+        found, image_of, rows = dataset.images, dataset.image_of, images.split(BLOCK_ROWS)
         captions = grouped(dataset.captions, image_of)
     else:
         found = open_features(os.path.join(folder, f"{split}_ims.npy"))
@@ -96,7 +97,8 @@ def from_features(loaded, folder, split, photos=None):
     if photos is None and os.path.isdir(os.path.join(folder, "images")):
         photos = os.path.join(folder, "images")
     return Contents(items_of(folder, split, len(captions), image_of), rows, captions, caption_embeddings,
-                    source_of(folder, split), photos, description or loaded.features)
+                    source_of(folder, split), photos, description or loaded.features,
+                    precomp=(folder, split) if len(found) == len(captions) else None)
 
 
 def source_of(folder, split):
@@ -272,10 +274,11 @@ def from_gallery(found, kept=None, shifted=True):
         starts = found.caption_starts
         caption_embeddings = torch.cat([found.caption_embeddings[starts[number]:starts[number + 1]]
                                         for number in kept.tolist()])
-    facts = found.facts
+    facts, own = found.facts, found.description["precomp"] if len(kept) == found.count else None
     return Contents([found.items[number] for number in kept.tolist()], rows, captions, caption_embeddings,
                     found.description["source"], found.photo_folder, found.description["features"],
-                    None if facts is None else [tuple(facts[number].tolist()) for number in kept.tolist()])
+                    None if facts is None else [tuple(facts[number].tolist()) for number in kept.tolist()],
+                    own and (os.path.join(os.path.realpath(found.folder), own["folder"]), own["split"]))
 
 
 def joined(one, other):
@@ -302,6 +305,8 @@ def write(folder, loaded, contents, correction, kind=None):
             "count": n, "width": loaded.opt.embed_size, "captions": sum(map(len, contents.captions)),
             "model": {"path": relative(loaded.path, folder), "sha256": hash_file(loaded.path)},
             "source": contents.source,
+            "precomp": contents.precomp and {"folder": relative(contents.precomp[0], folder),
+                                             "split": contents.precomp[1]},
             "folder": None if contents.folder is None else relative(contents.folder, folder),
             "features": contents.features, "index": kind, "hubs": hubs,
             "correction": {"method": correction.method, "parameters": correction.parameters,

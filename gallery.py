@@ -31,9 +31,10 @@ MADE = re.compile(rf"{FILES}[a-z0-9_]{{8}}")  # as `new_files` names them
 OURS = re.compile(rf"{MADE.pattern}|gallery\.json(\..*)?|broken\.txt(\..*)?|\.lock|\.blocks")
 # What gallery.json holds, with its types.
 KEYS = {"format": int, "files": str, "sizes": dict, "count": int, "width": int, "captions": int, "model": dict,
-        "source": str, "folder": (str, type(None)), "features": (dict, type(None)), "correction": dict, "index": str,
+        "source": str, "precomp": (dict, type(None)),
+        "folder": (str, type(None)), "features": (dict, type(None)), "correction": dict, "index": str,
         "hubs": (str, type(None))}
-PARTS = {"model": {"path": str, "sha256": str},
+PARTS = {"model": {"path": str, "sha256": str}, "precomp": {"folder": str, "split": str},
          "correction": {"method": str, "parameters": dict, "bank_split": str, "bank_images": (int, type(None))}}
 
 
@@ -174,7 +175,7 @@ def describe(folder):
         raise InputError(f"{path} is of format {content['format']}, newer than this program's {FORMAT}: update it, or "
                          "build the gallery in another folder")
     for part, keys in {None: KEYS, **PARTS}.items():
-        for name, kinds in keys.items():
+        for name, kinds in keys.items() if part is None or content[part] is not None else ():
             if not isinstance((content[part] if part else content).get(name, ...), kinds):
                 raise InputError(f"{path} lacks {name!r}, or has something odd for it: build the gallery again")
     if content["index"] not in index.TYPES or content["correction"]["method"] not in ("none", *METHODS):

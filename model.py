@@ -243,14 +243,16 @@ class EncoderText(nn.Module):
 
     def forward(self, x, lengths):
         """x: (B, T) word ids, longest caption first; lengths: (B,) -> (B, embed_size)."""
-        lengths = torch.as_tensor(lengths).cpu()
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        with torch.autocast("cpu", enabled=False):  # gru.py casts what it multiplies, and nothing else
-            embeddings = (self._last if self.text_pooling == "last" else self._pooled)(x, lengths, dtype)
-        embeddings = embeddings.to(self.embed.weight.dtype)
+        embeddings = self._by(self._last if self.text_pooling == "last" else self._pooled, x, lengths)
         if not self.no_txtnorm:
             embeddings = l2norm(embeddings, 0 if self.text_pooling == "last" else NORM_EPSILON)
         return embeddings.abs() if self.use_abs else embeddings
+
+    def _by(self, encode, captions, lengths):
+        """encode(captions, lengths, the products' type), in the weights' type."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        with torch.autocast("cpu", enabled=False):  # gru.py casts what it multiplies, and nothing else
+            return encode(captions, torch.as_tensor(lengths).cpu(), dtype).to(self.embed.weight.dtype)
 
     def _packed(self, captions, lengths):
         return self.rnn(pack_padded_sequence(self.embed(captions), lengths, batch_first=True))
@@ -262,16 +264,18 @@ class EncoderText(nn.Module):
         ends = self._packed(captions, lengths)[1]
         return (ends[-2] + ends[-1]) / 2 if self.rnn.bidirectional else ends[-1]
 
+    def _states(self, captions, lengths, dtype):
+        """(B, T) -> (B, T, embed_size): the state at every word, of both directions the mean, 0 past the lengths."""
+        if captions.device.type == "cpu":
+            return word_states(self.rnn, self.embed, captions, lengths, dtype)
+        states, _ = pad_packed_sequence(self._packed(captions, lengths)[0], batch_first=True,
+                                        total_length=captions.shape[1])
+        states = states.to(self.embed.weight.dtype)
+        return states.unflatten(2, (2, -1)).mean(2) if self.rnn.bidirectional else states
+
     def _pooled(self, captions, lengths, dtype):
         """(B, T) -> (B, embed_size): the states of all words, pooled."""
-        if captions.device.type == "cpu":
-            states = word_states(self.rnn, self.embed, captions, lengths, dtype)
-        else:
-            states, _ = pad_packed_sequence(self._packed(captions, lengths)[0], batch_first=True)
-            states = states.to(self.embed.weight.dtype)
-            if self.rnn.bidirectional:
-                states = sum(states.chunk(2, dim=2)) / 2
-        return _pool(self, self.text_pooling, states, lengths)
+        return _pool(self, self.text_pooling, self._states(captions, lengths, dtype), lengths)
 
 
 class VSE(nn.Module):

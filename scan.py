@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from cross_attention import (  # noqa: F401 (handed on: the family imports them from here)
     EPS,
@@ -25,8 +24,7 @@ from cross_attention import (  # noqa: F401 (handed on: the family imports them 
     xattn_score_i2t,
     xattn_score_t2i,
 )
-from gru import word_states
-from model import VSE, EncoderImagePrecomp, _init_fc
+from model import VSE, EncoderImagePrecomp, EncoderText, _init_fc
 
 
 def l2norm(X):
@@ -70,30 +68,15 @@ class RegionEncoder(EncoderImagePrecomp):
         return regions if self.no_imgnorm else l2norm(regions)
 
 
-class WordEncoder(nn.Module):
+class WordEncoder(EncoderText):
     """Word ids -> every word's state of the GRU's top layer, with bi_gru the mean of both directions'."""
 
     def __init__(self, vocab_size, word_dim, embed_size, num_layers, bi_gru=False, no_txtnorm=False):
-        super().__init__()
-        self.no_txtnorm = no_txtnorm
-        self.embed = nn.Embedding(vocab_size, word_dim)
-        self.rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=bi_gru)
-        with torch.no_grad():
-            self.embed.weight.uniform_(-0.1, 0.1)
+        super().__init__(vocab_size, word_dim, embed_size, num_layers, bi_gru=bi_gru, no_txtnorm=no_txtnorm)
 
     def forward(self, captions, lengths):
         """captions: (B, T) word ids, longest caption first; lengths: (B,) -> (B, T, embed_size), 0 past a length."""
-        lengths = torch.as_tensor(lengths).cpu()
-        if captions.device.type == "cpu":
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-            with torch.autocast("cpu", enabled=False):  # word_states casts what it multiplies, and nothing else
-                states = word_states(self.rnn, self.embed, captions, lengths, dtype)
-        else:
-            packed = self.rnn(pack_padded_sequence(self.embed(captions), lengths, batch_first=True))[0]
-            states = pad_packed_sequence(packed, batch_first=True, total_length=captions.shape[1])[0]
-            if self.rnn.bidirectional:
-                states = states.unflatten(2, (2, -1)).mean(2)
-        states = states.to(self.embed.weight.dtype)
+        states = self._by(self._states, captions, lengths)
         return states if self.no_txtnorm else l2norm(states)
 
 

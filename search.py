@@ -32,6 +32,7 @@ from evaluation import BANK_IMAGES, embed_texts, load_for_evaluation
 from features import POOLINGS, encode_photo
 from gallery import Gallery, describe, is_whole, refuse_foreign, shown
 from gallery_hubs import SHIFTS
+from gallery_rerank import Reranker
 from vocab import MAX_CAPTION, READINGS, tokenize
 from word_ids import number_words
 
@@ -40,6 +41,7 @@ SAMPLE = "sample_precomp"
 MAX_WORDS = 1000  # of a question
 MOST_HITS = 1000
 BATCH = 1024  # questions answered at once
+RERANKED = 100  # of each question, by SCAN
 HOST, PORT = "127.0.0.1", 8000
 
 
@@ -63,6 +65,11 @@ def add_question_flags(group):
     group.add_argument("--batch", metavar="FILE", help="questions, one a line")
     group.add_argument("--top", default=10, type=number(int, 1, MOST_HITS), help="photos for each question")
     group.add_argument("--json", action="store_true", help="print a JSON object a question")
+    group.add_argument("--rerank_model", metavar="PATH", help="a SCAN checkpoint, which orders what is found")
+    group.add_argument("--rerank", type=number(int, 1, MOST_HITS), metavar="K",
+                       help=f"--rerank_model: so many of each question's (default: {RERANKED})")
+    group.add_argument("--rerank_precomp", metavar="FOLDER", help="--rerank_model: features of the same photos' "
+                                                                  "regions (default: those of the gallery)")
     group.add_argument("--serve", action="store_true", help="answer in a browser")
     group.add_argument("--host", help=f"--serve: address to listen on (default: {HOST}, this machine only)")
     group.add_argument("--port", type=number(int, 0, 65535), help=f"--serve: its port (default: {PORT}; 0: a free one)")
@@ -141,6 +148,7 @@ def check_flags(options):
     bank = ["correction_bank", "correction_bank_images", "tune_correction"]
     for useless, flags, others in (
             (not options.serve, ["host", "port", "allow_host"], "without --serve"),
+            (options.rerank_model is None, ["rerank", "rerank_precomp"], "without --rerank_model"),
             (options.precomp is None, ["split"], "without --precomp"),
             (options.precomp is not None, ["captions", "add"], "with --precomp"),
             (options.images is None and options.add is None, ["captions"], "without --images or --add"),
@@ -170,10 +178,11 @@ class Hit(NamedTuple):
 class Searcher:
     """A model and a gallery of its, ready to answer one caller at a time."""
 
-    def __init__(self, loaded, gallery, make_encoder, corrected=True):
+    def __init__(self, loaded, gallery, make_encoder, corrected=True, reranker=None):
         """loaded: an `evaluation.Checkpoint`; make_encoder: gives the `features.Encoder` of photos' embeddings, and is
-        called when the first photo comes; corrected: whether questions in words may be corrected at all."""
-        self.loaded, self.gallery, self.corrected = loaded, gallery, corrected
+        called when the first photo comes; corrected: whether questions in words may be corrected at all; reranker: a
+        `gallery_rerank.Reranker`, or None."""
+        self.loaded, self.gallery, self.corrected, self.reranker = loaded, gallery, corrected, reranker
         self.make_encoder, self.encoder = make_encoder, None
         loaded.model.val_start()
 
@@ -196,7 +205,11 @@ class Searcher:
             self.check(question)
         words = number_words(questions, self.loaded.vocabulary, self.loaded.opt.caption_reading)
         queries = embed_texts(self.loaded.model, words, self.loaded.opt.batch_size)
-        return self._hits(*self.gallery.search(queries, top, corrected and self.corrected))
+        count = max(top, self.reranker.k) if self.reranker else top
+        scores, numbers = self.gallery.search(queries, count, corrected and self.corrected)
+        if self.reranker:
+            scores, numbers = self.reranker.reordered(questions, numbers)
+        return self._hits(scores[:, :top], numbers[:, :top])
 
     def by_photo(self, file, top):
         """A photo, a path or an open file -> (its `top` Hits, [(caption, Hit of the photo it belongs to), ...])."""
@@ -258,9 +271,12 @@ def open_searcher(options):
             build_gallery.change(options, loaded, folder)
     check_own(folder, options, loaded)
     gallery = Gallery(folder)
-    known = gallery.description["features"]
+    known, reranker = gallery.description["features"], None
+    if options.rerank_model is not None:
+        reranker = Reranker(gallery, options.rerank_model, options.rerank or RERANKED, options.rerank_precomp,
+                            options.device)
     return Searcher(loaded, gallery, lambda: build_gallery.photo_encoder(loaded, known, options)[0],
-                    corrected=options.correction != "none")
+                    options.correction != "none", reranker)
 
 
 def find_places(options):
@@ -268,6 +284,8 @@ def find_places(options):
     if options.index is not None and options.model_path is None and is_whole(options.index):
         own = describe(options.index)["model"]["path"]
         return os.path.normpath(os.path.join(os.path.realpath(options.index), own)), options.index
+    if options.index is not None and options.model_path is options.images is options.precomp is None:
+        raise InputError(f"there is no whole gallery in {options.index}: build it with --images or --precomp")
     model_path = options.model_path or DEFAULT_MODEL
     return model_path, options.index or os.path.join(os.path.dirname(model_path), "gallery")
 

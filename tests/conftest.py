@@ -140,10 +140,10 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
-def released(tmp_path, monkeypatch):
-    """A current folder with the released code's data, vocabulary and runs."""
+def released(request, tmp_path, monkeypatch):
+    """A current folder with the released code's data, vocabulary and runs, from where the test's module says."""
     for name in ("data", "vocab", "runs"):
-        shutil.copytree(RELEASED / name, tmp_path / name)
+        shutil.copytree(request.module.RELEASED / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

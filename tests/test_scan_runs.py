@@ -1,7 +1,6 @@
 """SCAN from the command line: training with every loss, evaluation by the engine of all, the released code's files."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -31,15 +30,6 @@ COCO = " --lambda_lse=20 --num_epochs=20 --lr_update=10 --learning_rate=.0005"
 def regions(tmp_path, monkeypatch):
     """A current folder with data of regions."""
     write_regions(tmp_path / "data" / "tiny_precomp")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def released(tmp_path, monkeypatch):
-    """A current folder with the released code's data, vocabulary and runs."""
-    for name in ("data", "vocab", "runs"):
-        shutil.copytree(RELEASED / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

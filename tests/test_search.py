@@ -25,6 +25,7 @@ from errors import InputError
 from evaluation import embed, load_for_evaluation
 
 MODEL = "runs/runX/model_best.pth.tar"
+VSE_RUN, SCAN_RUN = "vse", "t2i"
 TEST = ["--precomp", "data/tiny_precomp", "--index", "g", "--device", "cpu"]
 PHOTOS = ["--images", "photos", "--index", "g", "--device", "cpu", "--workers", "0", "--batch_size", "3"]
 ODD = os.fsdecode(b"odd \xff'\".png")
@@ -235,6 +236,43 @@ def test_the_first_command_s_model_finds_the_sample_s_pictures(tmp_path, monkeyp
     train.main([*flags, "--seed", "5", "--learning_rate", "0.01"])
     ask("a red star in the snow")  # the gallery of the older model is built again
     assert gallery.describe("runs/runX/gallery")["model"]["sha256"] == build_gallery.hash_file(MODEL)
+
+
+@pytest.mark.parametrize("k, top, method", [(5, 3, "none"), (20, 20, "none"), (2, 4, "none"), (6, 6, "csls")])
+def test_scan_orders_what_vse_finds(three_models, tmp_path, monkeypatch, capsys, k, top, method):
+    shutil.copytree(three_models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    vse, scan = (load_for_evaluation(argparse.Namespace(model_path=f"runs/{name}/model_best.pth.tar", device="cpu"))
+                 for name in (VSE_RUN, SCAN_RUN))
+    texts = vse.loader("test").dataset.captions[:7]
+    Path("questions.txt").write_text("".join(f"{text}\n" for text in texts))
+    ask("--model_path", vse.path, "--precomp", "data/vectors_precomp", "--index", "g", "--correction", method,
+        "--batch", "questions.txt", "--json", "--top", str(top), "--rerank_model", scan.path, "--rerank", str(k),
+        "--rerank_precomp", "data/regions_precomp")
+    answers = results(capsys)
+    images, captions = vse.embed(vse.loader("test"))
+    shift = -gallery.Gallery("g").embeddings[:, -1]
+    slow = scan.similarities(*scan.embed(scan.loader("test")))
+    for number, answer in enumerate(answers):
+        nearest = (images @ captions[number] - shift).argsort(descending=True)[:max(k, top)].tolist()
+        scores = {str(image): float(slow.pairs(torch.tensor([image]), torch.tensor([number]))) for image in nearest}
+        best = sorted(scores.values(), reverse=True)[:top]
+        assert [hit["score"] for hit in answer["results"]] == pytest.approx(best, abs=1e-5)
+        assert all(scores[hit["item"]] == pytest.approx(hit["score"], abs=1e-5) for hit in answer["results"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--rerank_model", "VSE"], ["not SCAN"]), (["--rerank_model", "SCAN"], ["over regions"]),
+    (["--rerank", "5"], ["--rerank", "--rerank_model"]),
+    (["--rerank_model", "SCAN", "--rerank_precomp", "nowhere"], ["nowhere"])])
+def test_what_cannot_be_reranked_is_said(three_models, tmp_path, monkeypatch, flags, words):
+    shutil.copytree(three_models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    path = {"VSE": f"runs/{VSE_RUN}/model_best.pth.tar", "SCAN": f"runs/{SCAN_RUN}/model_best.pth.tar"}
+    with pytest.raises(InputError) as error:
+        ask("--model_path", path["VSE"], "--precomp", "data/vectors_precomp", "--index", "g", "--correction", "none",
+            *(path.get(flag, flag) for flag in flags), QUESTION)
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 # Photos -------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Reranking in a gallery: SCAN orders the photos that a VSE gallery finds nearest to a question (see `rerank`).
+
+SCAN compares every word with every region, so it needs the photos' regions: those of the features that the gallery was
+built from, or of others of the same photos.
+"""
+
+import argparse
+import os
+
+import torch
+
+from data import check_form, open_features
+from errors import InputError
+from evaluation import embed_texts, load_for_evaluation
+from features import read_features_json, refuse_other
+from rerank import candidate_scores
+from word_ids import number_words
+
+
+class Reranker:
+    """Another model's scores of questions and some of a gallery's photos; k: how many it orders for a question."""
+
+    def __init__(self, gallery, model_path, k, precomp=None, device="auto"):
+        """model_path: of SCAN's checkpoint; precomp: folder of the regions, of the gallery's split and photos (default:
+        the features that the gallery was built from). Raises InputError where they do not go together."""
+        self.k, self.loaded = k, load_for_evaluation(argparse.Namespace(model_path=model_path, device=device))
+        if not self.loaded.opt.cross_attn:
+            raise InputError(f"--rerank_model {model_path} is not SCAN (trained with --cross_attn): name one that is, "
+                             "or leave it out")
+        own = gallery.description["precomp"]
+        if own is None:
+            raise InputError(f"--rerank_model needs the regions of the gallery's photos, and {gallery.folder} keeps no "
+                             "features: build one with --precomp, of features with --regions 36")
+        folder = precomp or os.path.join(os.path.realpath(gallery.folder), own["folder"])
+        path = os.path.join(folder, f"{own['split']}_ims.npy")
+        self.regions = open_features(path)
+        check_form(argparse.Namespace(images=self.regions), self.loaded.opt)
+        if len(self.regions) != gallery.count or self.regions.shape[-1] != self.loaded.opt.img_dim:
+            raise InputError(f"{path} has features of shape {tuple(self.regions.shape)}, and the gallery has "
+                             f"{gallery.count} photos, the model {self.loaded.opt.img_dim} numbers a region: name "
+                             "others of the same photos with --rerank_precomp")
+        description = read_features_json(folder)
+        if description and self.loaded.features:
+            refuse_other(description, self.loaded.features, folder, f"checkpoint {model_path}")
+        self.loaded.model.val_start()
+
+    def reordered(self, questions, numbers):
+        """list of str and (q, K) numbers of photos (-1: none) -> (q, K) scores and numbers, best first."""
+        model, opt = self.loaded.model, self.loaded.opt
+        words = embed_texts(model, number_words(questions, self.loaded.vocabulary, opt.caption_reading), opt.batch_size)
+        scores = []
+        for question, found in enumerate(numbers):
+            regions = model.embed_images(self.regions[found.clamp(min=0)].float())
+            source = self.loaded.similarities(regions, words[torch.tensor([question])])
+            scores.append(candidate_scores(source, "t2i", torch.arange(len(found))[None])[0].float().cpu())
+        scores = torch.stack(scores).masked_fill_(numbers < 0, -torch.inf)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        return scores, numbers.gather(1, order)
