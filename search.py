@@ -163,8 +163,6 @@ def check_flags(options):
     if options.correction_bank == "dev" and (options.tune_correction or options.correction is None):
         raise InputError("a correction that is chosen on the dev split can't have that as --correction_bank, too: "
                          "leave it out, or name a --correction without --tune_correction")
-    if options.images is not None and not os.path.isdir(options.images):
-        raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
     if options.question is not None and options.batch is not None:
         raise InputError("a question and --batch are given: write the question into that file, too, or leave one out")
 
@@ -259,6 +257,8 @@ class Searcher:
 
 def open_searcher(options):
     """The Searcher of the options' model and gallery, which is built or changed first where it is to be."""
+    if options.images is not None and not os.path.isdir(options.images):
+        raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
     options.model_path, folder = find_places(options)
     loaded = load_for_evaluation(options)
     refuse_unsearchable(loaded)
