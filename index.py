@@ -24,7 +24,8 @@ BLOCK_ROWS, BLOCK_QUERIES = 16_384, 256  # of one product
 AGAIN = 100  # of what FAISS finds are ranked exactly, at least
 AGAIN_QUERIES = 32  # at a time
 DEPTH, WANTED_RECALL = 10, 0.98  # what decides how much is looked through
-TRAINED_ON, ITERATIONS = 64, 10  # rows a centre, and rounds, that FAISS's centres are trained on and in
+LISTS = 4  # times the square root of the number of rows, about: fewer leave groups of rows without a centre near them
+TRAINED_ON, ITERATIONS = 40, 10  # rows a centre, and rounds, that FAISS's centres are trained on and in
 CODE_ROWS, CODES = 16_384, 256  # rows that a product quantizer is trained on, and codes of each of its parts
 ROTATION_ROUNDS = 8
 PARTS = 64  # of a product quantizer, beside the shift's own
@@ -75,7 +76,7 @@ def build(kind, embeddings, queries, path):
     import faiss
     n, width = embeddings.shape
     check_count(kind, n)
-    lists = 2**round(np.log2(2 * n**0.5))
+    lists = 2**round(np.log2(LISTS * n**0.5))
     sample = spread(embeddings, max(TRAINED_ON * lists, CODE_ROWS * (kind == PQ)))
     found = (_scalar if kind == IVF else _product)(faiss, sample.numpy(), width, lists)
     found.train(sample.numpy())

@@ -355,7 +355,18 @@ def as_json(query, hits, captions=None):
     return json.dumps(answer)
 
 
-def print_answer(options, query, hits, captions=None):
+def read_questions(options):
+    """The question, or those of --batch; raises InputError where that file has none."""
+    path = options.batch
+    if path is None:
+        return [options.question] if options.question is not None else []
+    if not os.path.exists(path) or not os.path.getsize(path):
+        raise InputError(f"--batch {path} is {'empty' if os.path.exists(path) else 'not there'}: name a text file with "
+                         "a question a line")
+    return read_captions(path)
+
+
+def print_answer(options, gallery, query, hits, captions=None):
     """An answer, for a person or a machine."""
     if options.json:
         print(as_json(query, hits, captions))
@@ -364,14 +375,12 @@ def print_answer(options, query, hits, captions=None):
     for caption, hit in captions or []:
         print(f"  {hit.score:.3f}  {shown(caption)}  ({shown(hit.item)})")
     for hit in hits:
-        print(f"  {hit.score:.3f}  {shown(hit.item)}")
+        gone = gallery.photo_folder is not None and gallery.photo(hit.number) is None
+        print(f"  {hit.score:.3f}  {shown(hit.item)}{'  (missing)' if gone else ''}")
 
 
-def answer(options, searcher):
+def answer(options, questions, searcher):
     """Print the answers to what is asked; raises InputError, before any, where one can't be given."""
-    questions = [options.question] if options.question is not None else []
-    if options.batch is not None:
-        questions = read_captions(options.batch)
     for line, question in enumerate(questions, start=1):
         try:
             searcher.check(question)
@@ -381,9 +390,9 @@ def answer(options, searcher):
     for place in range(0, len(questions), BATCH):
         some = questions[place:place + BATCH]
         for question, hits in zip(some, searcher.by_words(some, options.top)):
-            print_answer(options, question, hits)
+            print_answer(options, searcher.gallery, question, hits)
     if found:
-        print_answer(options, options.image, *found)
+        print_answer(options, searcher.gallery, options.image, *found)
 
 
 def check_recall(searcher):
@@ -395,10 +404,11 @@ def check_recall(searcher):
 def main(argv=None):
     """A gallery, then answers from it."""
     options = parse_args(argv)
+    questions = read_questions(options)
     searcher = open_searcher(options)
     if options.recall_check:
         check_recall(searcher)
-    answer(options, searcher)
+    answer(options, questions, searcher)
     if options.serve:
         from serve import serve
         serve(searcher, options.host or HOST, PORT if options.port is None else options.port,

@@ -410,6 +410,11 @@ def test_what_vanished_is_said_and_pruned(photos, capsys):
     found = gallery.Gallery("g")
     place = found.items.index("deep/4.png")
     assert [found.photo(number) is None for number in range(12)] == [number == place for number in range(12)]
+    capsys.readouterr()
+    ask("--index", "g", "--top", "12", QUESTION)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 12
+    assert [line.endswith("deep/4.png  (missing)") for line in lines if "missing" in line] == [True]
     ask("--index", "g", "--prune", "--workers", "0")
     after = gallery.Gallery("g")
     assert list(after.items) == [item for item in found.items if item != "deep/4.png"]
@@ -552,6 +557,7 @@ def test_a_batch_with_a_bad_line_answers_nothing(evaluated, capsys):
 
 
 BAD_FLAGS = {
+    "no questions": ([*TEST, "--batch", "nowhere.txt"], ["--batch nowhere.txt", "not there"]),
     "no gallery": ([QUESTION], ["no whole gallery", "--images"]),
     "a gallery to change that is not there": (["--add", "photos"], ["no whole gallery", "build"]),
     "no folder": (["--images", "nowhere"], ["--images", "nowhere"]),
