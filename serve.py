@@ -510,6 +510,7 @@ class Parser(HTTPRequestParser):
     left = 0  # bytes to drop
 
     def received(self, data):
+        """As waitress's: take in some bytes and say how many were used."""
         if self.left:
             taken = min(len(data), self.left)
             self.left -= taken
