@@ -26,7 +26,9 @@ from typing import NamedTuple
 import torch
 
 import distributed
+import records
 from errors import ArgumentParser, InputError, number, replacing, run_script
+from records import read_json
 from results import write_results
 from run_record import lock
 
@@ -186,6 +188,12 @@ def parse_args(argv=None):
     where.add_argument("--data_path", default="data", help="folder that holds the data sets")
     where.add_argument("--vocab_path", default="./vocab/", help="folder of the vocabulary")
     where.add_argument("--output", help="folder for runs and results (default: runs/reproduce_<preset>)")
+    where.add_argument("--record", metavar="DIR",
+                       help="also keep there, after a stop or at the end, what the results are made of, without the "
+                            "weights; a copy of it is an --output to go on from")
+    where.add_argument("--page", metavar="FILE.md",
+                       help="also put the results into this page, between its lines <!-- PRESET --> and "
+                            "<!-- /PRESET -->, and the plots beside it")
     where.add_argument("--devices", nargs="+",
                        help="one run at a time on each (default: all GPUs, else auto); a name may be repeated: with "
                             "cpu cpu two runs share the cores")
@@ -225,6 +233,8 @@ def check_flags(opt):
         if flag.split("=")[0] in own:
             raise InputError(f"{flag.split('=')[0]} after -- is what this script decides for each run: leave it "
                              "out (see reproduce.py --help)")
+    if opt.page:
+        records.check_page(opt.page, opt.preset)
 
 
 # Calling the scripts ----------------------------------------------------------------------------
@@ -309,20 +319,6 @@ def last_error(path, start):
         file.seek(start)
         errors = [line for line in file if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ").strip() if errors else f"it failed: see {path}"
-
-
-def read_json(path, *wanted):
-    """A JSON file's object, or {} where there is no file; raises InputError unless it has what is wanted."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if not isinstance(content, dict) or not set(wanted) <= set(content):
-            raise ValueError("not what was written there")
-        return content
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): delete it, and what it tells of is made again") from error
 
 
 # The runs ---------------------------------------------------------------------------------------
@@ -479,7 +475,12 @@ def compare(opt):
     except Stopped:
         print("Stopped. The same command goes on.", file=sys.stderr)
         sys.exit(128 + calls.signal)
+    finally:
+        if opt.record:
+            records.keep(opt.output, opt.record)
     write_results(opt.output, results)
+    if opt.page:
+        records.put(opt.page, opt.preset, opt.output)
 
 
 def run_all(opt, comparison):
@@ -498,7 +499,18 @@ def run_all(opt, comparison):
     trials = {model: [{"setting": setting, "dev_rsum": rsum} for setting, rsum in zip(settings, rsums[model])]
               for model, settings in opt.settings.items()}
     return {"trials": trials, "chosen": {model: opt.settings[model][trial] for model, trial in chosen.items()},
-            "epochs": epochs, "runs": runs}
+            "epochs": epochs, "cost": cost(opt, comparison, cells), "runs": runs}
+
+
+def cost(opt, comparison, finals):
+    """Seconds an epoch of the final runs, hours of training in all, trials too, and what they were made on."""
+    cells = [*finals, *((model, trial, opt.seeds[0]) for model in opt.models for trial in range(opt.trials))]
+    runs = {cell: read_json(os.path.join(comparison.folder(*cell), "run.json")) for cell in dict.fromkeys(cells)}
+    seconds = {cell: records.seconds_an_epoch(run) for cell, run in runs.items()}
+    hours = sum((seconds[cell] or 0) * run["result"]["epochs"] for cell, run in runs.items()) / 3600
+    each = {model: {seed: seconds[model, trial, seed] for name, trial, seed in finals if name == model}
+            for model in opt.models}
+    return {"seconds_an_epoch": each, "hours": hours, "made_on": sorted(set(map(records.made_on, runs.values())))}
 
 
 if __name__ == "__main__":

@@ -78,20 +78,21 @@ def in_words(setting):
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in setting.items())
 
 
-def seeds_table(runs, test):
-    """Every seed's own figures, plain and corrected."""
+def seeds_table(results, test):
+    """Every seed's own figures, plain and corrected, and the seconds that an epoch took."""
+    runs, seconds = results["runs"], results["cost"]["seconds_an_epoch"]
     rows, names = [], ("i2t R@1", "t2i R@1", "rsum", "i2t N10 skewness", "t2i N10 skewness")
     for model, seeds in runs.items():
         for seed, figures in seeds.items():
             if "failed" in figures:
-                rows.append([model, str(seed), figures["failed"], *[""] * (len(names) + 1)])
+                rows.append([model, str(seed), figures["failed"], *[""] * (len(names) + 2)])
                 continue
             figures = figures[test]
-            best = best_correction(figures)
+            best, taken = best_correction(figures), seconds.get(model, {}).get(seed)
             corrected = f"{best}: {figures['corrections'][best]['rsum']:.1f}"
             rows.append([model, str(seed), *(f"{FIGURES[name](figures):.{2 if 'skew' in name else 1}f}"
-                                             for name in names), corrected])
-    return table(["model", "seed", *names, "rsum, corrected"], rows)
+                                             for name in names), corrected, f"{taken:.0f}" if taken else ""])
+    return table(["model", "seed", *names, "rsum, corrected", "s an epoch"], rows)
 
 
 def differences_table(plain, corrected):
@@ -107,10 +108,11 @@ def differences_table(plain, corrected):
 
 def markdown(results):
     """The tables of a comparison, and what they are of."""
-    settings, seeds = results["settings"], results["seeds"]
+    settings, seeds, cost = results["settings"], results["seeds"], results["cost"]
     lines = [f"{results['data_name']}, {settings['num_epochs']} epochs, seeds {', '.join(map(str, seeds))}, amp "
-             f"{settings['amp']}. Of each model {settings['trials']} settings were tried for "
-             f"{settings['pilot_epochs']} epochs with seed {settings['first_seed']}:", "", *trials_table(results)]
+             f"{settings['amp']}; {cost['hours']:.1f} hours of training on {'; '.join(cost['made_on'])}. Of each model "
+             f"{settings['trials']} settings were tried for {settings['pilot_epochs']} epochs with seed "
+             f"{settings['first_seed']}:", "", *trials_table(results)]
     for test in results["summary"]:
         for title, kind in (("as they are", "summary"), ("with the correction that dev likes best", "corrected")):
             lines += [f"{test}, {title}: mean ± standard deviation", ""]
@@ -120,7 +122,7 @@ def markdown(results):
                 name = model + (f" ({failed} of {len(seeds)} seeds failed)" if failed else "")
                 rows.append([name, *map(mean_and_deviation, figures.values())])
             lines += table(["model", *FIGURES], rows)
-        lines += [f"{test}, every seed", "", *seeds_table(results["runs"], test)]
+        lines += [f"{test}, every seed", "", *seeds_table(results, test)]
         plain, corrected = (results[kind][test] for kind in ("differences", "differences_corrected"))
         if plain:
             widest = max((pair["rsum"] for pair in plain.values()), key=lambda interval: interval[2] - interval[1])

@@ -146,7 +146,20 @@ def _now():
 
 
 def _device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device} ({platform.machine()})"
+    return f"cpu ({_processor()}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
+
+
+def _processor():
+    """The processor's name where the system tells it, else its kind."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def _version(package):

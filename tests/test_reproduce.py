@@ -38,7 +38,7 @@ if kind == os.environ.get("SLOW"):
     time.sleep(60)
 if kind == "HAL" and lr > 0.001:
     result = {"outcome": "gave up", "epochs": 0, "steps": 5}
-    json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
+    json.dump({"options": {}, "result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
     print("error: step 5: training has collapsed", file=sys.stderr)
     sys.exit(2)
 with open(os.path.join(folder, "log.jsonl"), "w") as file:
@@ -48,7 +48,7 @@ with open(os.path.join(folder, "log.jsonl"), "w") as file:
                                "t2i_n10_skewness": seed}) + "\\n")
         file.write(json.dumps({"kind": "step", "epoch": epoch}) + "\\n")
 result = {"outcome": "finished", "epochs": epochs, "steps": 9}
-json.dump({"result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
+json.dump({"options": {}, "result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
 '''
 TEST = '''
 import json, os, shutil, sys
