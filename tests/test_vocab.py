@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 from collections import OrderedDict
 
 import pytest
@@ -24,8 +25,11 @@ from vocab import (
     vocabulary_of,
     write_vocabulary,
 )
+from word_ids import number_words
 
 TOKENIZATION = json.loads((REFERENCE / "tokenization.json").read_text(encoding="utf-8"))
+SCAN_WORDS = json.loads((REFERENCE / "scan/tokenization.json").read_text(encoding="utf-8"))
+VSE_INFTY = REFERENCE / "vse_infty"
 SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
 WORDS = [*SPECIAL, "dog", "b'a", "caf\u00e9", "'", "\\xc3"]
 
@@ -34,6 +38,31 @@ WORDS = [*SPECIAL, "dog", "b'a", "caf\u00e9", "'", "\\xc3"]
 @pytest.mark.parametrize("case", TOKENIZATION, ids=[str(number) for number in range(len(TOKENIZATION))])
 def test_words_equal_the_recorded_ones(case, reading):
     assert tokenize(case["caption"], reading) == case[reading]
+
+
+@pytest.mark.parametrize("case", SCAN_WORDS, ids=[str(number) for number in range(len(SCAN_WORDS))])
+def test_words_of_scan_s_captions_are_its_own_but_for_capitals_beyond_ascii(case):
+    assert tokenize(case["caption"]) == case["text"]
+    assert tokenize(case["caption"]) == [word.lower() for word in case["released"]]
+
+
+def test_words_and_ids_of_vse_infinity_s_captions_are_its_own():
+    words = read_vocabulary(str(VSE_INFTY / "released_checkpoint/vocab/f30k_precomp_vocab.json"))
+    words.add_word("<mask>")
+    cases = json.loads((VSE_INFTY / "tokenization.json").read_text(encoding="utf-8"))["captions"]
+    assert len(cases) > 30 and [tokenize(case["caption"]) for case in cases] == [case["words"] for case in cases]
+    ids = number_words([case["caption"] for case in cases], words)
+    assert [ids[number].tolist() for number in range(len(cases))] == [case["ids"] for case in cases]
+
+
+def test_lines_of_vse_infinity_s_caption_files_are_its_own_but_for_a_lone_carriage_return(tmp_path):
+    file = json.loads((VSE_INFTY / "tokenization.json").read_text(encoding="utf-8"))["file"]
+    content = bytes.fromhex(file["hex"])
+    (tmp_path / "caps.txt").write_bytes(re.sub(rb"\r(?!\n)", b"\n", content))
+    own = read_captions(tmp_path / "caps.txt")
+    assert [tokenize(caption) for caption in own] == [tokenize(caption) for caption in file["captions"]]
+    (tmp_path / "caps.txt").write_bytes(content)
+    assert len(read_captions(tmp_path / "caps.txt")) == len(own) - 1
 
 
 @pytest.mark.parametrize("caption", ["<pad>", "a <start> dog <unk>", "<end>"])
