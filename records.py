@@ -13,7 +13,7 @@ import numpy as np
 import intervals
 from errors import InputError, replacing
 
-PATHS = ("data_path", "vocab_path", "cache_dir", "logger_name", "model_path")  # of the machine it was made on
+PATHS = ("data_path", "vocab_path", "cache_dir", "logger_name", "model_path", "resume")  # of one machine
 PLOTS = ("results.png", "epochs.png", "grid.png")
 
 

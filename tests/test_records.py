@@ -12,7 +12,7 @@ import records
 import reproduce
 from errors import InputError
 
-RUN = {"options": {"seed": 3, "data_path": "/a", "vocab_path": "/b", "cache_dir": None, "logger_name": "/c"},
+RUN = {"options": {"seed": 3, "data_path": "/a", "vocab_path": "/b", "cache_dir": None, "logger_name": "/c", "resume": "/c/x"},
        "device": "cpu (x)", "packages": {"torch": "2.9"}, "git_commit": "0123456789abcdef", "resumed_at_step": 470,
        "start": "2026-11-28T00:00:00+0000", "end": "2026-11-28T00:10:00+0000",
        "result": {"outcome": "finished", "epochs": 5, "steps": 1175}}
