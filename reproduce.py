@@ -233,8 +233,6 @@ def check_flags(opt):
         if flag.split("=")[0] in own:
             raise InputError(f"{flag.split('=')[0]} after -- is what this script decides for each run: leave it "
                              "out (see reproduce.py --help)")
-    if opt.page:
-        records.check_page(opt.page, opt.preset)
 
 
 # Calling the scripts ----------------------------------------------------------------------------
@@ -460,6 +458,8 @@ def main(argv=None):
         raise InputError("reproduce.py starts its runs itself, each as one process: start it without torchrun"
                          if distributed.is_first() else "")
     opt = parse_args(argv)
+    if opt.page:
+        records.check_page(opt.page, opt.preset)
     with lock(opt.output, "--output"):
         compare(opt)
 

@@ -4,14 +4,18 @@ import importlib
 import re
 import runpy
 import shlex
+import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
+
+import reproduce
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 COMMAND = re.compile(r"(?:^|`)(?:python3|\S+/python) (\w+\.py\b[^`\n&#]*)", re.MULTILINE)
 COMMANDS = sorted({command.strip() for text in TEXTS.values() for command in COMMAND.findall(text)})
+RESULTS = [command for command in COMMANDS if "--page" in command]
 OTHERS = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_id", "--rdzv_backend", "--rdzv_endpoint", "--max",
           "--nodes", "--ntasks", "--gpus", "--requeue", "--open", "--kill", "--signal"}
 
@@ -66,3 +70,21 @@ def test_the_plot_s_figures_are_the_table_s():
     table = runpy.run_path(ROOT / "docs/plot_results.py")["read_table"](ROOT / "docs/results.md")
     assert list(table) == ["sum-margin", "max-margin", "HAL", "HAL+bank"]
     assert table["HAL+bank"]["rsum"] == (303.2, 1.2) and table["sum-margin"]["t2i N10 skewness"] == (0.42, 0.01)
+
+
+@pytest.mark.parametrize("command", RESULTS)
+def test_results_in_a_page_are_what_their_command_makes_of_their_record(tmp_path, command):
+    flags = shlex.split(command)[1:]
+    opt = reproduce.parse_args(flags)
+    page = tmp_path / opt.page
+    page.parent.mkdir(parents=True)
+    start, end = f"<!-- {opt.preset} -->\n", f"<!-- /{opt.preset} -->\n"
+    before, after = TEXTS[opt.page].partition(start)[0], TEXTS[opt.page].partition(end)[2]
+    page.write_text(before + start + end + after, encoding="utf-8")
+    shutil.copytree(ROOT / opt.record, tmp_path / "output")
+    done = run_script("reproduce.py", *flags, "--output", "output", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert page.read_text(encoding="utf-8") == TEXTS[opt.page]
+    for name in ("results", "epochs"):
+        assert (tmp_path / "docs" / f"{opt.preset}_{name}.png").exists()
+        assert (ROOT / "docs" / f"{opt.preset}_{name}.png").stat().st_size < 100_000
