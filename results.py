@@ -110,9 +110,9 @@ def markdown(results):
     """The tables of a comparison, and what they are of."""
     settings, seeds, cost = results["settings"], results["seeds"], results["cost"]
     lines = [f"{results['data_name']}, {settings['num_epochs']} epochs, seeds {', '.join(map(str, seeds))}, amp "
-             f"{settings['amp']}; {cost['hours']:.1f} hours of training on {'; '.join(cost['made_on'])}. Of each model "
-             f"{settings['trials']} settings were tried for {settings['pilot_epochs']} epochs with seed "
-             f"{settings['first_seed']}:", "", *trials_table(results)]
+             f"{settings['amp']}; {cost['hours']:.1f} hours of training on {'; '.join(cost['made_on'])}.", "",
+             f"Settings tried of each model: {settings['trials']}, for {settings['pilot_epochs']} epochs with seed "
+             f"{settings['first_seed']}.", "", *trials_table(results)]
     for test in results["summary"]:
         for title, kind in (("as they are", "summary"), ("with the correction that dev likes best", "corrected")):
             lines += [f"{test}, {title}: mean ± standard deviation", ""]
