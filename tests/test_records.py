@@ -106,3 +106,9 @@ def test_a_page_without_a_place_for_results_is_refused_before_anything_runs(scri
     with pytest.raises(InputError, match="--page page.md (cannot be read|has no line <!-- smoke -->)"):
         reproduce.main([*FAST, "--page", "page.md"])
     assert scripts() == []
+
+
+def test_a_record_within_what_it_is_a_copy_of_is_refused_before_anything_runs(scripts):  # noqa: F811
+    with pytest.raises(InputError, match="--record out/record lies in --output"):
+        reproduce.main([*FAST, "--output", "out", "--record", "out/record"])
+    assert scripts() == [] and not os.path.exists("out")
