@@ -126,9 +126,9 @@ def _blocks(owners, askers, device):
     """Blocks of scores: (the owners' group's number, their group, the askers' group, which of the group's owners)."""
     size = CACHED if device.type == "cpu" else LARGEST
     for number, group in enumerate(owners):
-        step = max(1, size // max(1, group.length * askers[-1].rows.stop))  # of no images there is nothing to do
-        for start in range(0, group.count, step):
-            for asking in askers:
+        for asking in askers:
+            step = max(1, size // max(1, group.length * asking.length * asking.count))  # of no images nothing to do
+            for start in range(0, group.count, step):
                 yield number, group, asking, slice(start, start + step)
 
 
