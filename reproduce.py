@@ -177,7 +177,8 @@ def parse_args(argv=None):
     parser = ArgumentParser("Compare sum-margin, max-margin, HAL and HAL with the memory bank.")
     what = parser.add_argument_group("what to compare")
     what.add_argument("--preset", required=True, choices=PRESETS, help="data set, models, schedule and what is tried")
-    what.add_argument("--losses", nargs="+", metavar="NAME", help="only these of its models (default: all)")
+    what.add_argument("--losses", nargs="+", metavar="NAME",
+                      help="only these of its models and of their ensembles (default: all)")
     what.add_argument("--seeds", nargs="+", type=number(int, 0), help="the first one is that of the trials")
     what.add_argument("--trials", type=number(int, 1), help="settings tried for each model")
     what.add_argument("--learning_rates", nargs="+", type=number(float, 0, low_allowed=False),
@@ -206,19 +207,25 @@ def parse_args(argv=None):
 
 
 def complete(opt):
-    """Fill in, from the preset and the machine, what is not given: `models` {name: Model} among it."""
+    """Fill in, from the preset and the machine, what is not given, and `models` {name: Model}, `ensembles`."""
     preset = PRESETS[opt.preset]
     for name in ("seeds", "trials", "pilot_epochs", "num_epochs"):
         if getattr(opt, name) is None:
             setattr(opt, name, getattr(preset, name))
     opt.devices = opt.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["auto"]
     opt.seeds = list(dict.fromkeys(opt.seeds))
-    for name in opt.losses or ():
-        if name not in preset.models:
-            raise InputError(f"--losses {name!r} is not one of {opt.preset}'s: {', '.join(map(repr, preset.models))}")
+    known = {**{name: () for name in preset.models}, **preset.ensembles}
+    names = opt.losses or list(known)
+    for name in names:
+        if name not in known:
+            raise InputError(f"--losses {name!r} is not one of {opt.preset}'s: {', '.join(map(repr, known))}")
+        if not set(known[name]) <= set(names):
+            raise InputError(f"--losses {name!r} is the mean of {' and '.join(map(repr, known[name]))}: name these, "
+                             "too")
+    opt.ensembles = {name: members for name, members in preset.ensembles.items() if name in names}
     rates = {"learning_rate": tuple(dict.fromkeys(opt.learning_rates))} if opt.learning_rates else {}
     opt.models = {name: Model(flags, {**tried, **rates}) for name, (flags, tried) in preset.models.items()
-                  if name in (opt.losses or preset.models)}
+                  if name in names}
     opt.settings = {name: trials_of(tried, opt.trials) for name, (_, tried) in opt.models.items()}
     opt.output = os.path.abspath(opt.output or os.path.join("runs", f"reproduce_{opt.preset}"))
 
@@ -408,7 +415,7 @@ class Comparison:
     def ensemble(self, name, chosen, seed):
         """As `run` gives it, of the ensemble of this seed's models, which have been trained."""
         members = [os.path.join(self.folder(model, chosen[model], seed), "model_best.pth.tar")
-                   for model in self.preset.ensembles[name]]
+                   for model in self.opt.ensembles[name]]
         return self.test(f"{name}, seed {seed}", os.path.join(self.opt.output, name, f"seed{seed}"), members)
 
     def test(self, name, folder, checkpoints):
@@ -494,11 +501,10 @@ def run_all(opt, comparison):
     cells = [(model, chosen[model], seed) for model in opt.models for seed in opt.seeds]
     figures = dict(zip(cells, comparison.calls.map(comparison.run, cells)))
     runs = {model: {seed: figures[model, chosen[model], seed] for seed in opt.seeds} for model in opt.models}
-    for name, members in comparison.preset.ensembles.items():
-        if set(members) <= set(opt.models):
-            whole = [seed for seed in opt.seeds if not any("failed" in runs[member][seed] for member in members)]
-            tested = comparison.calls.map(comparison.ensemble, [(name, chosen, seed) for seed in whole])
-            runs[name] = {seed: {"failed": "a member failed"} for seed in opt.seeds} | dict(zip(whole, tested))
+    for name, members in opt.ensembles.items():
+        whole = [seed for seed in opt.seeds if not any("failed" in runs[member][seed] for member in members)]
+        tested = comparison.calls.map(comparison.ensemble, [(name, chosen, seed) for seed in whole])
+        runs[name] = {seed: {"failed": "a member failed"} for seed in opt.seeds} | dict(zip(whole, tested))
     epochs = {model: {seed: comparison.epochs(model, chosen[model], seed) for seed in opt.seeds
                       if "failed" not in runs[model][seed]} for model in opt.models}
     trials = {model: [{"setting": setting, "dev_rsum": rsum} for setting, rsum in zip(settings, rsums[model])]

@@ -188,15 +188,19 @@ def test_every_pair_s_difference_has_its_interval(scripts):
     assert "| HAL - HAL+bank | +0.0 (+0.0 to +0.0) |" in open(f"{folder}/results.md").read()
 
 
-def test_an_ensemble_is_tested_where_all_its_models_were_trained(scripts, rates, monkeypatch):
+def test_an_ensemble_is_tested_with_its_models_or_where_it_is_named(scripts, rates, monkeypatch):
     preset = reproduce.PRESETS["smoke"]._replace(ensembles={"both": ("sum-margin", "max-margin")})
     monkeypatch.setitem(reproduce.PRESETS, "smoke", preset)
-    reproduce.main([*FAST, "--losses", "sum-margin", "max-margin"])
+    reproduce.main([*FAST, "--losses", "sum-margin", "max-margin", "both"])
     assert list(results()["runs"]) == ["sum-margin", "max-margin", "both"]
     members = [f"{loss}/lr0.001_seed1/model_best.pth.tar" for loss in preset.ensembles["both"]]
     assert any(all(member in call for member in members) for call in scripts() if call.startswith("test 1"))
-    reproduce.main([*FAST, "--losses", "HAL"])
-    assert list(results()["runs"]) == ["HAL"]
+    reproduce.main([*FAST, "--losses", "sum-margin", "max-margin"])
+    assert list(results()["runs"]) == ["sum-margin", "max-margin"]
+    with pytest.raises(InputError, match="--losses 'both' is the mean of 'sum-margin' and 'max-margin': name these"):
+        reproduce.main([*FAST, "--losses", "sum-margin", "both"])
+    reproduce.main(FAST)
+    assert list(results()["runs"]) == ["sum-margin", "max-margin", "HAL", "HAL+bank", "both"]
 
 
 def test_every_row_has_the_mean_and_sample_deviation_over_the_seeds(scripts):
