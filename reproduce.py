@@ -142,7 +142,7 @@ PRESETS = {
                         trials=4, tests=COCO_TESTS),
     "scan_f30k": Preset("f30k_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=30, lr_update=15,
                         trials=4),
-    # The first settings are those that did best in three trials of i2t for each loss: see docs/results.md.
+    # The first settings are those that did best for each loss in three trials of i2t, in two of t2i: docs/results.md.
     "scan_f8k": Preset("f8k_grid_precomp",
                        scan((0.001, 0.0005, 0.002), *COCO_HAL, FIRST_SUM, (0.002, 0.001, 0.0005), (0.1, 0.2, 0.3)),
                        SCAN_ENSEMBLES, num_epochs=5, lr_update=4, trials=4, seeds=(0, 1), train=WARM),
