@@ -18,7 +18,7 @@ import gallery
 import gallery_hubs
 import index
 from caption_files import CaptionedPhoto, read_caption_texts, read_photo_captions
-from data import Loader, PrecompDataset, check_form, open_features, read_ids
+from data import Loader, PrecompDataset, check_form, image_names, open_features, read_ids
 from errors import InputError, replacing
 from evaluation import embed, embed_texts
 from images import image_transform, photo_names
@@ -80,12 +80,15 @@ def from_features(loaded, folder, split, photos=None):
     description = features.read_features_json(folder)
     if description and loaded.features:
         features.refuse_other(description, loaded.features, folder, f"checkpoint {loaded.path}")
+    ids_file = os.path.join(folder, f"{split}_ids.txt")
     if os.path.exists(os.path.join(folder, f"{split}_caps.txt")) or not os.path.isdir(folder):
         dataset = PrecompDataset(folder, split, loaded.vocabulary, opt.caption_reading, opt.img_dim)
         check_form(dataset, opt)
         images, caption_embeddings = embed(loaded.model, Loader(dataset, opt.batch_size))
-        found, image_of, rows = dataset.images, dataset.image_of, images.split(BLOCK_ROWS)
-        captions = grouped(dataset.captions, image_of)
+        found, rows, captions = dataset.images, images.split(BLOCK_ROWS), grouped(dataset.captions, dataset.image_of)
+        items = image_names(dataset, ids_file) if os.path.exists(ids_file) else None
+        if int(dataset.row_of[-1]) + 1 < len(found):
+            tell(f"note: {split}'s first {len(dataset)} captions are taken, as everywhere: {len(captions)} photos")
     else:
         found = open_features(os.path.join(folder, f"{split}_ims.npy"))
         check_form(argparse.Namespace(images=found), opt)
@@ -93,10 +96,13 @@ def from_features(loaded, folder, split, photos=None):
             raise InputError(f"{folder} has features of width {found.shape[-1]}, and the model was trained on "
                              f"{opt.img_dim}: take features of the same encoder")
         rows, caption_embeddings, captions = embedded(loaded.model, found, opt.batch_size), None, [[]] * len(found)
-        image_of = torch.empty(0, dtype=torch.int64)
+        items = read_ids(ids_file) if os.path.exists(ids_file) else None
+        if items is not None and len(items) != len(found):
+            raise InputError(f"{ids_file} has {len(items)} lines for {len(found)} photos: mend or remove it")
     if photos is None and os.path.isdir(os.path.join(folder, "images")):
         photos = os.path.join(folder, "images")
-    return Contents(items_of(folder, split, len(captions), image_of), rows, captions, caption_embeddings,
+    items = list(map(str, range(len(captions)))) if items is None else items
+    return Contents(items, rows, captions, caption_embeddings,
                     source_of(folder, split), photos, description or loaded.features,
                     precomp=(folder, split) if len(found) == len(captions) else None)
 
@@ -104,6 +110,15 @@ def from_features(loaded, folder, split, photos=None):
 def source_of(folder, split):
     """What gallery.json says of a gallery of such features."""
     return f"{os.path.realpath(folder)}, {split}"
+
+
+def source_of_gallery(folder, found):
+    """What a gallery was made from, in words, wherever it and that were moved to together; found: its gallery.json."""
+    if found["precomp"]:
+        return source_of(os.path.join(folder, found["precomp"]["folder"]), found["precomp"]["split"])
+    if "facts.npy" in found["sizes"]:
+        return os.path.realpath(os.path.join(folder, found["folder"]))
+    return found["source"]
 
 
 def grouped(captions, image_of):
@@ -118,19 +133,6 @@ def embedded(model, rows, batch_size):
     model.val_start()
     for batch in rows.split(batch_size):
         yield model.embed_images(filled(batch.float(), batch_size))[:len(batch)]
-
-
-def items_of(folder, split, n, image_of):
-    """A name for each of n photos: their ids, or numbers where there is no file of them."""
-    path = os.path.join(folder, f"{split}_ids.txt")
-    if not os.path.exists(path):
-        return [str(number) for number in range(n)]
-    ids = read_ids(path)
-    if len(ids) != n and len(ids) >= len(image_of) > 0:  # a line a caption
-        ids = [ids[first] for first in torch.searchsorted(image_of, torch.arange(n)).tolist()]
-    if len(ids) != n:
-        raise InputError(f"{path} has {len(ids)} lines for {n} photos: mend or remove it")
-    return ids
 
 
 # From photos ------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def from_photos(loaded, encoder, description, output, folder, names, options):
     broken = {whole[number].name: why for note in notes for number, why in note.broken.items()}
     broken |= dict.fromkeys(links, "it is a link that leads outside the folder")
     chosen = [whole[number] for note in notes for number in note.numbers]
-    write_broken(output, broken, len(photos))
+    write_broken(output, folder, broken, names)
     captions = [photo.captions for photo in chosen]
     rows = (torch.from_numpy(read_rows(block)) for block, note in zip(blocks, notes) if note.numbers)
     return Contents([photo.name for photo in chosen], rows,
@@ -234,16 +236,21 @@ def embed_captions(loaded, captions):
                        loaded.opt.batch_size)
 
 
-def write_broken(output, broken, total):
-    """List the photos that are left out, {name: why}, or remove an older list."""
-    path = os.path.join(output, BROKEN)
-    if broken:
-        with replacing(path) as file:
-            file.writelines(f"{gallery.shown(name)}\t{gallery.shown(why)}\n".encode()
-                            for name, why in sorted(broken.items()))
-        tell(f"{len(broken)} of {total} photos are left out: {path} lists them")
-    elif os.path.exists(path):
+def write_broken(output, folder, broken, names):
+    """List the photos below a folder that are left out, {name: why}, of those `names` that were looked at now; others
+    that are listed already and still there stay so."""
+    path, looked_at = os.path.join(output, BROKEN), set(map(gallery.shown, names))
+    lines = [f"{gallery.shown(name)}\t{gallery.shown(why)}" for name, why in broken.items()]
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines += [line for line in file.read().splitlines() if (name := line.split("\t")[0]) not in looked_at
+                      and os.path.lexists(os.path.join(folder, name))]
         os.unlink(path)
+    if lines:
+        with replacing(path) as file:
+            file.writelines(f"{line}\n".encode() for line in sorted(lines))
+    if broken:
+        tell(f"{len(broken)} of {len(names)} photos are left out: {path} lists them")
 
 
 def names_below(folder, root):
@@ -377,6 +384,10 @@ def change(options, loaded, folder):
         kept, names = what_is_new(found, options.add)
     if options.prune:
         kept = [number for number in kept if found.photo(number) is not None]
+    if (len(kept), names) == (found.count, []) and not options.rebuild_index and (
+            options.index_type in (None, found.description["index"])):
+        tell(f"{folder}: nothing to change, {found.count} photos")
+        return
     contents = from_gallery(found, kept, shifted=not anew)
     if names:
         encoder, description = photo_encoder(loaded, found.description["features"], options)

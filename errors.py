@@ -65,6 +65,8 @@ class Output:
         self.name, self.ends_with_reader, self.failure = name, ends_with_reader, None
         # Open for reading: it refuses each write, and a file with data in it can't take its number.
         self.stream = open(os.devnull) if stream is None else stream
+        if getattr(self.stream, "errors", None) == "strict" and hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # a name that the stream's encoding lacks is no failure
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

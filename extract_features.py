@@ -25,7 +25,7 @@ import torch
 
 import distributed
 import run_record
-from caption_files import CaptionedPhoto, read_caption_texts, read_photo_captions
+from caption_files import SPLITS, CaptionedPhoto, read_caption_texts, read_photo_captions
 from device import choose_device
 from errors import ArgumentParser, InputError, number, replacing, run_script
 from features import POOLINGS, build_encoder, read_features_json, refuse_other
@@ -35,6 +35,7 @@ from word_ids import CAPTIONS_PER_IMAGE
 
 DEFAULT_SHARE, DEFAULT_MOST = 10, 1000  # dev and test: a tenth of the photos each, and no more than so many
 GALLERY = "gallery"
+SPLIT_FILES = [f"{split}_{part}" for split in {*SPLITS.values(), GALLERY} for part in ("ims.npy", "caps.txt", "ids.txt")]
 MEETING_TIME = 30 * 24 * 3600  # seconds: the processes' shares may take long
 
 
@@ -189,7 +190,8 @@ def check_output(output, description):
 
 
 def write_all(args, photos, blocks, row_shape, description):
-    """Every split's files, broken.txt and features.json, first beside the blocks, then all of them in their places."""
+    """Every split's files, broken.txt and features.json, first beside the blocks, then all of them in their places; what
+    an earlier extraction has left of other splits goes."""
     notes = [read_notes(block) for block in blocks]
     whole = [number for note in notes for number in note.numbers]
     broken = {number: why for note in notes for number, why in note.broken.items()}
@@ -206,10 +208,11 @@ def write_all(args, photos, blocks, row_shape, description):
     names += write_lines(scratch, "broken.txt", [on_one_line(photos[number].name) + f"\t{on_one_line(why)}"
                                                  for number, why in sorted(broken.items())]) if broken else []
     names += write_lines(scratch, "features.json", [json.dumps(description, indent=1)])
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(args.output, "broken.txt"))
     for name in names:
         os.replace(os.path.join(scratch, name), os.path.join(args.output, name))
+    for name in {"broken.txt", *SPLIT_FILES} - set(names):  # an earlier extraction's, which may have split otherwise
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(args.output, name))
     shutil.rmtree(scratch)
     report(args, photos, splits, broken, sum(note.small for note in notes), description)
 

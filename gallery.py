@@ -22,10 +22,12 @@ import index
 from caption_files import read_json
 from corrections import METHODS
 from errors import InputError, check_regular, replacing
+from features import check_description
 from photo_blocks import BLOCKS
 
 FORMAT = 1  # of gallery.json
 BLOCK_ROWS = 8192  # embeddings written at a time
+ANEW = "delete the gallery's folder and build it again"
 NAME, FILES, INDEX = "gallery.json", "gallery-files-", "index.faiss"
 MADE = re.compile(rf"{FILES}[a-z0-9_]{{8}}")  # as `new_files` names them
 OURS = re.compile(rf"{MADE.pattern}|gallery\.json(\..*)?|broken\.txt(\..*)?|\.lock|\.blocks")
@@ -43,10 +45,11 @@ class Texts(Sequence):
 
     def __init__(self, path):
         self.ends = _load(path + ".npy")
-        self.bytes = np.memmap(path + ".bin", np.uint8, "r") if os.path.getsize(path + ".bin") else b""
-        if self.ends.ndim != 1 or self.ends.dtype != np.int64 or (
+        there = os.path.isfile(path + ".bin")
+        self.bytes = np.memmap(path + ".bin", np.uint8, "r") if there and os.path.getsize(path + ".bin") else b""
+        if not there or self.ends.ndim != 1 or self.ends.dtype != np.int64 or (
                 len(self.ends) and not (0 <= self.ends[0] and self.ends[-1] == len(self.bytes))):
-            raise InputError(f"{path}.npy is not that of {path}.bin: build the gallery again")
+            raise InputError(f"{path}.npy is not that of {path}.bin: {ANEW}")
 
     def __len__(self):
         return len(self.ends)
@@ -93,8 +96,7 @@ def _load(path):
     try:
         return np.load(path, mmap_mode="c", allow_pickle=False)
     except Exception as error:  # torn files raise many kinds
-        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): build the gallery "
-                         "again") from error
+        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): {ANEW}") from error
 
 
 # Writing ----------------------------------------------------------------------------------------
@@ -170,20 +172,22 @@ def describe(folder):
     path = os.path.join(folder, NAME)
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise InputError(f"{path} does not describe a gallery: build it again")
+        raise InputError(f"{path} does not describe a gallery: {ANEW}")
     if content["format"] > FORMAT:
         raise InputError(f"{path} is of format {content['format']}, newer than this program's {FORMAT}: update it, or "
                          "build the gallery in another folder")
     for part, keys in {None: KEYS, **PARTS}.items():
         for name, kinds in keys.items() if part is None or content[part] is not None else ():
             if not isinstance((content[part] if part else content).get(name, ...), kinds):
-                raise InputError(f"{path} lacks {name!r}, or has something odd for it: build the gallery again")
+                raise InputError(f"{path} lacks {name!r}, or has something odd for it: {ANEW}")
     if content["index"] not in index.TYPES or content["correction"]["method"] not in ("none", *METHODS):
         raise InputError(f"{path} tells of the index {content['index']} and the correction "
                          f"{content['correction']['method']}, of which this program does not know one: update it, or "
-                         "build the gallery again")
+                         f"{ANEW}")
+    if content["features"] is not None:
+        check_description(content["features"], f"the features' part of {path}")
     if not MADE.fullmatch(content["files"]):
-        raise InputError(f"{path} names files outside the gallery: build it again")
+        raise InputError(f"{path} names files outside the gallery: {ANEW}")
     return content
 
 
@@ -228,20 +232,20 @@ class Gallery:
             found = os.path.getsize(path) if os.path.isfile(path) else None
             if found != size:
                 raise InputError(f"{path} is {'not there' if found is None else f'of {found} bytes'}, and was written "
-                                 f"with {size}: build the gallery again")
+                                 f"with {size}: {ANEW}")
 
     def _texts(self, name, n):
         texts = Texts(os.path.join(self.files, name))
         if len(texts) != n:
-            raise InputError(f"the gallery {self.folder} has {len(texts)} {name} and tells of {n}: build it again")
+            raise InputError(f"the gallery {self.folder} has {len(texts)} {name} and tells of {n}: {ANEW}")
         return texts
 
     def _array(self, name, shape, dtype):
         path = os.path.join(self.files, name + ".npy")
         array = _load(path)
         if array.shape != shape or array.dtype != dtype:
-            raise InputError(f"{path} is {array.dtype} of shape {array.shape}, not {np.dtype(dtype)} of {shape}: build "
-                             "the gallery again")
+            raise InputError(f"{path} is {array.dtype} of shape {array.shape}, not {np.dtype(dtype)} of {shape}: "
+                             f"{ANEW}")
         return array
 
     def captions(self, number):

@@ -17,7 +17,12 @@ from errors import InputError, check_regular
 from word_ids import DEV_CAPTIONS, by_length, number_words, seed_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+                 ".avif", ".jp2")
+# Photos of which Pillow reads none, or a preview only.
+UNREAD_ENDINGS = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".psd")
+# Pillow's names of what these hold; others (EPS in a .jpg) would start other programs, or are no photos.
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 WORKER_GRACE = 20  # seconds
 
 
@@ -97,6 +102,23 @@ def _outlive_signals(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
+def open_photo(file):
+    """A PIL picture, not decoded yet, of a path or an open file.
+
+    Raises InputError for more pixels than Pillow's limit, and what Pillow does where it is no photo of PHOTO_FORMATS.
+    """
+    from PIL import Image
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # for good: to take it back is not safe beside other threads
+    try:
+        picture = Image.open(file, formats=PHOTO_FORMATS)
+        too_large = picture.width * picture.height > Image.MAX_IMAGE_PIXELS
+    except Image.DecompressionBombError:  # of twice as many
+        too_large = True
+    if too_large:
+        raise InputError(f"it has more than {Image.MAX_IMAGE_PIXELS // 10**6} million pixels")
+    return picture
+
+
 def decode_image(path, as_seen=False, least_side=None):
     """A PIL picture in RGB; raises InputError if it cannot be decoded or is absurdly large (Pillow's limit).
 
@@ -104,16 +126,13 @@ def decode_image(path, as_seen=False, least_side=None):
     white, 16-bit greys scaled to 8 bits. The released code does none of this, so data sets of raw images don't, either.
     least_side: pixels that are enough for both sides; of a JPEG, no more is decoded than that takes.
     """
-    from PIL import Image
     if not hasattr(path, "read"):
         check_regular(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                if least_side:
-                    file.draft(None, (least_side, least_side))
-                return _as_seen(file) if as_seen else file.convert("RGB")
+        with open_photo(path) as file:
+            if least_side:
+                file.draft(None, (least_side, least_side))
+            return _as_seen(file) if as_seen else file.convert("RGB")
     except Exception as error:  # decoders raise many kinds on broken files
         if hasattr(path, "read"):
             raise InputError(f"this photo cannot be read ({error}): give another copy of it") from error
@@ -126,9 +145,7 @@ def _as_seen(picture):
     from PIL import Image, ImageOps
     picture.load()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            picture = ImageOps.exif_transpose(picture)
+        picture = ImageOps.exif_transpose(picture)
     except Exception:  # EXIF data may be torn in a picture that is whole: it has no orientation then
         pass
     if picture.mode.startswith("I"):
@@ -139,12 +156,10 @@ def _as_seen(picture):
     return picture.convert("RGB")
 
 
-def thumbnail(path, side, as_seen=False):
-    """A photo as the bytes of a JPEG of at most side x side pixels; InputError if it cannot be decoded.
-
-    as_seen: as in `decode_image`.
-    """
-    picture = decode_image(path, as_seen, least_side=2 * side)
+def thumbnail(path, side):
+    """A photo, as a viewer shows it, as the bytes of a JPEG of at most side x side pixels; InputError if it cannot be
+    decoded."""
+    picture = decode_image(path, as_seen=True, least_side=2 * side)
     picture.thumbnail((side, side))
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=80)
@@ -154,17 +169,25 @@ def thumbnail(path, side, as_seen=False):
 def photo_names(folder):
     """Paths, relative to the folder, of the photo files in it and below, by their bytes' order.
 
-    Hidden files and folders are passed over. Raises InputError if the folder is not there.
+    Hidden files and folders are passed over, and so are, with a note, photos of other kinds and links to folders.
+    Raises InputError if the folder, or one in it, is not there or not to be read.
     """
-    if not os.path.isdir(folder):
-        raise InputError(f"photo folder {folder} is not there: check the path")
-    names = []
-    for place, folders, files in os.walk(folder):
+    def refuse(error):
+        raise InputError(f"photo folder {error.filename} cannot be read ({error.strerror}): check the path") from error
+
+    files, links = [], []
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        links += [os.path.join(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
         below = os.path.relpath(place, folder)
-        names += [os.path.normpath(os.path.join(below, name)) for name in files
-                  if name.lower().endswith(PHOTO_ENDINGS) and not name.startswith(".")]
-    return sorted(names, key=os.fsencode)
+        files += [os.path.normpath(os.path.join(below, name)) for name in names if not name.startswith(".")]
+    unread = [name for name in files if name.lower().endswith(UNREAD_ENDINGS)]
+    for passed_over, kind, instead in ((unread, "photos of a kind that is not read", "save them as JPEGs"),
+                                       (links, "links to folders", "copy these, or name each in turn")):
+        if passed_over:
+            print(f"note: {len(passed_over)} {kind} passed over, such as {ascii(min(passed_over))}: {instead}",
+                  file=sys.stderr)
+    return sorted((name for name in files if name.lower().endswith(PHOTO_ENDINGS)), key=os.fsencode)
 
 
 def _is_whole(path):

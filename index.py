@@ -55,7 +55,7 @@ def recall(found, wanted):
 
 def spread(rows, most):
     """At most so many of the rows, evenly spread."""
-    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()]
+    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), dtype=torch.float64).long()]
 
 
 # FAISS ------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def fingerprint(dataset):
         digest.update("\n".join(map(os.path.basename, dataset.image_files)).encode("utf-8", "surrogatepass"))
     else:
         n = min(FINGERPRINT_ROWS, len(dataset.images), max(1, FINGERPRINT_BYTES // dataset.images[0].nbytes))
-        rows = torch.linspace(0, len(dataset.images) - 1, n).long()
+        rows = torch.linspace(0, len(dataset.images) - 1, n).long().clamp(max=len(dataset.images) - 1)
         digest.update(str(tuple(dataset.images.shape)).encode())
         digest.update(dataset.images[rows.to(dataset.images.device)].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -10,7 +10,6 @@ raw images and Karpathy's JSON, laid out like `f8k`). The seed alone decides wha
 comes from one `random.Random`, and pixels and features are computed so that machines agree to the bit.
 """
 
-import argparse
 import hashlib
 import importlib.metadata
 import itertools
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from errors import InputError, run_script
+from errors import ArgumentParser, InputError, number, run_script
 
 SEED = 2020
 SPLIT_IMAGES = {"train": 500, "dev": 200, "test": 200}
@@ -467,9 +466,9 @@ def draw_missing(data_path, seed):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw the sample data set, unless it is there.")
+    parser = ArgumentParser("Draw the sample data set, unless it is there.")
     parser.add_argument("--data_path", default="data", help="folder that gets sample_precomp/ and sample/")
-    parser.add_argument("--seed", default=SEED, type=int, help="other seeds draw other pictures")
+    parser.add_argument("--seed", default=SEED, type=number(int, 0), help="other seeds draw other pictures")
     return parser.parse_args(argv)
 
 

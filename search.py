@@ -82,8 +82,9 @@ def add_gallery_flags(group):
     group.add_argument("--index", metavar="FOLDER", help="the gallery (default: gallery, beside the model)")
     group.add_argument("--images", metavar="FOLDER", help="build it from the photos in there, at any depth; with "
                                                           "--precomp: the photos that its ids name")
-    group.add_argument("--captions", metavar="FILE|FOLDER", help="the photos' captions, as extract_features.py takes "
-                                                                 "them (default: text files beside them, if any)")
+    group.add_argument("--captions", metavar="FILE|FOLDER", help="the photos' captions: a table, JSON or folder as for "
+                                                                 "extract_features.py (default: text files beside "
+                                                                 "them, if any)")
     group.add_argument("--precomp", metavar="FOLDER", help="build it from the precomputed features in there")
     group.add_argument("--split", help="--precomp: of that split (default: test)")
     group.add_argument("--add", metavar="FOLDER", help="encode the photos in this folder, which lies in the gallery's, "
@@ -269,6 +270,9 @@ def open_searcher(options):
         with locked(folder):
             check_own(folder, options, loaded)
             build_gallery.change(options, loaded, folder)
+    elif options.images is not None or options.precomp is not None:
+        print(f"note: the gallery {shown(folder)} is there, and is asked as it is: --add takes up new photos, another "
+              "--index builds one anew", file=sys.stderr)
     check_own(folder, options, loaded)
     gallery = Gallery(folder)
     known, reranker = gallery.description["features"], None
@@ -308,6 +312,8 @@ def wants_change(options, folder):
     """Whether the options ask for another gallery than there is."""
     return (options.add is not None or options.prune or options.rebuild_index
             or options.index_type not in (None, describe(folder)["index"]))
+
+
 def is_stale_sample(folder, options, loaded):
     """Whether a gallery is of the sample data, which is quickly built again, and the model was trained anew since."""
     found, sample = describe(folder), os.path.join(loaded.opt.data_path, SAMPLE)
@@ -338,11 +344,16 @@ def check_own(folder, options, loaded):
                          "or build one of this model in another --index")
     named = (build_gallery.source_of(options.precomp, options.split or "test") if options.precomp is not None else
              options.images and os.path.realpath(options.images))
-    if named and named != found["source"]:
-        raise InputError(f"the gallery {folder} is of {found['source']}, not of {named}: name another --index")
-    if options.correction not in (None, "none", found["correction"]["method"]) and not options.rebuild_index:
-        raise InputError(f"the gallery {folder} was built with --correction {found['correction']['method']}: add "
-                         "--rebuild_index for another one")
+    source = build_gallery.source_of_gallery(folder, found)
+    if named and named != source:
+        raise InputError(f"the gallery {folder} is of {source}, not of {named}: name another --index")
+    method, parameters = found["correction"]["method"], found["correction"]["parameters"]
+    given = {name: getattr(options, f"correction_{name}") for name in parameters}
+    if not options.rebuild_index and (options.correction not in (None, "none", method) or any(
+            value not in (None, parameters[name]) for name, value in given.items())):
+        words = " ".join([method, *(f"--correction_{name} {value:g}" for name, value in parameters.items())])
+        raise InputError(f"the gallery {folder} was built with --correction {words}: add --rebuild_index for another "
+                         "one")
 
 
 # Answers ----------------------------------------------------------------------------------------

@@ -18,12 +18,10 @@ import signal
 import socket
 import sys
 import threading
-import warnings
 from concurrent import futures
 from typing import Any, NamedTuple
 
 from flask import Flask, Response, request
-from PIL import Image
 from waitress import create_server
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
@@ -31,7 +29,7 @@ from waitress.task import ErrorTask
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, abort
 
 from errors import InputError
-from images import thumbnail
+from images import open_photo, thumbnail
 from report import TEMPLATES, template
 
 TOP, TOP_LIMIT = 10, 100  # results of a question: unless it says how many, and at most
@@ -40,7 +38,6 @@ EXAMPLES = 3  # captions offered as questions on the first page
 UPLOAD_LIMIT = 20 * 2**20  # bytes of a photo
 JSON_LIMIT = 2**20  # bytes of a question in JSON
 SWALLOWED = 2**30  # bytes of an upload that is too large, read and dropped so that its sender hears why
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")  # none that starts other programs
 THUMBNAIL = 400  # pixels
 THUMBNAILS = 512  # kept in memory: some 10 MB
 DECODERS = 2  # photos decoded at a time: each may take some 300 MB
@@ -80,7 +77,6 @@ def serve(searcher, host="127.0.0.1", port=8000, allow_hosts=()):
     """
     app = make_app(searcher, host, allow_hosts)
     server = make_server(app, host, port)
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what it remarks on strangers' photos
     signal.signal(signal.SIGTERM, _end)  # waitress ends its loop at a SystemExit, as it does at Ctrl-C
     print(f"{searcher.gallery.count:,} photos can be searched at http://{_in_address(host)}:{server.effective_port}/ "
           "(Ctrl-C ends)", file=sys.stderr)
@@ -459,18 +455,12 @@ def _read_question():
 def check_upload(file):
     """Raise InputError unless a file begins like a photo of a known format and no absurd size."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=PHOTO_FORMATS) as picture:
-                pixels = picture.width * picture.height
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        pixels = Image.MAX_IMAGE_PIXELS + 1
+        open_photo(file)
+    except InputError as error:
+        raise InputError(f"this photo cannot be taken, since {error}: send a smaller copy") from None
     except Exception:  # decoders raise many kinds on broken files
         raise InputError("this is not a photo that can be read: send a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG "
                          "2000 file") from None
-    if pixels > Image.MAX_IMAGE_PIXELS:
-        raise InputError(f"this photo has more than {Image.MAX_IMAGE_PIXELS // 10**6} million pixels: send a smaller "
-                         "copy")
     file.seek(0)
 
 
@@ -481,7 +471,7 @@ _decoders = threading.BoundedSemaphore(DECODERS)
 def _thumbnail(path, modified):
     """A photo's thumbnail; modified: when, so that a changed photo is looked at again."""
     with _decoders:
-        return thumbnail(path, THUMBNAIL, as_seen=True)
+        return thumbnail(path, THUMBNAIL)
 
 
 # The server -------------------------------------------------------------------------------------

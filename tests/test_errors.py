@@ -124,11 +124,16 @@ def test_a_shell_s_process_substitution_is_refused():
 FULL, CLOSED, LEFT = "(No space left on device)", "(it is closed)", "(Broken pipe)"
 
 
-def shell(folder, main, redirection, options=""):
-    """Run a script with this `main` in a shell: its exit code, and what reached the shell's stdout and stderr."""
+def write_script(folder, main, options=""):
+    """Write script.py, which runs this `main`; returns its folder."""
     (folder / "script.py").write_text(f"import os, sys, errors\ndef main():\n    {main}\n"
                                       f"errors.run_script(main{options})\n")
-    found = in_shell(f"script.py {redirection}", folder, PYTHONPATH=str(ROOT))
+    return folder
+
+
+def shell(folder, main, redirection, options=""):
+    """Run a script with this `main` in a shell: its exit code, and what reached the shell's stdout and stderr."""
+    found = in_shell(f"script.py {redirection}", write_script(folder, main, options), PYTHONPATH=str(ROOT))
     return found.returncode, found.stdout, found.stderr
 
 
@@ -161,6 +166,12 @@ def test_output_that_is_lost_as_the_script_ends_is_noticed(tmp_path):
     code, _, said = shell(tmp_path, "print('x'); raise errors.InputError('no data: get some')", ">/dev/full")
     assert (code, said) == (2, "error: no data: get some\n")
     assert shell(tmp_path, "raise errors.InputError('no data: get some')", "2>/dev/full") == (2, "", "")
+
+
+def test_what_the_encoding_of_output_lacks_is_escaped(tmp_path):
+    found = in_shell("script.py", write_script(tmp_path, "print('caf\\xe9', chr(0xdcff))"), PYTHONPATH=str(ROOT),
+                     PYTHONIOENCODING="ascii:strict")
+    assert (found.returncode, found.stdout, found.stderr) == (0, "caf\\xe9 \\udcff\n", "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

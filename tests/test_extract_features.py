@@ -98,6 +98,18 @@ def test_any_number_of_captions_has_an_id_for_each(folder):
                           [encode_photo(encoder, f"photos/{n}.png").numpy() for n in (3, 1, 2)])
 
 
+def test_another_extraction_leaves_nothing_of_the_one_before(folder):
+    rows = [f"{n}.png,caption {n},{split}" for n, split in enumerate(["train", "train", "dev", "test"])]
+    write_table(folder / "c.csv", rows, "image,caption,split")
+    extract("--captions", "c.csv", encoder=SAMPLE)
+    (folder / "out/notes.txt").write_text("mine")
+    write_table(folder / "c.csv", [row.replace("test", "train") for row in rows], "image,caption,split")
+    extract("--captions", "c.csv", encoder=SAMPLE)
+    assert names_in(folder / "out", "train") == ["0.png", "1.png", "3.png"]
+    assert {path.name for path in (folder / "out").iterdir()} == {"features.json", "notes.txt"} | {
+        f"{split}_{part}" for split in ("train", "dev") for part in ("ims.npy", "caps.txt", "ids.txt")}
+
+
 def test_karpathys_splits(folder):
     images = [{"filename": f"{n}.png", "split": split, "sentences": [{"raw": f"caption {n}"}]}
               for n, split in enumerate(["test", "val", "restval", "train"])]

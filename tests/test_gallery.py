@@ -30,8 +30,15 @@ def test_texts_come_back_as_they_were(tmp_path, texts):
 def test_ends_that_are_not_those_of_the_texts_are_said(tmp_path, ends):
     gallery.write_texts(str(tmp_path / "t"), ["ab", "cd"])
     np.save(tmp_path / "t.npy", ends)
-    with pytest.raises(InputError, match="build the gallery again"):
+    with pytest.raises(InputError, match="build it again"):
         list(gallery.Texts(str(tmp_path / "t")))
+
+
+def test_texts_that_are_gone_are_said(tmp_path):
+    gallery.write_texts(str(tmp_path / "t"), ["ab", "cd"])
+    os.unlink(tmp_path / "t.bin")
+    with pytest.raises(InputError, match="build it again"):
+        gallery.Texts(str(tmp_path / "t"))
 
 
 def test_arrays_of_objects_are_not_read(tmp_path):

@@ -1,13 +1,14 @@
 """Photo files: as a viewer shows them, as the released code reads them, and found in folders."""
 
+import io
 import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from errors import InputError
-from images import decode_image, photo_names
+from images import decode_image, photo_names, thumbnail
 
 PIXELS = np.arange(3 * 4 * 3, dtype=np.uint8).reshape(3, 4, 3) * 7
 # What each EXIF orientation asks a viewer to do to the stored rows and columns.
@@ -64,6 +65,37 @@ def test_photos_are_found_at_any_depth_in_the_order_of_their_bytes(tmp_path):
     assert photo_names(tmp_path) == ["a.JPEG", "b.jpg", "sub/c.png", "sub/deep/d.webp", odd]
 
 
-def test_a_folder_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(InputError, match="nowhere is not there"):
-        photo_names(tmp_path / "nowhere")
+def test_a_folder_that_is_not_there_or_none_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("nowhere", "file"):
+        with pytest.raises(InputError, match=f"{name} cannot be read"):
+            photo_names(tmp_path / name)
+
+
+def test_photos_that_are_not_read_and_linked_folders_are_told_of(tmp_path, capsys):
+    for name in ("photos/a.jpg", "photos/b.HEIC", "photos/c.nef", "photos/notes.txt", "photos/d.jfif", "real/e.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.symlink("../real", tmp_path / "photos/linked")
+    assert photo_names(tmp_path / "photos") == ["a.jpg", "d.jfif"]
+    kinds, links = capsys.readouterr().err.splitlines()
+    assert kinds.startswith("note: 2 photos of a kind that is not read passed over, such as 'b.HEIC'")
+    assert links.startswith("note: 1 links to folders passed over") and "linked" in links
+
+
+def test_what_would_start_another_program_is_no_photo(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: started.append(arguments))
+    Image.fromarray(PIXELS).save(tmp_path / "a.eps")
+    os.rename(tmp_path / "a.eps", tmp_path / "a.jpg")
+    for act in (decode_image, lambda path: thumbnail(path, 10)):
+        with pytest.raises(InputError, match="a.jpg cannot be read"):
+            act(tmp_path / "a.jpg")
+    assert not started
+
+
+def test_thumbnails_are_turned_as_a_viewer_shows_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.jpg", exif=exif)
+    assert Image.open(io.BytesIO(thumbnail(tmp_path / "a.jpg", 40))).size == (20, 40)

@@ -119,3 +119,8 @@ def test_too_few_photos_for_codes_are_said(rows, queries, tmp_path):
                                      (10**8, "opq_ivf_pq64")])
 def test_the_usual_type_goes_by_the_number_of_photos(n, kind):
     assert index.usual_type(n) == kind
+
+
+@pytest.mark.parametrize("n", [1, 5, 16_777_220, 20_000_000, 100_000_000])
+def test_rows_are_spread_to_the_last_one_however_many_they_are(n):
+    assert len(index.spread(torch.zeros(1).expand(n), 1000)) == min(n, 1000)

@@ -15,6 +15,7 @@ import torch
 from conftest import TINY, captions_of, run_script, write_image
 
 import build_gallery
+import data
 import extract_features
 import features
 import gallery
@@ -150,6 +151,17 @@ def test_any_number_of_captions_an_image(evaluated, capsys):
     assert found.captions(1) == ["A dog, caption 2"]
 
 
+def test_a_dev_split_that_is_cut_keeps_its_photos_names(evaluated, monkeypatch, capsys):
+    monkeypatch.setattr(data, "DEV_CAPTIONS", 10)
+    Path("own_precomp").mkdir()
+    np.save("own_precomp/dev_ims.npy", np.random.default_rng(1).standard_normal((12, 8)).astype(np.float32))
+    Path("own_precomp/dev_ids.txt").write_text("".join(f"{number}.jpg\n" for number in range(12)))
+    Path("own_precomp/dev_caps.txt").write_text("".join(f"A dog, caption {n}\n" for n in range(60)))
+    ask("--precomp", "own_precomp", "--split", "dev", "--index", "g", "--correction", "none", QUESTION)
+    assert list(gallery.Gallery("g").items) == ["0.jpg", "1.jpg"]
+    assert "dev's first 10 captions are taken, as everywhere: 2 photos" in capsys.readouterr().err
+
+
 def searcher_of(*flags):
     return search.open_searcher(search.parse_args([*flags]))
 
@@ -210,6 +222,27 @@ def test_another_correction_needs_rebuilding(evaluated):
     old = np.frombuffer(before["embeddings.npy"][-4 * 6 * width:], np.float32).reshape(6, width)
     assert np.array_equal(old[:, :-1], after.embeddings[:, :-1]) and not np.allclose(old[:, -1],
                                                                                      after.embeddings[:, -1])
+
+
+def test_another_parameter_of_the_correction_is_not_passed_over(evaluated, capsys):
+    own = ["--correction", "nnn", "--correction_k", "4", "--correction_alpha", "0.6"]
+    ask(*TEST, *own)
+    capsys.readouterr()
+    ask(*TEST, *own, QUESTION)
+    assert "g is there, and is asked as it is" in capsys.readouterr().err
+    with pytest.raises(InputError, match="nnn --correction_k 4 --correction_alpha 0.6: add --rebuild_index"):
+        ask("--index", "g", "--correction", "nnn", "--correction_k", "5", QUESTION)
+
+
+def test_gallery_features_and_model_can_move_together(evaluated):
+    ask(*TEST, "--correction", "none")
+    os.makedirs("moved")
+    for name in ("g", "data", "runs"):
+        shutil.move(name, f"moved/{name}")
+    ask("--precomp", "moved/data/tiny_precomp", "--index", "moved/g", "--model_path", f"moved/{MODEL}", QUESTION)
+    with pytest.raises(InputError, match="tiny_precomp, test, not of .*tiny_precomp, dev"):
+        ask("--precomp", "moved/data/tiny_precomp", "--split", "dev", "--index", "moved/g", "--model_path",
+            f"moved/{MODEL}", QUESTION)
 
 
 def test_text_and_json_say_the_same(evaluated, capsys):
@@ -402,6 +435,24 @@ def test_what_is_added_is_encoded_and_nothing_else(photos, monkeypatch, capsys):
     fresh = gallery.Gallery("g")
     for number, item in enumerate(fresh.items):  # corrections, too, are those of a gallery built at once
         assert torch.allclose(fresh.embeddings[number], after.embeddings[after.items.index(item)], atol=1e-5)
+
+
+def test_what_could_not_be_read_stays_listed_beside_what_is_added(photos, capsys):
+    for name in ("torn.png", "gone.png"):
+        Path(f"photos/{name}").write_text("no photo")
+    ask(*PHOTOS)
+    os.unlink("photos/gone.png")
+    for folder, broken in (("more", []), ("worse", ["worse/torn.png"])):
+        write_image(Path(f"photos/{folder}/1.png"), 20)
+        for name in broken:
+            Path(f"photos/{name}").write_text("no photo")
+        ask("--index", "g", "--workers", "0", "--add", f"photos/{folder}")
+        listed = Path("g/broken.txt").read_text().splitlines()
+        assert [line.split("\t")[0] for line in listed] == ["torn.png", *broken]
+    before = gallery.describe("g")
+    os.unlink("photos/worse/torn.png")
+    ask("--index", "g", "--workers", "0", "--prune", "--add", "photos/worse")
+    assert gallery.describe("g") == before and "nothing to change, 14 photos" in capsys.readouterr().err
 
 
 def test_what_vanished_is_said_and_pruned(photos, capsys):
