@@ -11,7 +11,6 @@ import argparse
 import glob
 import os
 import re
-import shutil
 import zipfile
 
 import numpy as np
@@ -55,15 +54,9 @@ def save(path, content):
         torch.save(content, file)
 
 
-def copy(source, target):
-    """Copy a checkpoint file in one step."""
-    with open(source, "rb") as original, replacing(target) as file:
-        shutil.copyfileobj(original, file)
-
-
-def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progress, features=None):
+def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progress, features=None, data=None):
     """The checkpoint dict of a run after `epoch` epochs and `steps` steps; progress: its place within the epoch;
-    features: what describes those that it is trained on, or None."""
+    features: what describes those that it is trained on, or None; data: the training data's fingerprint."""
     return {
         "epoch": epoch,
         "model": [model.img_enc.state_dict(), model.txt_enc.state_dict()],
@@ -75,6 +68,7 @@ def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progr
         "optimizer": optimizer.state_dict(),
         "progress": progress,
         "features": features,
+        "train_fingerprint": data,
         "float32_products": torch.get_float32_matmul_precision() if model.device.type == "cpu" else None,
         "random_states": {"cpu": torch.get_rng_state(),
                           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
@@ -232,7 +226,7 @@ def load_weights(model, content, path):
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
-        detail = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        detail = " ".join(line.strip() for line in str(error).splitlines()[1:3]) or error
         raise InputError(f"the weights in {path} do not fit the model that the options describe: {detail}") from error
 
 
@@ -264,7 +258,7 @@ def vocabulary(content, path, vocab_path=None):
         if found is None:
             raise InputError(f"{path} carries no vocabulary, and there is none in {vocabulary_path(vocab_path, name)} "
                              "(or .pkl): name the folder of the one it was trained with by --vocab_path")
-        if opt.drop_words or opt.vocab_name:
+        if (opt.drop_words or opt.vocab_name) and len(found) < opt.vocab_size:
             found.add_word(MASK)
     if len(found) != opt.vocab_size:
         raise InputError(f"the vocabulary for {opt.data_name} in {vocab_path or path} has {len(found)} words, the "
@@ -281,16 +275,22 @@ def written(path):
 
 
 def newest(folder, log):
-    """(content, path) of the furthest checkpoint of ours in a run folder, or (None, "") where there is none."""
-    found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.pth.tar")):
+    """(content, path) of a run folder's checkpoint.pth.tar, or, where there is none that is whole and of ours, of the
+    furthest of the others; (None, "") where there is none at all."""
+    usual = os.path.join(folder, "checkpoint.pth.tar")
+    others = set(glob.glob(os.path.join(glob.escape(folder), "*.pth.tar"))) - {usual}
+    furthest, found = (), (None, "")
+    for path in [usual, *others] if os.path.exists(usual) else others:
         try:
             content = load(path)
-            if "optimizer" in content:
-                found.append((content["Eiters"], os.path.getmtime(path), path, content))
         except InputError as error:
             log(f"Passed over: {error}")
-    return max(found, key=lambda item: item[:3])[:1:-1] if found else (None, "")
+            continue
+        if "optimizer" in content and (place := (content["Eiters"], os.path.getmtime(path), path)) > furthest:
+            furthest, found = place, (content, path)
+        if found[1] == usual:
+            break
+    return found
 
 
 def restore(content, path, model, optimizer, opt, log):

@@ -1,12 +1,12 @@
 """Cross attention: the similarity of an image and a caption by their regions and words.
 
 Pure functions of regions, words and options: the scores of SCAN (Lee et al., ECCV 2018), on which HAL (Liu et al.,
-AAAI 2020) was tried, too. Calls, options and numbers are the released code's; deviations are listed in README.md.
+AAAI 2020) was tried, too. Calls, options and numbers are the released code's; docs/deviations.md lists deviations.
 
 One side asks (queries), the other answers (contexts): with t2i words ask and regions answer, with i2t regions ask
 and words answer. A query q attends to the contexts V with weights a; its relevance is the cosine of q and V'a.
 No such V'a is made: with the scores s = V q and the Gram matrix G = V V', q.V'a = a.s and |V'a|^2 = a' G a. So a
-batch is one product, a softmax and one small product. Captions of one length are taken together: nothing is padded.
+batch is one product, a softmax and one small product. Captions of one length are taken together, unpadded.
 """
 
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ PAIRED = 256  # images whose Gram matrices are made at a time, where pairs are s
 ROUNDED = 64  # rows of the large product's captions, whose number would be another one for every batch (see gru.py)
 
 NORMS = ("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "no_norm", "softmax")
-AGGREGATIONS = {  # of (images, captions, queries)
+AGGREGATIONS = {  # of (n, m, queries)
     "LogSumExp": lambda relevance, sharpness: (sharpness * relevance).logsumexp(2) / sharpness,
     "Mean": lambda relevance, _: relevance.mean(2),
     "Sum": lambda relevance, _: relevance.sum(2),

@@ -24,6 +24,7 @@ from images import (  # noqa: F401 (handed on: the family imports them from here
     image_transform,
 )
 from pooling import drop_regions, kept_regions, region_lengths
+from vocab import MASK
 from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, drop_words, five_each, number_words, seed_for
 
 FULL_IMG_DIM = 4096  # the released default, without effect on raw images
@@ -87,9 +88,13 @@ class PrecompDataset:
 
     def augment(self, drop_words, drop_regions, vocab, seed):
         """From now on `load` leaves out words and regions at these rates where it is told to (VSE-infinity's size
-        augmentation); what is left out follows from seed and epoch alone."""
+        augmentation); what is left out follows from seed and epoch alone. Raises InputError for a vocabulary that lacks
+        the word of what is left out."""
         if drop_words:
-            self.drops_words = drop_words, len(vocab), vocab("<mask>"), seed
+            if MASK not in vocab.word2idx:
+                raise InputError(f"--drop_words needs the word {MASK}, and the model to start from has no place for "
+                                 "it: leave it out, or start from a model that was trained with it")
+            self.drops_words = drop_words, len(vocab), vocab(MASK), seed
         if drop_regions:
             self.drops_regions = drop_regions, seed
             self.region_counts = torch.cat([region_lengths(block) for block in self.images.split(_block(self.images))])

@@ -43,7 +43,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, low_allowed=True):
-    """An argparse type: an int or float from `low` (or just above it) to `high`."""
+    """An argparse type: an int or float from `low` (or just above it) to `high`; ints have at most 63 bits."""
+    high = min(high, 2**63 - 1) if kind is int else high
+
     def parse(text):
         value = kind(text)
         if not (low <= value <= high) or (value == low and not low_allowed) or not math.isfinite(value):

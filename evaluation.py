@@ -22,7 +22,7 @@ from errors import InputError, replacing
 from features import features_of
 from loss import order_sim  # noqa: F401 (handed on: the family imports it from here)
 from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the family imports them from here)
-from model import VSE
+from model import VSE, no_embeddings
 from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
 from scan import SCAN, CrossAttention, Words, build, packed
 from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
@@ -44,7 +44,7 @@ def embed(model, loader, stride=1):
     n_images = -(-dataset.n_images // stride)
     own = [model.embed_images(filled(batch, min(batch_size, n_images)) if batch.dim() < 4 else batch)[:len(batch)]
            for batch in dataset.load_images(batch_size, loader.workers, stride, _part())]
-    like = _nothing(model)
+    like = no_embeddings(model)
     if isinstance(model, SCAN):
         like = like.unsqueeze(1).expand(0, dataset.images.shape[1], -1)
     images = distributed.gather_batches(own, [len(one) for one in torch.arange(n_images).split(batch_size)], like)
@@ -71,7 +71,7 @@ def embed_texts(model, word_ids, batch_size, chosen=None):
     if of_words:
         own = [packed(states, lengths[batch]) for states, batch in zip(own, batches[first::distance])]
     sizes = [int(lengths[batch].sum()) if of_words else len(batch) for batch in batches]
-    texts = distributed.gather_batches(own, sizes, _nothing(model))
+    texts = distributed.gather_batches(own, sizes, no_embeddings(model))
     if of_words:
         return Words.of(texts, lengths[order])[place_of[caption_of]]
     return texts[place_of[caption_of].to(texts.device)]
@@ -80,11 +80,6 @@ def embed_texts(model, word_ids, batch_size, chosen=None):
 def _part():
     """(the first batch that this process embeds, the distance to the next)."""
     return distributed.rank(), distributed.size()
-
-
-def _nothing(model):
-    """No embeddings, (0, D), of the model's kind."""
-    return torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
 
 
 def similarity_source(opt, images, captions):

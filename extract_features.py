@@ -35,7 +35,8 @@ from word_ids import CAPTIONS_PER_IMAGE
 
 DEFAULT_SHARE, DEFAULT_MOST = 10, 1000  # dev and test: a tenth of the photos each, and no more than so many
 GALLERY = "gallery"
-SPLIT_FILES = [f"{split}_{part}" for split in {*SPLITS.values(), GALLERY} for part in ("ims.npy", "caps.txt", "ids.txt")]
+SPLIT_FILES = [f"{split}_{part}" for split in {*SPLITS.values(), GALLERY}
+               for part in ("ims.npy", "caps.txt", "ids.txt")]
 MEETING_TIME = 30 * 24 * 3600  # seconds: the processes' shares may take long
 
 
@@ -190,8 +191,8 @@ def check_output(output, description):
 
 
 def write_all(args, photos, blocks, row_shape, description):
-    """Every split's files, broken.txt and features.json, first beside the blocks, then all of them in their places; what
-    an earlier extraction has left of other splits goes."""
+    """Every split's files, broken.txt and features.json, first beside the blocks, then all of them in their places;
+    what an earlier extraction has left of other splits goes."""
     notes = [read_notes(block) for block in blocks]
     whole = [number for note in notes for number in note.numbers]
     broken = {number: why for note in notes for number, why in note.broken.items()}

@@ -397,8 +397,10 @@ def refuse_other(found, expected, found_where, expected_where):
     The places go into the sentence, such as "data/mine_precomp" and "checkpoint runs/x/model_best.pth.tar".
     """
     if not same_encoder(found, expected):
+        differing = ", ".join(name for name in KIND if found[name] != expected[name])
         raise InputError(f"{found_where} has features by {_in_words(found)}, but {expected_where} has them by "
-                         f"{_in_words(expected)}: extract them again with the same encoder, weights and pooling")
+                         f"{_in_words(expected)}, with other {differing}: extract them again with the same encoder, "
+                         "weights and pooling")
 
 
 def _in_words(description):

@@ -154,11 +154,17 @@ def _top_states(rnn, embed, tree, dtype):
 def last_states(rnn, embed, captions, lengths, dtype=None):
     """The top layer's state at each caption's last word: (B, H), as packed captions through `rnn` give it.
 
-    rnn: a one-directional nn.GRU; embed: word ids -> inputs; captions: (B, T) word ids on the CPU, longest
-    first; lengths: (B,); dtype: of the matrix products (the weights' own unless given).
+    rnn: an nn.GRU, of a bi-directional one the mean of that and the backward state at the first word; embed: word ids
+    -> inputs; captions: (B, T) word ids on the CPU, longest first; lengths: (B,); dtype: of the matrix products (the
+    weights' own unless given).
     """
+    dtype = dtype or rnn.weight_hh_l0.dtype
+    if rnn.bidirectional:
+        (ahead, nodes), (back, back_nodes) = _both_ways(rnn, embed, captions, lengths, dtype)
+        ends = nodes.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
+        return (ahead.index_select(0, ends) + back.index_select(0, back_nodes[:, 0])) / 2
     tree = prefix_tree(captions, lengths)
-    return _top_states(rnn, embed, tree, dtype or rnn.weight_hh_l0.dtype).index_select(0, tree.ends)
+    return _top_states(rnn, embed, tree, dtype).index_select(0, tree.ends)
 
 
 def word_states(rnn, embed, captions, lengths, dtype=None):

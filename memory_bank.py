@@ -60,7 +60,7 @@ def global_weights(im, s, similarities, bank, indices, similarity, k, alpha, bet
     there are where those are fewer; with none left, the weights are those of the local loss, 1.
     """
     batch = len(similarities)
-    k = min(k if batch >= k else batch, len(bank.indices))
+    k = min(k, batch, len(bank.indices))
     excluded = in_batch(bank.indices, indices)
     # P and Q; the released code calls the order similarity with the caption in the first place here.
     nearest_captions, nearest_images = (

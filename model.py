@@ -114,6 +114,8 @@ class EncoderImagePrecomp(nn.Module):
         embedded = self.fc(regions).to(self.fc.weight.dtype)
         if self.mlp:
             embedded = embedded + self.mlp(regions)
+        if not len(regions):  # a process without a pair, which batch norm has gone through
+            return embedded.sum(1)
         return _pool(self, pooling, embedded, lengths)
 
     def features(self, images):
@@ -259,7 +261,7 @@ class EncoderText(nn.Module):
 
     def _last(self, captions, lengths, dtype):
         """(B, T) -> (B, embed_size): where the GRU ends, in each of its directions."""
-        if captions.device.type == "cpu" and not self.rnn.bidirectional:
+        if captions.device.type == "cpu":
             return last_states(self.rnn, self.embed, captions, lengths, dtype)
         ends = self._packed(captions, lengths)[1]
         return (ends[-2] + ends[-1]) / 2 if self.rnn.bidirectional else ends[-1]
@@ -276,6 +278,11 @@ class EncoderText(nn.Module):
     def _pooled(self, captions, lengths, dtype):
         """(B, T) -> (B, embed_size): the states of all words, pooled."""
         return _pool(self, self.text_pooling, self._states(captions, lengths, dtype), lengths)
+
+
+def no_embeddings(model):
+    """No embeddings, (0, D), of a model's kind."""
+    return torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
 
 
 class VSE(nn.Module):

@@ -104,7 +104,9 @@ def put(page, preset, folder):
         tables = file.read()
     plots = {name: f"{preset}_{name}" for name in PLOTS if os.path.exists(os.path.join(folder, name))}
     for name, own in plots.items():
-        shutil.copyfile(os.path.join(folder, name), os.path.join(os.path.dirname(page), own))
+        with open(os.path.join(folder, name), "rb") as plot, replacing(
+                os.path.join(os.path.dirname(page), own)) as file:
+            shutil.copyfileobj(plot, file)
     pictures = "".join(f"![{preset}: {name.removesuffix('.png')}]({own})\n\n" for name, own in plots.items())
     with replacing(page, "w", encoding="utf-8") as file:
         file.write(f"{before}\n{tables}\n{pictures}{after}")

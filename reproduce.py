@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -312,6 +312,8 @@ class Calls:
 
         futures = [self.pool.submit(unless_stopped, *item) for item in items]
         try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
             return [future.result() for future in futures]
         except BaseException as error:
             if not isinstance(error, Stopped):

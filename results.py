@@ -1,12 +1,11 @@
 """The results of a comparison by reproduce.py: tables, plots, and what they are of."""
 
-import itertools
 import json
 import os
 import statistics
 
 import intervals
-from errors import replacing
+from errors import InputError, replacing
 
 CURVES = {"rsum": "rsum", "i2t_n10_skewness": "i2t N10 skewness", "t2i_n10_skewness": "t2i N10 skewness"}
 COMPARED = {"rsum": "rsum", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}  # of intervals.FIGURES
@@ -44,9 +43,10 @@ def differences(folder, runs, test, corrected=False):
         ranks[model] = {seed: intervals.read_ranks(os.path.join(folder, figures["ranks"]),
                                                    best_correction(figures) if corrected else None)
                         for seed, figures in own.items()}
-    pairs = itertools.combinations([model for model in ranks if ranks[model]], 2)
-    return {f"{a} - {b}": {figure: list(intervals.difference(ranks[a], ranks[b], figure)) for figure in COMPARED}
-            for a, b in pairs}
+    ranks = {model: own for model, own in ranks.items() if own}
+    pairs = intervals.differences(ranks, COMPARED) if len(ranks) > 1 else {}
+    return {f"{a} - {b}": {figure: list(interval) for figure, interval in own.items()}
+            for (a, b), own in pairs.items()}
 
 
 def mean_and_deviation(values):
@@ -95,12 +95,12 @@ def seeds_table(results, test):
     return table(["model", "seed", *names, "rsum, corrected", "s an epoch"], rows)
 
 
-def differences_table(plain, corrected):
-    """Every pair's differences with their 95 % intervals, in bold where 0 lies outside."""
+def differences_table(plain, corrected, seeds_vary):
+    """Every pair's differences with their 95 % intervals, in bold where 0 lies outside and seeds were drawn, too."""
     def cell(interval):
         estimate, low, high = interval
         text = f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
-        return text if low <= 0 <= high else f"**{text}**"
+        return f"**{text}**" if seeds_vary and not low <= 0 <= high else text
 
     rows = [[pair, *(cell(own[pair][figure]) for own in (plain, corrected) for figure in COMPARED)] for pair in plain]
     return table(["difference", *COMPARED.values(), *(f"{name}, corrected" for name in COMPARED.values())], rows)
@@ -125,10 +125,16 @@ def markdown(results):
         lines += [f"{test}, every seed", "", *seeds_table(results, test)]
         plain, corrected = (results[kind][test] for kind in ("differences", "differences_corrected"))
         if plain:
-            widest = max((pair["rsum"] for pair in plain.values()), key=lambda interval: interval[2] - interval[1])
-            lines += [f"{test}, differences with 95 % intervals over images and seeds, in bold where 0 is outside. Of "
-                      f"rsum, {intervals.smallest_difference(intervals.Interval(*widest))[1]}.", "",
-                      *differences_table(plain, corrected)]
+            seeds_vary = all(len(values) > 1 for own in results["summary"][test].values() for values in own.values())
+            of = ("images and seeds, in bold where 0 is outside (as, by chance, one in twenty is of differences that "
+                  "are none)" if seeds_vary else "images; where a model has one seed, what others would give is not "
+                  "in them, and nothing is in bold")
+            told = (" to ".join(f"{half:.1f}" for half in intervals.smallest_differences(
+                pair["rsum"] for pair in own.values())) for own in (plain, corrected))
+            lines += [f"{test}, differences with 95 % intervals over {of}. A difference in rsum is told from none "
+                      "where it is more than half its interval, which is {} (corrected: {}); a true one of just that "
+                      "size is missed every second time, and smaller ones may be there unseen.".format(*told), "",
+                      *differences_table(plain, corrected, seeds_vary)]
     return "\n".join(lines)
 
 
@@ -226,6 +232,10 @@ def write_results(folder, results):
     tests = [test for seeds in results["runs"].values() for figures in seeds.values() for test in figures
              if test != "failed"]
     runs = results["runs"]
+    if not tests:
+        model, seeds = next(iter(runs.items()))
+        raise InputError(f"no run was trained to its end ({model}, {next(iter(seeds.values()))['failed']}): try lower "
+                         "--learning_rates, or -- --lr_warmup_steps 100")
     for ending, corrected in (("", False), ("_corrected", True)):
         results["summary" if not corrected else "corrected"] = {
             test: summary(runs, test, corrected) for test in dict.fromkeys(tests)}

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 import distributed
 from errors import InputError
 from memory_bank import MemoryBank, build_bank
+from model import no_embeddings
 from scan import SCAN
 from word_ids import by_length, seed_for
 
@@ -83,7 +84,9 @@ def shared_batches(loader, batches, micro_batch=None, device="cpu"):
         try:
             for piece in pieces:
                 loaded.append(next(own) if len(piece) else None)
-        except InputError as failure:  # told to the others with what this step gathers
+        except InputError as failure:  # told to the others, if any, with what this step gathers
+            if not distributed.launched():
+                raise
             loaded, error = loaded + [None] * (len(pieces) - len(loaded)), failure
         yield Share(loaded, places, order, error, lengths, regions, indices)
 
@@ -104,7 +107,7 @@ def _pieces(places, rank, micro_batch):
 def shared_bank(model, loader, batches):
     """The MemoryBank of batches of caption indices, in their order, each embedded by one process."""
     own = batches[distributed.rank()::distributed.size()]
-    none = torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
+    none = no_embeddings(model)
     nothing = MemoryBank(none, none, torch.empty(0, dtype=torch.int64, device=model.device))
     bank, sizes = build_bank(model, loader.load(own)) if own else nothing, [len(batch) for batch in batches]
     if distributed.size() == 1:
@@ -194,12 +197,14 @@ def _pair(rows, like):
 
 def _add_up(parameters, scale):
     """Each parameter's gradient, divided by `scale`, summed over the processes."""
-    for parameter in parameters:
-        if parameter.grad is None:
+    if distributed.launched():  # where another process may have what this one lacks
+        for parameter in (one for one in parameters if one.grad is None):
             parameter.grad = torch.zeros_like(parameter)
-        if scale != 1:
-            parameter.grad /= scale
-    distributed.add_up([parameter.grad for parameter in parameters])
+    own = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if scale != 1:
+        for gradient in own:
+            gradient /= scale
+    distributed.add_up(own)
 
 
 def _encode(model, piece, share, no_image):
@@ -242,13 +247,16 @@ def own_draws(seed, step):
 
 
 def _random_state(device):
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    own = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}
+    return torch.get_rng_state(), own.get(device.type, lambda: None)()
 
 
 def _set_random_state(state, device):
     torch.set_rng_state(state[0])
-    if state[1] is not None:
+    if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state[1])
 
 
 # Batch norm -------------------------------------------------------------------------------------
@@ -279,16 +287,17 @@ class _SharedBatchNorm:
         exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
         axes, shape = [axis for axis in range(rows.dim()) if axis != 1], [1, -1] + [1] * (rows.dim() - 2)
         count = exact.new_full((1,), rows.numel() // rows.shape[1])
-        totals = _Sum.apply(torch.cat([exact.sum(axes), exact.square().sum(axes), count]))
+        sums = [part.sum(axes, dtype=torch.float64) for part in (exact, exact.square())]  # whose difference cancels
+        totals = _Sum.apply(torch.cat([*sums, count]))
         count = totals[-1]
         mean, square = (totals[:-1] / count).chunk(2)
-        variance = (square - mean.square()).clamp(min=0)
+        mean, variance = mean.to(exact), (square - mean.square()).clamp(min=0).to(exact)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         slope = (variance + self.eps).rsqrt() * self.weight
-        return (exact * slope.view(shape) + (self.bias - mean * slope).view(shape)).to(rows.dtype)
+        return ((exact - mean.view(shape)) * slope.view(shape) + self.bias.view(shape)).to(rows.dtype)
 
 
 def share_batch_norm(model):

@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from tqdm import tqdm
@@ -75,7 +75,6 @@ def parse_args(argv=None):
 
 def add_data_flags(group):
     """The data set."""
-    count = number(int, 1)
     group.add_argument("--data_path", default="data", help="folder that holds the data sets")
     group.add_argument("--data_name", default="sample_precomp",
                        help="data set: *_precomp (features), coco, f8k, f30k, or any folder with dataset_<name>.json")
@@ -88,7 +87,8 @@ def add_data_flags(group):
     group.add_argument("--use_restval", action="store_true", help="coco: train on the restval captions, too")
     group.add_argument("--skip_broken_images", action="store_true",
                        help="leave out raw images that cannot be decoded (checked at the start)")
-    group.add_argument("--crop_size", default=224, type=count, help="pixels of the random training crop (raw images)")
+    group.add_argument("--crop_size", default=224, type=number(int, 32),
+                       help="pixels of the random training crop (raw images)")
     group.add_argument("--workers", default=10, type=number(int, 0), help="processes that decode raw images")
 
 
@@ -136,8 +136,8 @@ def add_loss_flags(group):
     group.add_argument("--local_ep", default=0.3, type=finite, help="HAL: margin e in exp(a (S_ij - e))")
     group.add_argument("--memory_bank", action="store_true", help="HAL: global weights from a memory bank, from the "
                        "second epoch on")
-    group.add_argument("--global_alpha", default=40.0, type=share, help="bank: scale g of the positive weights w_i")
-    group.add_argument("--global_beta", default=40.0, type=share, help="bank: scale b of the pair weights W_ij")
+    group.add_argument("--global_alpha", default=40.0, type=positive, help="bank: scale g of the positive weights w_i")
+    group.add_argument("--global_beta", default=40.0, type=positive, help="bank: scale b of the pair weights W_ij")
     group.add_argument("--global_ep_posi", default=0.2, type=finite, help="bank: e+ of w_i (it cancels: no effect)")
     group.add_argument("--global_ep_nega", default=0.1, type=finite, help="bank: e- in exp(b P_ik - e-)")
     group.add_argument("--mb_k", default=250, type=count, help="bank: nearest neighbours that count")
@@ -360,6 +360,11 @@ class Run:
         self.scalars = self.log = None  # opened when everything else has been found good
         self.stop, self.shared = Stop(), distributed.launched() or opt.micro_batch
 
+    @cached_property
+    def data(self):
+        """What tells the training data from others."""
+        return run_record.fingerprint(self.train_loader.dataset)
+
     def progress(self):
         """Where within the epoch the run is, for its checkpoint."""
         return {"step_in_epoch": self.step_in_epoch, "bank": self.bank and list(self.bank),
@@ -374,6 +379,12 @@ class Run:
             self.bank = progress["bank"] and MemoryBank(*(x.to(self.model.device) for x in progress["bank"]))
             self.meters.restore(progress["meters"])
             self.watch.restore(progress["watch"])
+        if self.step_in_epoch > len(self.train_loader):
+            raise InputError(f"--resume {self.opt.resume}: it stands at step {self.step_in_epoch} of its epoch, and "
+                             f"the training data make {len(self.train_loader)}: give the data that it was trained on, "
+                             "or start another run with --init_from")
+        if content.get("train_fingerprint", self.data) != self.data:
+            log("Warning: the training data are not those that this run was trained on so far")
         log(f"Resumed {self.opt.resume}: epoch {self.epoch}, step {self.step_in_epoch} of "
             f"{len(self.train_loader)}, {self.steps} steps in all, best rsum {self.best_rsum:.1f}")
 
@@ -510,8 +521,8 @@ def record(run, kind):
     rows = torch.stack([figures for _, _, _, figures, *_ in pending]).tolist()
     for row, (step, i, lr, _, size, batch_time, data_time) in zip(rows, pending):
         figures = StepFigures(*row)
-        for name, value, n in (("Eit", step, 0), ("lr", lr, 0), ("Loss", figures.loss, size),
-                               ("Time", batch_time, 1), ("Data", data_time, 1)):
+        own = [("Loss", figures.loss, size)] * bool(figures.finite)  # a step that is left out has no part in the mean
+        for name, value, n in [("Eit", step, 0), ("lr", lr, 0), *own, ("Time", batch_time, 1), ("Data", data_time, 1)]:
             run.meters.update(name, value, n)
         scalars = {"epoch": run.epoch, "step": i, "batch_time": batch_time, "data_time": data_time, "Eit": step,
                    "lr": lr, "Loss": figures.loss, "positive_share": figures.positive_share,
@@ -519,7 +530,8 @@ def record(run, kind):
         for tag, value in scalars.items():
             run.scalars.log_value(tag, value, step)
         if step % run.opt.log_step == 0:
-            run.log.write(kind="step", step=step, epoch=run.epoch, lr=lr, mean_loss=run.meters.meters["Loss"].avg,
+            mean = run.meters.meters["Loss"].avg if "Loss" in run.meters.meters else None
+            run.log.write(kind="step", step=step, epoch=run.epoch, lr=lr, mean_loss=mean,
                           **{name: value if figures.finite else None for name, value in figures._asdict().items()})
         run.watch.see(step, lr, figures, size, kind, run.path)
 
@@ -560,16 +572,16 @@ def show(rsum, lines):
 
 def save(run, must_succeed):
     """Write checkpoint.pth.tar; where it can't be and `must_succeed` is not set, say so and go on. True if written."""
-    written = distributed.is_first() and _save(run, must_succeed)
+    written = distributed.is_first() and _save(run, must_succeed, run.path)
     distributed.sync()
     return written
 
 
-def _save(run, must_succeed):
+def _save(run, must_succeed, path):
     try:
         run.log.sync()
-        checkpoint.save(run.path, checkpoint.content_of(run.model, run.optimizer, run.opt, run.vocabulary, run.epoch,
-                                                        run.steps, run.best_rsum, run.progress(), run.features))
+        checkpoint.save(path, checkpoint.content_of(run.model, run.optimizer, run.opt, run.vocabulary, run.epoch,
+                                                    run.steps, run.best_rsum, run.progress(), run.features, run.data))
         return True
     except InputError as error:
         if must_succeed:
@@ -579,17 +591,23 @@ def _save(run, must_succeed):
 
 
 def end_epoch(run, rsum):
-    """Write the finished epoch's checkpoint, the best one, and what --save_all and --record_val ask for."""
-    best, run.best_rsum = rsum > run.best_rsum or run.epoch == 0, max(rsum, run.best_rsum)
+    """Write the best checkpoint, what --save_all and --record_val ask for, and the finished epoch's.
+
+    checkpoint.pth.tar is the last one: whoever goes on from it finds the others written, however the run was killed.
+    """
+    best, before = rsum > run.best_rsum or run.epoch == 0, run.best_rsum
+    run.best_rsum = max(rsum, before)
     run.epoch, run.step_in_epoch, run.bank, run.meters = run.epoch + 1, 0, None, LogCollector()
     folder, last = run.opt.logger_name, run.epoch >= run.opt.num_epochs
-    copies = {"model_best.pth.tar": best, f"Epoch-{run.epoch}-model.pth.tar": run.opt.save_all}
-    saved = save(run, must_succeed=last)
+    if distributed.is_first():
+        if best and not _save(run, last, os.path.join(folder, "model_best.pth.tar")):
+            run.best_rsum = before
+        if run.opt.save_all:
+            _save(run, last, os.path.join(folder, f"Epoch-{run.epoch}-model.pth.tar"))
+    save(run, must_succeed=last)
     if not distributed.is_first():
         return
     try:
-        for name in (name for name, wanted in copies.items() if wanted and saved):
-            checkpoint.copy(run.path, os.path.join(folder, name))
         if run.opt.record_val:
             name = folder.removeprefix("./").removeprefix("runs/").strip("/").replace("/", "_")
             append(os.path.join(folder, f"rst_val_{name}"), f"Epoch: {run.epoch - 1} ; rsum: {rsum:.1f}\n")

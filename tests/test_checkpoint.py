@@ -563,6 +563,14 @@ def test_the_furthest_checkpoint_of_ours_is_taken_and_of_those_the_latest(tmp_pa
     assert len(said) == 1 and said[0].startswith("Passed over: ") and "broken.pth.tar" in said[0]
 
 
+def test_the_usual_file_comes_before_others_that_are_further(tmp_path):
+    write_at(tmp_path / "model_best.pth.tar", 9, Eiters=500, optimizer={})
+    write_at(tmp_path / "checkpoint.pth.tar", 5, Eiters=3, optimizer={})
+    assert checkpoint.newest(str(tmp_path), print)[1] == str(tmp_path / "checkpoint.pth.tar")
+    write_at(tmp_path / "checkpoint.pth.tar", 5, Eiters=3)  # of the released code
+    assert checkpoint.newest(str(tmp_path), print)[1] == str(tmp_path / "model_best.pth.tar")
+
+
 def test_when_a_file_was_written_is_seen_to_the_nanosecond(tmp_path):
     path = tmp_path / "file"
     assert checkpoint.written(path) is None

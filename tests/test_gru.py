@@ -25,15 +25,18 @@ def batch(lengths):
 
 
 def theirs(rnn, embed, captions, lengths):
-    return rnn(pack_padded_sequence(embed(captions), lengths, batch_first=True))[1][-1]
+    ends = rnn(pack_padded_sequence(embed(captions), lengths, batch_first=True))[1]
+    return (ends[-2] + ends[-1]) / 2 if rnn.bidirectional else ends[-1]
 
 
 @pytest.mark.parametrize("lengths, num_layers, dtype, tolerance", [
     *((lengths, layers, torch.float64, 1e-12) for lengths in LENGTHS for layers in (1, 3)),
     ([5, 3, 3, 1], 2, torch.float32, 1e-6)], ids=str)
-def test_states_and_gradients_equal_pytorch_s(lengths, num_layers, dtype, tolerance):
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["ahead", "both ways"])
+def test_states_and_gradients_equal_pytorch_s(bidirectional, lengths, num_layers, dtype, tolerance):
     torch.manual_seed(sum(lengths) + num_layers)
-    rnn, embed = torch.nn.GRU(3, 4, num_layers, batch_first=True).to(dtype), torch.nn.Embedding(WORDS, 3, dtype=dtype)
+    rnn = torch.nn.GRU(3, 4, num_layers, batch_first=True, bidirectional=bidirectional).to(dtype)
+    embed = torch.nn.Embedding(WORDS, 3, dtype=dtype)
     captions, lengths = batch(lengths)
     weights, parameters = torch.randn(len(lengths), 4, dtype=dtype), [*rnn.parameters(), *embed.parameters()]
     (mine, my_gradients), (other, other_gradients) = (
@@ -110,9 +113,11 @@ def test_captions_in_another_order_are_refused_at_every_word(lengths, bidirectio
         word_states(rnn, embed, torch.ones(len(lengths), 3, dtype=torch.int64), torch.tensor(lengths))
 
 
-def test_bf16_products_are_near():
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["ahead", "both ways"])
+def test_bf16_products_are_near(bidirectional):
     torch.manual_seed(0)
-    rnn, embed = torch.nn.GRU(8, 16, batch_first=True), torch.nn.Embedding(WORDS, 8)
+    rnn = torch.nn.GRU(8, 16, batch_first=True, bidirectional=bidirectional)
+    embed = torch.nn.Embedding(WORDS, 8)
     captions, lengths = batch([5, 5, 3, 2])
     states, exact = last_states(rnn, embed, captions, lengths, torch.bfloat16), theirs(rnn, embed, captions, lengths)
     assert states.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+from contextlib import suppress
 
 import loops
 import numpy as np
@@ -124,9 +125,20 @@ def test_images_drawn_alone_make_the_interval_of_one_seed():
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.05)
 
 
-def test_the_smallest_difference_is_half_the_interval():
-    half, words = intervals.smallest_difference(intervals.Interval(1.0, -3.25, 5.25))
-    assert half == 4.25 and "more than 4.2" in words and "missed" in words
+def test_the_smallest_differences_are_half_the_intervals():
+    found = [intervals.Interval(1.0, -3.25, 5.25), [0.0, -1.0, 1.0], intervals.Interval(9.0, 7.0, 11.0)]
+    assert intervals.smallest_differences(found) == (1.0, 4.25)
+
+
+def test_all_pairs_at_once_are_each_pair_alone():
+    losses = {name: made_runs(np.random.default_rng(number), 0.3, np.zeros(30), 2)
+              for number, name in enumerate("abc")}
+    losses["c"] = {seed + 5: run for seed, run in losses["c"].items()}
+    found = intervals.differences(losses, ("rsum", "t2i_r1"), draws=30, seed=3)
+    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
+    for (a, b), own in found.items():
+        for figure, interval in own.items():
+            assert interval == intervals.difference(losses[a], losses[b], figure, draws=30, seed=3)
 
 
 # Bad input --------------------------------------------------------------------------------------
@@ -158,6 +170,17 @@ def test_a_file_of_something_else_is_refused(tmp_path, change):
     np.savez(tmp_path / "r.npz", **{name: part for name, part in {**GOOD, **change}.items() if part is not None})
     with pytest.raises(InputError, match=r"r\.npz .*--save_ranks"):
         intervals.read_ranks(tmp_path / "r.npz")
+
+
+def test_no_flipped_bit_is_more_than_a_sentence(tmp_path):
+    np.savez_compressed(tmp_path / "r.npz", **{name: np.arange(400) // 4 for name in GOOD})
+    whole, rng = (tmp_path / "r.npz").read_bytes(), np.random.default_rng(1)
+    for place in rng.integers(0, len(whole), 300):
+        torn = bytearray(whole)
+        torn[place] ^= 1 << rng.integers(0, 8)
+        (tmp_path / "r.npz").write_bytes(torn)
+        with suppress(InputError):
+            intervals.read_ranks(tmp_path / "r.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY", b"text"])

@@ -1,6 +1,7 @@
 """VSE over regions from the command line: training with every pooling, augmentation, resuming, VSE-infinity's files."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -92,6 +93,14 @@ def test_the_vocabulary_gets_a_mask_and_its_file_does_not(regions):
     train.main([*TINY, "--drop_words", "0.2", "--num_epochs", "1"])  # a file that is there gets it, too
     content = load("runs/runX/checkpoint.pth.tar")
     assert "<mask>" not in words and content["vocabulary"] == [*words, "<mask>"]
+
+
+def test_words_are_not_dropped_for_a_model_that_has_no_mask(regions):
+    train.main([*TINY, "--num_epochs", "1"])
+    with pytest.raises(InputError, match="--drop_words needs the word <mask>, and the model"):
+        train.main([*TINY, "--drop_words", "0.2", "--init_from", "runs/runX/checkpoint.pth.tar", "--num_epochs", "1",
+                    "--logger_name", "runs/other"])
+    assert not os.path.exists("runs/other")
 
 
 def test_a_released_checkpoint_of_vse_infinity_prints_its_lines(tmp_path, capsys, monkeypatch):

@@ -244,6 +244,36 @@ def test_a_loss_that_no_learning_rate_trains_is_one_sentence(scripts):
     assert not os.path.exists("runs/reproduce_smoke/results.json")
 
 
+def test_where_every_run_fails_after_its_trials_it_is_one_sentence(scripts):
+    path = os.path.join(reproduce.SCRIPTS, "train.py")
+    train = open(path).read()
+    with open(path, "w") as file:
+        file.write(train.replace('kind == "HAL" and lr > 0.001', "epochs == 2"))
+    with pytest.raises(InputError, match=r"no run was trained to its end \(HAL, step 5: training has collapsed\)"):
+        reproduce.main([*FAST, "--losses", "HAL"])
+    assert not os.path.exists("runs/reproduce_smoke/results.json")
+
+
+def test_a_seed_alone_has_intervals_over_images_and_nothing_in_bold(scripts):
+    for seeds, words in (["0"], "over images;"), (["0", "2", "3"], "over images and seeds, in bold"):
+        reproduce.main([*FAST, "--losses", "sum-margin", "max-margin", "--seeds", *seeds])
+        text = open("runs/reproduce_smoke/results.md").read()
+        assert f"differences with 95 % intervals {words}" in text and "is missed every second time" in text
+
+
+def test_an_error_on_one_device_does_not_wait_for_another(monkeypatch):
+    begun, calls = [], reproduce.Calls(["cpu", "auto"])
+
+    def function(number):
+        begun.append(number)
+        time.sleep(0.3 if number == 0 else 0.0)
+        if number == 1:
+            raise InputError("no data")
+    with pytest.raises(InputError, match="no data"):
+        calls.map(function, [(number,) for number in range(50)])
+    assert len(begun) < 5
+
+
 def test_a_seed_that_collapses_is_reported_and_left_out_of_the_mean(scripts, monkeypatch):
     train = open(os.path.join(reproduce.SCRIPTS, "train.py")).read()
     with open(os.path.join(reproduce.SCRIPTS, "train.py"), "w") as file:

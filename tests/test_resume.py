@@ -11,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import RAW, ROOT, TINY, in_shell, load, run_script, scalars, states_equal
 
+import checkpoint
 import compute_results
 import run_record
 import train
@@ -119,6 +121,63 @@ def test_resume_auto_starts_where_there_is_nothing_and_passes_over_what_is_broke
     said = capsys.readouterr().err
     assert "Passed over" in said and "Epoch-2-model.pth.tar" in said
     assert load(RUN)["epoch"] == 3
+
+
+def test_resume_auto_goes_on_with_the_run_that_wrote_last(workdir, monkeypatch):
+    train.main([*FLAGS, "--save_all"])
+    stopped(monkeypatch, FLAGS, 2)  # another run in the same folder
+    train.main([*FLAGS, "--num_epochs", "1", "--resume", "auto"])
+    assert load(RUN)["Eiters"] == 4
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_killed_between_an_epoch_s_files_it_writes_them_all_again(at, workdir, monkeypatch):
+    flags = [*FLAGS, "--save_all"]
+    train.main([*flags, "--logger_name", "runs/whole"])
+    ends, true_save = [], checkpoint.save
+
+    def killed(path, content):
+        ends.append(content["epoch"])
+        if ends.count(2) == at + 1:
+            raise KeyboardInterrupt
+        true_save(path, content)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", killed)
+        patch.setattr(train, "validate", lambda run: (10.0 * (run.epoch + 1), []))  # the second epoch is the best
+        train.main(flags)
+    assert load(RUN)["epoch"] == 1
+    train.main([*flags, "--resume", "auto"])
+    for name in ("model_best", "checkpoint", *(f"Epoch-{epoch}-model" for epoch in (1, 2, 3))):
+        found, expected = (load(f"runs/{run}/{name}.pth.tar") for run in ("runX", "whole"))
+        assert states_equal(found["model"], expected["model"]) == (name != "model_best") or (
+            found["epoch"] == expected["epoch"])
+
+
+def test_a_best_model_that_could_not_be_written_is_not_the_one_to_beat(workdir, monkeypatch):
+    rsums, true_save = iter([10.0, 50.0, 40.0]), checkpoint.save
+
+    def full_in_the_second_epoch(path, content):
+        if content["epoch"] == 2 and path.endswith("model_best.pth.tar"):
+            raise InputError("no space")
+        true_save(path, content)
+    monkeypatch.setattr(checkpoint, "save", full_in_the_second_epoch)
+    monkeypatch.setattr(train, "validate", lambda run: (next(rsums), []))
+    train.main([*FLAGS, "--val_step", "1000"])
+    assert load("runs/runX/model_best.pth.tar")["epoch"] == 3 and load(RUN)["best_rsum"] == 40
+
+
+def test_other_training_data_are_told_of_and_too_few_refused(workdir, monkeypatch, capsys):
+    stopped(monkeypatch, FLAGS, 7)  # step 3 of 4 of the second epoch
+    folder = Path("data/tiny_precomp")
+    lines, rows = (folder / "train_caps.txt").read_text().splitlines(), np.load(folder / "train_ims.npy")
+    (folder / "train_caps.txt").write_text("\n".join(lines[:20]) + "\n")
+    np.save(folder / "train_ims.npy", rows[:4])
+    with pytest.raises(InputError, match="step 3 of its epoch, and the training data make 2: give the data"):
+        train.main([*FLAGS, "--resume", "auto"])
+    (folder / "train_caps.txt").write_text("\n".join(["a dog", *lines[1:]]) + "\n")
+    np.save(folder / "train_ims.npy", rows)
+    train.main([*FLAGS, "--resume", "auto"])
+    assert "Warning: the training data are not those that this run was trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag, value", [("local_alpha", "10.0"), ("seed", "5"), ("batch_size", "8"),
@@ -317,9 +376,9 @@ def test_a_disk_that_stays_full_ends_the_run_with_one_sentence_and_whole_files(w
     assert "Training goes on" in found.stderr and found.stdout.count("rsum") == 4
     assert re.search(r"error: .*\.pth\.tar could not be written \(No space left on device\): free some space",
                      found.stderr.splitlines()[-1])
-    assert not list(disk.glob("*.tmp")) and load(str(disk / "checkpoint.pth.tar"))["epoch"] >= 1
-    for path in disk.glob("*.pth.tar"):
-        load(str(path))
+    written = list(disk.glob("*.pth.tar"))
+    assert written and not list(disk.glob("*.tmp"))
+    assert all(load(str(path))["epoch"] >= 1 for path in written)
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_step(workdir, small_disk, monkeypatch, capsys):
@@ -351,5 +410,5 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(workdir):
             f"sys.path.insert(0, {str(ROOT)!r}); import train, errors; errors.run_script(train.main)")
     found = subprocess.run([sys.executable, "-c", code, *TINY, "--num_epochs", "1"], capture_output=True, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert found.returncode == 2 and "checkpoint.pth.tar could not be written" in found.stderr
+    assert found.returncode == 2 and ".pth.tar could not be written" in found.stderr
     assert "Traceback" not in found.stderr and not list(Path("runs/runX").glob("*.pth.tar*"))

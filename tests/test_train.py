@@ -775,14 +775,15 @@ def test_bad_input_ends_with_2_and_one_line(workdir, kind):
     assert tree(workdir) == before
 
 
+@pytest.mark.parametrize("flags", [[], ["--micro_batch", "4"]], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("content", [None, b"not an image"], ids=["missing", "broken"])
-def test_an_image_that_cannot_be_read_is_named_and_no_checkpoint_written(workdir, content):
+def test_an_image_that_cannot_be_read_is_named_and_no_checkpoint_written(workdir, content, flags):
     path = workdir / "data" / "f8k" / "images" / "2.png"
     path.unlink()
     if content:
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"2\.png"):
-        train.main([*RAW, "--data_name", "f8k"])
+        train.main([*RAW, "--data_name", "f8k", *flags])
     assert not any(name.endswith(".tar") for name in tree(workdir))
 
 

@@ -38,6 +38,7 @@ OPTIONS = {"data_name": "some_precomp", "img_dim": 8, "embed_size": 12, "word_di
            "lambda_lse": 6.0, "precomp_enc_type": "basic", "bi_gru": False, "no_txtnorm": False}
 T2I = {"cross_attn": "t2i", "bi_gru": True}
 I2T = {"cross_attn": "i2t", "agg_func": "Mean", "lambda_softmax": 4.0, "precomp_enc_type": "weight_norm"}
+MLP = {"precomp_enc_type": "mlp", "image_pooling": "gpo", "sum_violation": True}
 # Changes of the options, pairs of the batch, and --micro_batch.
 CASES = {
     "hal": ({}, 23, None),
@@ -56,6 +57,9 @@ CASES = {
     "i2t, two pairs": ({**I2T, "sum_violation": True}, 2, None),
     "t2i, micro": ({**T2I, "max_violation": True}, 23, 4),
     "i2t, micro, seven pairs": (I2T, 7, 1),
+    "mlp": (MLP, 23, None),
+    "mlp, fewer pairs than processes": ({**MLP, "image_pooling": "mean"}, 3, None),
+    "mlp, gpo, one pair": (MLP, 1, None),
     "cnn": ({"data_name": "photos"}, 6, None),
     "cnn, fewer pairs than processes": ({"data_name": "photos"}, 3, None),
     "cnn without batch norm, micro": ({"data_name": "photos", "without": "batch norm"}, 9, 2),
@@ -103,7 +107,9 @@ def case(name):
     if changes.get("bank"):
         images, captions = (l2norm(torch.randn(changes["bank"], opt.embed_size).double()) for _ in range(2))
         bank = MemoryBank(images, captions, torch.arange(changes["bank"]))
-    shape = (3, 64, 64) if opt.data_name == "photos" else (5, opt.img_dim) if opt.cross_attn else (opt.img_dim,)
+    shape = (3, 64, 64) if opt.data_name == "photos" else (opt.img_dim,)
+    if opt.cross_attn or opt.precomp_enc_type == "mlp":
+        shape = (5, opt.img_dim)
     similarity = partial(cross_attention_similarities, opt=opt) if opt.cross_attn else criterion.similarity
     return model, Loader(Pairs(pairs, shape), pairs), criterion, similarity, bank, micro_batch
 
