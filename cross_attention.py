@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import leaky_relu
 from torch.utils.checkpoint import checkpoint
 
-from errors import InputError
+from errors import InputError, check_choice
 
 EPS = 1e-8  # the released code's, wherever it divides
 SLOPE = 0.1  # "clipped" norms are leaky ones
@@ -39,10 +39,7 @@ AGGREGATIONS = {  # of (n, m, queries)
 
 def choice(opt, flag, choices):
     """The option's value; raises InputError where it is none of the choices."""
-    value = getattr(opt, flag)
-    if value not in choices:
-        raise InputError(f"--{flag} is {value}: choose one of {', '.join(choices)}")
-    return value
+    return check_choice(flag, getattr(opt, flag), choices)
 
 
 def _attention(scores, norm, smooth):

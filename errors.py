@@ -57,6 +57,13 @@ def number(kind, low, high=math.inf, low_allowed=True):
     return parse
 
 
+def check_choice(flag, value, choices):
+    """The value; raises InputError where it is none of the choices."""
+    if value not in choices:
+        raise InputError(f"--{flag} is {value}: choose one of {', '.join(choices)}")
+    return value
+
+
 class Output:
     """A standard stream in which nothing that fails raises: it is kept in `failure`, and the next write is tried again.
 

@@ -7,13 +7,14 @@ one seed gives the same initial weights.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from caption_files import is_precomputed
-from errors import InputError, check_regular
+from errors import InputError, check_choice, check_regular
 from gru import last_states, word_states
 from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on: the family imports them from here)
 from pooling import GPO, POOLINGS, mean_pool, region_lengths
@@ -37,11 +38,6 @@ def _init_fc(fc):
     with torch.no_grad():
         fc.weight.uniform_(-bound, bound)
         fc.bias.zero_()
-
-
-def _check_choice(flag, value, choices):
-    if value not in choices:
-        raise InputError(f"--{flag} is {value}: choose one of {', '.join(choices)}")
 
 
 def _pool(encoder, pooling, features, lengths):
@@ -128,15 +124,9 @@ class EncoderImagePrecomp(nn.Module):
         return super().load_state_dict({name: value for name, value in state_dict.items() if name in own}, strict)
 
 
-class _Module(nn.Module):
-    """Runs the module it holds: state names carry the `module.` of the released code's DataParallel."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, images):
-        return self.module(images)
+def _as_data_parallel(module):
+    """The module in one whose state names carry the `module.` of the released code's DataParallel."""
+    return nn.Sequential(OrderedDict(module=module))
 
 
 def cnn_types():
@@ -148,8 +138,7 @@ def cnn_types():
 def _build_cnn(cnn_type, weights):
     """A torchvision CNN with its last linear layer, with ImageNet weights, a file's, or random ones."""
     from torchvision import models
-    if cnn_type not in cnn_types():
-        raise InputError(f"--cnn_type is {cnn_type}: choose one of {', '.join(cnn_types())}")
+    check_choice("cnn_type", cnn_type, cnn_types())
     if weights == "imagenet":
         try:
             return models.get_model(cnn_type, weights="IMAGENET1K_V1")
@@ -186,11 +175,11 @@ class EncoderImageFull(EncoderImagePrecomp):
         if cnn_type.startswith("vgg"):
             feature_size = cnn.classifier[-1].in_features
             cnn.classifier = cnn.classifier[:-1]
-            cnn.features = _Module(cnn.features)
+            cnn.features = _as_data_parallel(cnn.features)
         else:
             feature_size = cnn.fc.in_features
             cnn.fc = nn.Identity()
-            cnn = _Module(cnn)
+            cnn = _as_data_parallel(cnn)
         super().__init__(feature_size, embed_size, use_abs, no_imgnorm)
         self.cnn = cnn.requires_grad_(finetune)
 
@@ -214,8 +203,8 @@ def EncoderImage(data_name, img_dim, embed_size, finetune=False, cnn_type="vgg19
 
     Raises InputError for a choice that is none, or that does not go with photos.
     """
-    _check_choice("image_pooling", image_pooling or "mean", IMAGE_POOLINGS)
-    _check_choice("precomp_enc_type", precomp_enc_type, ENC_TYPES)
+    check_choice("image_pooling", image_pooling or "mean", IMAGE_POOLINGS)
+    check_choice("precomp_enc_type", precomp_enc_type, ENC_TYPES)
     if is_precomputed(data_name):
         return EncoderImagePrecomp(img_dim, embed_size, use_abs, no_imgnorm, image_pooling, precomp_enc_type)
     if image_pooling or precomp_enc_type == "mlp":
@@ -234,7 +223,7 @@ class EncoderText(nn.Module):
     def __init__(self, vocab_size, word_dim, embed_size, num_layers, use_abs=False, *, text_pooling="last",
                  bi_gru=False, no_txtnorm=False):
         super().__init__()
-        _check_choice("text_pooling", text_pooling, TEXT_POOLINGS)
+        check_choice("text_pooling", text_pooling, TEXT_POOLINGS)
         self.use_abs, self.no_txtnorm, self.text_pooling = use_abs, no_txtnorm, text_pooling
         self.embed = nn.Embedding(vocab_size, word_dim)
         if text_pooling == "gpo":

@@ -153,7 +153,8 @@ class Words(NamedTuple):
 class CrossAttention:
     """Cross-attention scores of (N, R, D) images and Words, as a source of similarities (see `ranking`).
 
-    opt: as for `cross_attention_similarities`; products are in the embeddings' own precision, whatever amp says.
+    opt: as for `cross_attention_similarities`; products are in the embeddings' own precision, whatever amp says. Equal
+    captions in different tiles may score apart in the last bits, where words ask.
     """
 
     tile_images, width = 64, 64

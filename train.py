@@ -34,7 +34,7 @@ import sample_data
 from cross_attention import AGGREGATIONS, NORMS, cross_attention_similarities
 from data import get_loaders
 from device import amp_in_words, choose_device, choose_products
-from errors import ArgumentParser, InputError, number, run_script
+from errors import ArgumentParser, InputError, check_choice, number, run_script
 from evaluation import append, embed, metrics_of, similarity_source, split_loss
 from features import features_of
 from hubness import DEPTHS, hubness_both_ways
@@ -155,7 +155,8 @@ def add_training_flags(group):
                        "memory of a small one, for one more pass through the encoders (default: the whole batch)")
     group.add_argument("--learning_rate", default=0.0002, type=positive, help="Adam's initial learning rate")
     group.add_argument("--weight_decay", default=0.0, type=share, help="AdamW's (0: Adam)")
-    group.add_argument("--drop_regions", default=0.0, type=rate, help="share of regions left out of a training batch")
+    group.add_argument("--drop_regions", default=0.0, type=rate, help="share of regions left out of a training batch "
+                                                                               "(SCAN attends to zeros in their place)")
     group.add_argument("--drop_words", default=0.0, type=rate,
                        help="share of words touched in training: half of them become <mask>, a tenth random, the rest "
                        "goes")
@@ -223,8 +224,8 @@ def _check(opt):
                          "to the whole bank, which costs many times the step itself; leave one of them out")
     if opt.precomp_enc_type == "weight_norm" and not opt.cross_attn:
         raise InputError("--precomp_enc_type weight_norm is SCAN's: add --cross_attn, or choose basic or mlp")
-    if opt.cnn_type != "vgg19" and opt.cnn_type not in cnn_types():
-        raise InputError(f"--cnn_type is {opt.cnn_type}: choose one of {', '.join(cnn_types())}")
+    if opt.cnn_type != "vgg19":
+        check_choice("cnn_type", opt.cnn_type, cnn_types())
     if opt.batch_size < distributed.size():
         raise InputError(f"--batch_size {opt.batch_size} for {distributed.size()} processes: it is the size of the one "
                          "batch that they share, so give at least as many pairs, or start fewer processes")
@@ -616,9 +617,8 @@ def end_epoch(run, rsum):
             raise
         log(f"Warning: {error}. Training goes on")
     if run.opt.keep:
-        kept = sorted(glob.glob(os.path.join(glob.escape(folder), "Epoch-*-model.pth.tar")),
-                      key=lambda path: int("0" + "".join(filter(str.isdigit, os.path.basename(path)))))
-        for path in kept[:-run.opt.keep]:
+        written = glob.glob(os.path.join(glob.escape(folder), "Epoch-*-model.pth.tar"))
+        for path in sorted(written, key=checkpoint.written)[:-run.opt.keep]:  # an older run's go first
             os.unlink(path)
 
 

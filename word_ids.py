@@ -57,10 +57,6 @@ class WordIds(NamedTuple):
         places = starts + torch.arange(longest, device=starts.device)
         return self.words[places.clamp(max=len(self.words) - 1)].long() * (places < ends)
 
-    def first(self, n):
-        """The first n captions."""
-        return WordIds(self.words[:self.offsets[n]], self.offsets[:n + 1])
-
     def to(self, device):
         """The same on another device."""
         return WordIds(self.words.to(device), self.offsets.to(device))

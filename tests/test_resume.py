@@ -218,6 +218,9 @@ def test_what_another_run_wrote_since_the_checkpoint_was_looked_for_is_not_overw
 
 
 def test_keep_bounds_the_epoch_files(workdir):
+    older = Path("runs/runX/Epoch-13-model.pth.tar")
+    older.parent.mkdir(parents=True)
+    older.touch()
     train.main([*FLAGS, "--save_all", "--keep", "2"])
     assert sorted(path.name for path in Path("runs/runX").glob("Epoch-*")) == [
         "Epoch-2-model.pth.tar", "Epoch-3-model.pth.tar"]

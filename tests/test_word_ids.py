@@ -47,13 +47,6 @@ def test_captions_are_padded_with_0_to_the_longest(words, indices):
     assert padded.tolist() == [ids(captions[index]) + [0] * (longest - len(ids(captions[index]))) for index in indices]
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_the_first_captions_are_those_of_the_file(words, n):
-    captions = ["a dog", "", "a a a a", "cat"]
-    first = number_words(captions, words).first(n)
-    assert len(first) == n and first.words.tolist() == sum((ids(caption) for caption in captions[:n]), [])
-
-
 @pytest.mark.parametrize("lengths", [[3, 5, 3, 5, 2, 3], [1], [4, 4, 4], list(range(40)) * 3], ids=len)
 def test_by_length_puts_the_longest_first_and_is_stable(lengths):
     expected = sorted(range(len(lengths)), key=lambda place: -lengths[place])
