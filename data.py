@@ -218,7 +218,7 @@ def image_names(dataset, ids_file):
 
 def open_features(path):
     """The (n, width) or (n, regions, width) features in a .npy file as a memory-mapped tensor, checked to be finite
-    numbers. A few images of nothing but zeros are counted in one line, a file of them is refused."""
+    numbers. Of regions, a few images of nothing but zeros are counted in one line, a file of them is refused."""
     check_regular(path)
     try:
         features = np.load(path, mmap_mode="c", allow_pickle=False)  # private pages: the file is never written to
