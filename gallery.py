@@ -261,7 +261,10 @@ class Gallery:
     def photo(self, number):
         """The absolute path of a photo in the one folder; None if it is not there (any more), is no regular file, or,
         its links followed, lies outside, or the gallery has ids only."""
-        return None if self.photo_folder is None else inside(self.photo_folder, self.items[number])
+        if self.photo_folder is None:
+            return None
+        name = self.items[number]
+        return inside(self.photo_folder, name) or inside(self.photo_folder, name + ".jpg")  # ids may have no ending
 
     def search(self, queries, top, corrected=False):
         """(q, width) queries -> scores and numbers of the best photos: (q, top) float32, int64, best first."""

@@ -59,11 +59,12 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_the_files_of_the_readme_s_table_are_there():
+def test_the_readme_s_table_has_the_files_that_are_there():
     table = TEXTS["README.md"].split("## What is where")[1].split("\n## ")[0]
     cells = re.findall(r"^\|[a-z ]*\| (`.*?) \|", table, re.MULTILINE)
     names = [name for cell in cells for name in re.findall(r"`(.+?)`", cell)]
     assert len(names) > 20 and [name for name in names if not (ROOT / name).exists()] == []
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"`(\w+\.py)`", table))
 
 
 def test_the_plot_s_figures_are_the_table_s():

@@ -137,6 +137,16 @@ def test_a_gallery_without_captions_is_built_of_features_and_ids_alone(evaluated
     assert found.description["hubs"] is None
 
 
+def test_ids_without_an_ending_name_their_photos(evaluated):
+    Path("own").mkdir()
+    np.save("own/gallery_ims.npy", np.random.default_rng(1).standard_normal((2, 8)).astype(np.float32))
+    Path("own/gallery_ids.txt").write_text("1000\n2000\n")
+    write_image(Path("photos/1000.jpg"), 1)
+    ask("--precomp", "own", "--split", "gallery", "--images", "photos", "--index", "g", "--correction", "none")
+    found = gallery.Gallery("g")
+    assert [found.photo(number) for number in (0, 1)] == [os.path.realpath("photos/1000.jpg"), None]
+
+
 def test_any_number_of_captions_an_image(evaluated, capsys):
     ids = [0, 0, 1, 2, 2, 2]
     Path("own_precomp").mkdir()
