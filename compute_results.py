@@ -100,7 +100,7 @@ def add_hub_flags(group):
     group.add_argument("--correction_alpha", type=number(float, 0, low_allowed=False),
                        help="nnn: weight of what is taken off (default: 0.75)")
     group.add_argument("--tune_correction", action="store_true",
-                       help="choose those that are not given by the recalls on the dev split, for each direction")
+                       help="choose each parameter that no flag sets, by the recalls on dev, for each direction")
 
 
 def add_machine_flags(group):

@@ -113,7 +113,7 @@ def add_correction_flags(group):
     group.add_argument("--correction_alpha", type=number(float, 0, low_allowed=False),
                        help="nnn: weight of what is taken off (default: 0.75)")
     group.add_argument("--tune_correction", action="store_true",
-                       help="choose those that are not given by the recalls on the dev split")
+                       help="choose each parameter that no flag sets, by the recalls on dev")
 
 
 def add_model_flags(group):

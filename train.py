@@ -101,8 +101,10 @@ def add_model_flags(group):
     group.add_argument("--img_dim", type=count, help="width of the precomputed features (default: that of the file)")
     group.add_argument("--precomp_enc_type", default="basic", choices=[*ENC_TYPES, "weight_norm"],
                        help="features: one linear layer; mlp: VSE-infinity's, for regions; weight_norm: SCAN's")
-    group.add_argument("--image_pooling", choices=IMAGE_POOLINGS, help="of regions (default: mean)")
-    group.add_argument("--text_pooling", default="last", choices=TEXT_POOLINGS, help="of a caption's words")
+    group.add_argument("--image_pooling", choices=IMAGE_POOLINGS,
+                       help="how an image's regions become one vector (default: mean)")
+    group.add_argument("--text_pooling", default="last", choices=TEXT_POOLINGS,
+                       help="how a caption's words become one vector")
     group.add_argument("--bi_gru", action="store_true", help="a GRU in both directions, of which the mean is taken")
     group.add_argument("--cnn_type", default="vgg19", help="torchvision's VGG or ResNet for raw images")
     group.add_argument("--cnn_weights", default="imagenet", help="imagenet, none (random), or a state dict file")
@@ -118,8 +120,10 @@ def add_attention_flags(group):
     group.add_argument("--cross_attn", choices=["t2i", "i2t"],
                        help="t2i: words attend to regions, i2t: regions to words (default: none, a VSE)")
     group.add_argument("--raw_feature_norm", default="clipped_l2norm", choices=NORMS,
-                       help="of the similarities of one context with all queries")
-    group.add_argument("--agg_func", default="LogSumExp", choices=[*AGGREGATIONS], help="of a pair's relevances")
+                       help="how the raw similarities of words and regions are normalised, over all queries of a "
+                       "context, before the softmax")
+    group.add_argument("--agg_func", default="LogSumExp", choices=[*AGGREGATIONS],
+                       help="how a pair's scores, one a word (t2i) or region (i2t), become one")
     group.add_argument("--lambda_lse", default=6.0, type=number(float, 0, low_allowed=False),
                        help="sharpness of LogSumExp")
     group.add_argument("--lambda_softmax", default=9.0, type=number(float, 0), help="sharpness of the attention")
@@ -161,7 +165,7 @@ def add_training_flags(group):
                        help="share of words touched in training: half of them become <mask>, a tenth random, the rest "
                        "goes")
     group.add_argument("--lr_update", type=count,
-                       help="epochs after which the learning rate is divided by 10 (default: 8, with --cross_attn 15)")
+                       help="divide the learning rate by 10 every so many epochs (default: 8, with --cross_attn 15)")
     group.add_argument("--grad_clip", default=2.0, type=share, help="largest gradient norm (0: no clipping)")
     group.add_argument("--lr_warmup_steps", default=0, type=number(int, 0),
                        help="steps over which the learning rate rises linearly to --learning_rate")
@@ -170,7 +174,7 @@ def add_training_flags(group):
     group.add_argument("--skip_bad_steps", default=0, type=number(int, 0),
                        help="steps in a row with a loss or gradient that is not finite that may pass without update")
     group.add_argument("--collapse_patience", default=50, type=count,
-                       help="steps in a row that must look collapsed before anything is said")
+                       help="steps in a row that must look collapsed before --on_collapse acts")
     group.add_argument("--on_collapse", choices=["stop", "warn"],
                        help="what to do then (default: stop; with --max_violation, which may recover, warn)")
 
@@ -186,7 +190,8 @@ def add_start_flags(group):
                        help="under torchrun, seconds after which a process that does not answer is given up")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
-                       help="continue this run where it stopped; auto: from the run folder's newest checkpoint, if any")
+                       help="continue this run where it stopped; auto: from the run folder's checkpoint.pth.tar, if "
+                       "there is one")
     start.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
                        "released code's)")
     group.add_argument("--reset_train", action="store_true", help="accepted as in the released code: no effect")
@@ -358,7 +363,7 @@ class Run:
         self.epoch, self.step_in_epoch, self.steps, self.best_rsum = 0, 0, 0, 0.0
         self.bank, self.meters, self.pending, self.watch = None, LogCollector(), [], Watch(opt, log)
         self.path = os.path.join(opt.logger_name, "checkpoint.pth.tar")
-        self.scalars = self.log = None  # opened when everything else has been found good
+        self.scalars = self.log = Nowhere()  # opened when everything else has been found good
         self.stop, self.shared = Stop(), distributed.launched() or opt.micro_batch
 
     @cached_property
@@ -616,7 +621,7 @@ def end_epoch(run, rsum):
         if last:
             raise
         log(f"Warning: {error}. Training goes on")
-    if run.opt.keep:
+    if run.opt.save_all and run.opt.keep:
         written = glob.glob(os.path.join(glob.escape(folder), "Epoch-*-model.pth.tar"))
         for path in sorted(written, key=checkpoint.written)[:-run.opt.keep]:  # an older run's go first
             os.unlink(path)
@@ -664,12 +669,15 @@ def digest(text):
 
 
 class Nowhere:
-    """In place of TensorBoard and log.jsonl on processes that write no files."""
+    """In place of TensorBoard and log.jsonl where none are written."""
 
     def log_value(self, *_):
         """Nothing."""
 
     def write(self, **_):
+        """Nothing."""
+
+    def sync(self):
         """Nothing."""
 
 
@@ -708,7 +716,6 @@ def carry_out(opt):
     written = checkpoint.written(last)
     run, is_new, products = set_up(opt, device)
     if not distributed.is_first():
-        run.scalars = run.log = Nowhere()
         with stoppable() as stop:
             train(run, stop)
         return

@@ -1,6 +1,6 @@
 """Words: tokenizing captions, and the vocabulary that numbers the words.
 
-As a script it builds a vocabulary file from a data set's training and dev captions:
+As a script it builds a vocabulary file from a data set's captions (of features: those of train and dev):
 
     python3 vocab.py --data_path data --data_name f30k_precomp --vocab_path ./vocab/
 
@@ -257,7 +257,7 @@ def write_vocabulary(vocabulary, path):
 
 def parse_args(argv=None):
     """The script's flags."""
-    parser = ArgumentParser("Build a vocabulary file from a data set's training and dev captions.")
+    parser = ArgumentParser("Build a vocabulary file from a data set's captions (of features: train's and dev's).")
     parser.add_argument("--data_path", default="data", help="folder that holds the data sets")
     parser.add_argument("--data_name", default="sample_precomp", help="data set: *_precomp, coco, f8k, f30k, ...")
     parser.add_argument("--vocab_path", default="./vocab/", help="folder for <data_name>_vocab.json")
