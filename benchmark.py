@@ -105,7 +105,7 @@ def captions_and_words(options, rng):
 
 def reference_batches(dataset, vocab, batch_size):
     """Batches as the original makes them: each caption tokenized when asked for, samples joined in Python."""
-    order, features = torch.randperm(len(dataset)).tolist(), dataset.images.numpy()
+    order, features = torch.randperm(len(dataset)).tolist(), dataset.images.cpu().numpy()
     captions_per_row = len(dataset) // len(features)
     for start in range(0, len(order), batch_size):
         samples = []
@@ -434,7 +434,7 @@ def check_ranks(images, captions, ranked, expected):
                                           (ranked[1], expected[1], own.flatten(), scores.t())):
         near = torch.cat([((rows - bars.unsqueeze(1)).abs() < HARD_SCORES).sum(1)
                           for rows, bars in zip(matrix.split(500), pairs.split(500))]) > 1
-        differ = torch.from_numpy(ranks).long() != ranking.ranks
+        differ = torch.from_numpy(ranks).long() != ranking.ranks.cpu()
         assert not (differ & ~near).any(), "ranks differ from the reference's"
         assert differ.float().mean() < 0.01, "too many near ties to compare"
 

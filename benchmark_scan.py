@@ -174,6 +174,7 @@ def bench_step(options, timer, batch, vocab_size, way, speeds):
     torch.manual_seed(0)
     model = SCAN(recipe(options, way, vocab_size)).to(timer.device)
     plain = copy.deepcopy(model)
+    plain.txt_enc.rnn.flatten_parameters()  # which a copy's are not
     fused = timer.device.type in ("cpu", "cuda")
     ours = model, torch.optim.Adam(model.parameters(), lr=2e-4, fused=fused), SCAN.forward_emb
     reference = plain, torch.optim.Adam(plain.parameters(), lr=2e-4, foreach=False), reference_embeddings

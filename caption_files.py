@@ -136,6 +136,7 @@ def _collect(path, rows):
         if split is not None and split not in SPLITS:
             raise InputError(f"{path}, {where}: split is {split!r}: it must be one of {', '.join(SPLITS)}")
         split = SPLITS.get(split)
+        name = os.path.normpath(name) if name else name
         photo = photos.setdefault(name, CaptionedPhoto(name, [], split))
         if photo.split != split:
             raise InputError(f"{path}, {where}: photo {name} is in split {split or 'none'}, but before in "
@@ -160,9 +161,9 @@ def _table_rows(path):
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",\t;", key=first.count), strict=True)
             header = [cell.strip().lower() for cell in next(reader, [])]
-            if not {"image", "caption"} <= set(header):
+            if not {"image", "caption"} <= set(header) or len(set(header)) < len(header):
                 raise InputError(f"{path} has the columns {header}: its first line must name image and caption (and, "
-                                 "if you like, split), parted by commas or tabs")
+                                 "if you like, split) once each, parted by commas or tabs")
             image, caption = header.index("image"), header.index("caption")
             split = header.index("split") if "split" in header else None
             for cells in filter(None, reader):
@@ -191,6 +192,8 @@ def _coco_rows(content, path):
     annotations = _coco_annotations(content, path)
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
+        if len(names) < len(content["images"]):
+            raise TypeError("two images have one id")
         rows = [(names[annotation["image_id"]], annotation["caption"]) for annotation in annotations]
         if not all(isinstance(name, str) for name in names.values()):
             raise TypeError("a file_name is no text")

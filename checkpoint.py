@@ -9,6 +9,7 @@ add `vocabulary` (words), `caption_reading`, `optimizer`, `random_states`, `prog
 
 import argparse
 import glob
+import math
 import os
 import re
 import zipfile
@@ -71,7 +72,7 @@ def content_of(model, optimizer, opt, vocabulary, epoch, steps, best_rsum, progr
         "train_fingerprint": data,
         "float32_products": torch.get_float32_matmul_precision() if model.device.type == "cpu" else None,
         "random_states": {"cpu": torch.get_rng_state(),
-                          "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
+                          "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []},
     }
 
 
@@ -142,11 +143,13 @@ def _complete(opt, sizes, path):
                for name, kind in zip(REGION_OPTIONS, (str, int, str, str))):
         raise InputError(f"checkpoint {path} has options of another kind: {', '.join(REGION_OPTIONS)}")
     for name, value in sizes.items():
-        if getattr(opt, name) != value and not (name == "img_dim" and not is_precomputed(opt.data_name)):
-            given = getattr(opt, name) if type(getattr(opt, name)) is int else "something else"
+        own = getattr(opt, name)
+        if (type(own) is not int or own != value) and not (name == "img_dim" and not is_precomputed(opt.data_name)):
+            given = own if type(own) is int else "something else"
             raise InputError(f"checkpoint {path} contradicts itself: its options give {name} as {given}, its weights "
                              f"have {value}")
-    if opt.measure not in ("cosine", "order") or min(opt.batch_size, opt.crop_size, opt.workers + 1) < 1:
+    if opt.measure not in ("cosine", "order") or not all(
+            1 <= size < 2**31 for size in (opt.batch_size, opt.crop_size, opt.workers + 1)):
         raise InputError(f"checkpoint {path} has options out of range: measure {opt.measure}, batch_size "
                          f"{opt.batch_size}, crop_size {opt.crop_size}, workers {opt.workers}")
 
@@ -160,7 +163,7 @@ def _check(content, path):
     if not (isinstance(states, (list, tuple)) and len(states) == 2 and all(isinstance(s, dict) for s in states)):
         raise InputError(f"checkpoint {path}: 'model' is not [image state, text state]")
     for name, tensor in [item for state in states for item in state.items()]:
-        if not _whole(tensor):
+        if not _whole(tensor) or not isinstance(name, str):
             raise InputError(f"checkpoint {path}: {name} is not a whole tensor")
         if tensor.dtype not in WEIGHT_TYPES and not str(name).endswith("num_batches_tracked"):  # batch norm's counter
             raise InputError(f"checkpoint {path}: {name} is of type {str(tensor.dtype).removeprefix('torch.')}, where "
@@ -286,7 +289,8 @@ def newest(folder, log):
         except InputError as error:
             log(f"Passed over: {error}")
             continue
-        if "optimizer" in content and (place := (content["Eiters"], os.path.getmtime(path), path)) > furthest:
+        if "optimizer" in content and type(content.get("Eiters")) is int and (
+                place := (content["Eiters"], os.path.getmtime(path), path)) > furthest:
             furthest, found = place, (content, path)
         if found[1] == usual:
             break
@@ -311,25 +315,32 @@ def restore(content, path, model, optimizer, opt, log):
             log(f"--{name} was {then} before, and is {now} from here on")
     load_weights(model, content, path)
     try:
-        optimizer.load_state_dict(_fused_as_here(content["optimizer"], optimizer))
+        optimizer.load_state_dict(_settings_as_here(content["optimizer"], optimizer))
         for parameter, state in optimizer.state.items():
             if not all(_whole(state[name].cpu()) and state[name].shape == parameter.shape for name in
                        ("exp_avg", "exp_avg_sq")) or state["step"].numel() != 1:
                 raise ValueError("Adam's moments are not those of these weights")
         torch.set_rng_state(content["random_states"]["cpu"])
-        if torch.cuda.is_available() and len(content["random_states"]["cuda"]) == torch.cuda.device_count():
+        if torch.cuda.is_initialized() and len(content["random_states"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(content["random_states"]["cuda"])
+        elif torch.cuda.is_initialized():
+            log("The checkpoint's random states are of another number of GPUs: dropout, if any, draws anew")
         _check_progress(content.get("progress"), opt.embed_size)
-        return int(content["epoch"]), int(content["Eiters"]), float(content["best_rsum"]), content.get("progress")
+        epoch, steps, best = content["epoch"], content["Eiters"], float(content["best_rsum"])
+        if not (type(epoch) is type(steps) is int and min(epoch, steps) >= 0 and math.isfinite(best)):
+            raise ValueError("epoch, steps or best rsum are out of range")
+        return epoch, steps, best, content.get("progress")
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise InputError(f"--resume {path}: its optimizer or random states are damaged ({error!r}); start from its "
                          f"weights with --init_from {path}") from error
 
 
-def _fused_as_here(state, optimizer):
-    """An optimizer's saved state with this machine's choice of the fused step, by which torch places each `step`."""
-    return {**state, "param_groups": [{**group, "fused": optimizer.defaults["fused"]}
-                                      for group in state["param_groups"]]}
+def _settings_as_here(state, optimizer):
+    """An optimizer's saved state with this run's settings: whether it is fused, by which torch places each `step`."""
+    groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
+    return {**state, "param_groups": [{**own, "params": saved["params"]} for own, saved in groups]}
 
 
 def _check_progress(progress, embed_size):
@@ -341,7 +352,8 @@ def _check_progress(progress, embed_size):
     numbers += [watch["bad"], watch["collapsed"], watch["warned"], progress["step_in_epoch"]]
     if watch["last_good"] is not None:
         numbers.append(watch["last_good"])
-    if not all(isinstance(value, (int, float)) for value in numbers) or type(progress["step_in_epoch"]) is not int:
+    if not all(isinstance(value, (int, float)) for value in numbers) or (
+            type(progress["step_in_epoch"]) is not int or progress["step_in_epoch"] < 0):
         raise ValueError("what it knows of its place in the epoch is no number")
     if bank is not None:
         images, captions, indices = bank

@@ -178,7 +178,7 @@ def check_correction_splits(options):
 
 
 def check_folders(options):
-    """Raise InputError where --report, --images or --save_ranks will not do."""
+    """Raise InputError where --report, --images or a file to save will not do."""
     if options.report is not None and options.fold5:
         raise InputError("--report shows a whole split: leave --fold5 out")
     if options.eccv and options.fold5:
@@ -188,11 +188,16 @@ def check_folders(options):
         raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
-    if options.save_ranks is not None:
-        folder = os.path.dirname(os.path.abspath(options.save_ranks))
-        if not options.save_ranks or not os.access(folder, os.W_OK) or os.path.isdir(options.save_ranks):
-            raise InputError(f"--save_ranks {options.save_ranks!r} cannot be written: name a file in a folder that is "
-                             "there and may be written")
+    files = {flag: getattr(options, flag) for flag in ("save_csv", "save_json", "save_ranks")}
+    files = {flag: path for flag, path in files.items() if path is not None}
+    for flag, path in files.items():
+        folder = os.path.dirname(os.path.abspath(path))
+        is_made = flag == "save_json" and not os.path.exists(folder)
+        if not path or os.path.isdir(path) or not is_made and not os.access(folder, os.W_OK):
+            raise InputError(f"--{flag} {path!r} cannot be written: name a file in a folder that is there and may be "
+                             "written")
+    if len(set(map(os.path.realpath, files.values()))) < len(files):
+        raise InputError(f"--{' and --'.join(files)} name one file: give each its own")
 
 
 def wanted_methods(options):

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 
-from caption_files import flickr_json_name, is_precomputed, read_captions
+from caption_files import ASCII_SPACE, flickr_json_name, is_precomputed, read_captions
 from errors import InputError, check_regular
 from images import (  # noqa: F401 (handed on: the family imports them from here)
     CocoDataset,
@@ -28,6 +28,7 @@ from vocab import MASK
 from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, drop_words, five_each, number_words, seed_for
 
 FULL_IMG_DIM = 4096  # the released default, without effect on raw images
+LARGEST = 1e15  # number in features: the squares of larger ones overflow where they are added up
 CHECKED_BYTES = 2**26  # of a feature file, looked at at a time
 WORD_DRAW, REGION_DRAW = 3, 4  # of size augmentation, beside the orders' 0 to 2
 
@@ -201,8 +202,8 @@ def read_ids(path):
     """The lines of an ids file, a name or number each, as str; bytes that are no UTF-8 stay what they are."""
     check_regular(path)
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return [line.strip() for line in file.read().rstrip("\n").split("\n")]
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            return [line.strip(ASCII_SPACE) for line in file.read().rstrip("\n").split("\n")]
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
@@ -247,14 +248,15 @@ def _block(features):
 
 
 def _check_numbers(features, path):
-    """Raise InputError where features are not finite, or regions nothing but zeros."""
+    """Raise InputError where features are not finite, or so large that lengths are not, or regions all zeros."""
     block, axes, empty = _block(features), tuple(range(1, features.ndim)), 0
+    largest = min(LARGEST, float(np.finfo(features.dtype).max))
     for start in range(0, len(features), block):
         rows = features[start:start + block]
-        finite = np.isfinite(rows).all(axis=axes)
-        if not finite.all():
-            raise InputError(f"feature file {path} has NaN or infinity in row {start + int(finite.argmin())}: "
-                             "make the features again")
+        whole = (np.abs(rows) <= largest).all(axis=axes)  # so NaN is not
+        if not whole.all():
+            raise InputError(f"feature file {path} has NaN, infinity or a number beyond {LARGEST:g} in row "
+                             f"{start + int(whole.argmin())}: make the features again")
         if features.ndim == 3:
             empty += int(np.count_nonzero(~rows.any(axis=axes)))
     if empty == len(features):

@@ -144,6 +144,12 @@ def _exit_code(main):
         if str(error):  # else another process of the run says it
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):  # a GPU's, and a CPU's
+            raise
+        print(f"error: the memory does not hold this ({str(error).splitlines()[0]}): take a smaller --batch_size, with "
+              "train.py the same in pieces by --micro_batch, or another --device", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as stop:
@@ -164,14 +170,16 @@ def check_regular(path):
 def replacing(path, mode="wb", **options):
     """A file that takes `path`'s place in one step when the block ends well, else leaves no trace.
 
-    Written beside its target under a temporary name, synced, then renamed.
-    Raises InputError where the folder or the disk does not let it be written.
+    Written beside its target under a temporary name, synced, then renamed; a link stays one, to the new file.
+    Raises InputError where the folder or the disk does not let it be written, or the target is no regular file.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
+    target, temporary = os.path.realpath(path), None
+    folder = os.path.dirname(target)
     try:
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise OSError(0, "it is a folder, a pipe or a device, not a regular file")
         os.makedirs(folder, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=folder)
+        descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(target) + ".", suffix=".tmp", dir=folder)
         with os.fdopen(descriptor, mode, **options) as file:
             yield file
             file.flush()
@@ -179,7 +187,7 @@ def replacing(path, mode="wb", **options):
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         temporary = None
     except (OSError, RuntimeError) as error:
         reason = _why_not_written(error)

@@ -6,6 +6,7 @@ Ranks are 0-based (see `ranking`), and R@K is the percentage of queries with ran
 import argparse
 import json
 import os
+import stat
 import sys
 from typing import NamedTuple
 
@@ -429,11 +430,6 @@ def write_results(opt_eval, split, result, more=None):
         checkpoint.save("ranks.pth.tar", ranks)
     except InputError as error:  # nobody asked for this file by a flag
         print(f"note: {error}", file=sys.stderr)
-    if getattr(opt_eval, "save_csv", None):
-        rows = {"_fold1": folds[0], "_fold5": metrics} if folds else {"": metrics}
-        for suffix, row in rows.items():
-            figures = ", ".join(f"{value:.1f}" for value in (*row.i2t, *row.t2i, row.rsum))
-            append(opt_eval.save_csv + suffix, f"{opt.logger_name}, {figures}\n")
     if getattr(opt_eval, "save_json", None):
         with replacing(opt_eval.save_json, "w", encoding="utf-8") as file:
             names = [member.opt.data_name for member in result.checkpoint.members]
@@ -445,11 +441,19 @@ def write_results(opt_eval, split, result, more=None):
         with replacing(f"{run}_img_and_cap_embeddings.npz") as file:
             np.savez(file, img_embs=result.images.cpu()[result.dataset.image_of].numpy(),
                      cap_embs=result.captions.cpu().numpy())
+    if getattr(opt_eval, "save_csv", None):
+        rows = {"_fold1": folds[0], "_fold5": metrics} if folds else {"": metrics}
+        for suffix, row in rows.items():
+            figures = ", ".join(f"{value:.1f}" for value in (*row.i2t, *row.t2i, row.rsum))
+            append(opt_eval.save_csv + suffix, f"{opt.logger_name}, {figures}\n")
 
 
 def append(path, line):
-    """Add a line to a text file; raises InputError where it cannot be written."""
+    """Add a line to a text file; raises InputError where it cannot be written, such as to a pipe, which may wait for
+    ever."""
     try:
+        if os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode):
+            raise OSError(0, "it is a pipe")
         with open(path, "a", encoding="utf-8") as file:
             file.write(line)
     except OSError as error:

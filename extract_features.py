@@ -21,7 +21,6 @@ import shutil
 import sys
 
 import numpy as np
-import torch
 
 import distributed
 import run_record
@@ -90,8 +89,6 @@ def carry_out(args):
     photos = find_photos(args)
     check_splits(args, photos)
     device = choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # or every process would hold memory on the first
     encoder = build_encoder(args.encoder, args.encoder_weights, args.pooling, args.regions, args.normalise, device)
     description = {**encoder.description, "dtype": args.dtype, "amp": args.amp}
     check_output(args.output, description)

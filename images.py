@@ -69,7 +69,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.epoch = epoch
         return _from_workers(torch.utils.data.DataLoader(
             self, batch_sampler=[batch.tolist() for batch in batches], collate_fn=collate_fn,
-            pin_memory=torch.cuda.is_available(), **_worker_options(workers)))
+            pin_memory=torch.cuda.is_initialized(), **_worker_options(workers)))
 
     def load_images(self, batch_size, workers=0, stride=1, part=(0, 1)):
         """Each image (each so manieth, with a stride) once, in order, in batches (B, 3, H, W); part: (the first batch,

@@ -123,8 +123,8 @@ class ContrastiveLoss(nn.Module):
             return {"max": max_margin_loss, "sum": sum_margin_loss}[kind](similarities, opt.margin)
         weights = None
         if mb_img is not None and len(mb_img):
-            bank = MemoryBank(mb_img, mb_cap, torch.as_tensor(mb_ind, device=im.device))
-            indices = torch.as_tensor(indices, device=im.device)
+            mb_ind, indices = (torch.as_tensor(x).to(im.device, non_blocking=True) for x in (mb_ind, indices))
+            bank = MemoryBank(mb_img, mb_cap, mb_ind)
             weights = global_weights(im, s, similarities, bank, indices, self.similarity, k=opt.mb_k,
                                      alpha=opt.global_alpha, beta=opt.global_beta, epsilon=opt.global_ep_nega)
         return hal_loss(similarities, opt.local_alpha, opt.local_ep, weights)

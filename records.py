@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 
 import intervals
-from errors import InputError, replacing
+from errors import InputError, check_regular, replacing
 
 PATHS = ("data_path", "vocab_path", "cache_dir", "logger_name", "model_path", "resume")  # of one machine
 PLOTS = ("results.png", "epochs.png", "grid.png")
@@ -25,11 +25,11 @@ def keep(output, record):
     _write_json(os.path.join(record, "settings.json"), read_json(os.path.join(output, "settings.json")))
     for folder, _, names in os.walk(output):
         to = os.path.join(record, os.path.relpath(folder, output))
-        run = read_json(os.path.join(folder, "run.json"), "result")
+        run = read_run(folder)
         if run.get("result"):
             _write_json(os.path.join(to, "run.json"), {**run, "options": _without_paths(run.get("options", {}))})
             if "log.jsonl" in names:
-                with (open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as log,
+                with (open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as log,
                       replacing(os.path.join(to, "log.jsonl"), "w", encoding="utf-8") as file):
                     file.writelines(line for line in log if '"kind": "validation"' in line)
         for name in names:
@@ -49,6 +49,7 @@ def _without_paths(content):
 
 def read_json(path, *wanted):
     """A JSON file's object, or {} where there is no file; raises InputError unless it has what is wanted."""
+    check_regular(path)
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -57,8 +58,19 @@ def read_json(path, *wanted):
         return content
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): delete it, and what it tells of is made again") from error
+
+
+def read_run(folder):
+    """A run's run.json, {} where there is none; raises InputError unless it is as train.py writes it."""
+    path = os.path.join(folder, "run.json")
+    run = read_json(path)
+    result = run.get("result") or {}
+    if run and not (isinstance(run.get("options"), dict) and "end" in run and isinstance(result, dict)
+                    and (not result or {"outcome", "epochs", "steps"} <= result.keys())):
+        raise InputError(f"{path} cannot be read (not what train.py writes): delete it, and the run is made again")
+    return run
 
 
 def _write_json(path, content):
@@ -84,13 +96,14 @@ def made_on(run):
 
 def check_page(page, preset):
     """Raise InputError unless a Markdown file has the two lines between which a preset's results go."""
+    check_regular(page)
     try:
-        with open(page, encoding="utf-8") as file:
+        with open(page, encoding="utf-8", newline="") as file:
             text = file.read()
     except (OSError, ValueError) as error:
         raise InputError(f"--page {page} cannot be read ({error}): name a Markdown file") from error
-    before, start, rest = text.partition(f"<!-- {preset} -->\n")
-    _, end, after = rest.partition(f"<!-- /{preset} -->\n")
+    before, start, rest = text.partition(f"<!-- {preset} -->")
+    _, end, after = rest.partition(f"<!-- /{preset} -->")
     if not (start and end):
         raise InputError(f"--page {page} has no line <!-- {preset} --> with <!-- /{preset} --> after it: write both "
                          "where the results should stand")
@@ -108,5 +121,6 @@ def put(page, preset, folder):
                 os.path.join(os.path.dirname(page), own)) as file:
             shutil.copyfileobj(plot, file)
     pictures = "".join(f"![{preset}: {name.removesuffix('.png')}]({own})\n\n" for name, own in plots.items())
-    with replacing(page, "w", encoding="utf-8") as file:
-        file.write(f"{before}\n{tables}\n{pictures}{after}")
+    newline = "\r\n" if "\r\n" in before else "\n"
+    with replacing(page, "w", encoding="utf-8", newline="") as file:
+        file.write(before + f"\n\n{tables}\n{pictures}".replace("\n", newline) + after)

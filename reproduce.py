@@ -346,16 +346,17 @@ class Comparison:
         """Train up to `epochs`; returns None, or why it could not be trained to the end (collapse, for example)."""
         opt, preset, folder = self.opt, self.preset, self.folder(model, trial, seed)
         before, name = self.record(folder), f"{model}, {setting_name(opt.settings[model][trial])}, seed {seed}"
-        if before.get("outcome") == "finished" and before["epochs"] >= epochs:
-            return None
         flags = {"data_path": os.path.abspath(opt.data_path), "vocab_path": os.path.abspath(opt.vocab_path),
                  "data_name": preset.data_name, "batch_size": preset.batch_size, "lr_update": preset.lr_update,
                  "num_epochs": epochs, "seed": seed, "logger_name": folder, "resume": "auto", "amp": opt.amp,
                  **opt.settings[model][trial]}
         flags = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+        flags += [*opt.models[model].flags, *preset.train, *opt.train_flags]
+        check_made_so(folder, flags)
+        if before.get("outcome") == "finished" and before["epochs"] >= epochs:
+            return None
         print(f"{name}: training to epoch {epochs}", file=sys.stderr)
-        status, why = self.calls.script("train.py", [*flags, *opt.models[model].flags, *preset.train,
-                                                     *opt.train_flags], folder, "train.log")
+        status, why = self.calls.script("train.py", flags, folder, "train.log")
         if status == 0:
             return None
         after = self.record(folder)
@@ -366,7 +367,7 @@ class Comparison:
 
     def record(self, folder):
         """How the run in a folder ended last, and when; {} if it did not."""
-        record = read_json(os.path.join(folder, "run.json"), "result", "end")
+        record = records.read_run(folder)
         return {**record["result"], "end": record["end"]} if record.get("result") else {}
 
     def trial(self, model, trial):
@@ -383,12 +384,12 @@ class Comparison:
         try:
             with open(path, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file]
-            last = {line["epoch"]: {name: line[name] for name in names} for line in lines
+            last = {line["epoch"]: {name: float(line[name]) for name in names} for line in lines
                     if line["kind"] == "validation"}
             if len(last) < least:
                 raise ValueError("it has no validation")
             return [last[epoch] for epoch in range(len(last))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({error}): delete its folder, and the run is made anew") from error
 
     def choose(self):
@@ -437,6 +438,21 @@ class Comparison:
         return figures
 
 
+def check_made_so(folder, flags):
+    """Raise InputError where a folder holds a run of other flags, as its run.json tells them."""
+    options = records.read_run(folder).get("options", {})
+    wanted = {flag.removeprefix("--"): True if value.startswith("--") else value
+              for flag, value in zip(flags, [*flags[1:], "--"]) if flag.startswith("--")}  # the last one counts
+    for name in options.keys() & wanted.keys() - {*records.PATHS, "num_epochs"}:
+        try:
+            same = float(options[name]) == float(wanted[name])
+        except (TypeError, ValueError):
+            same = str(options[name]) == wanted[name]
+        if not same:
+            raise InputError(f"{folder} holds a run with --{name} {options[name]}, not {wanted[name]}: delete it, or "
+                             "name another --output")
+
+
 def check_settings(opt):
     """Raise InputError where the output folder holds runs made otherwise."""
     path = os.path.join(opt.output, "settings.json")
@@ -446,7 +462,8 @@ def check_settings(opt):
               "trials": opt.trials, "train_flags": [*preset.train, *opt.train_flags]}
     own = {model: {"flags": list(flags), "settings": opt.settings[model]} for model, (flags, _) in opt.models.items()}
     found = read_json(path)
-    if found and found.get("layout") != LAYOUT:
+    if found and (found.get("layout") != LAYOUT or not found.keys() >= {*wanted, "models"}
+                  or not isinstance(found["models"], dict)):
         raise InputError(f"{opt.output} holds results of an older layout, whose models had other trials: name another "
                          "--output, or delete it")
     other = {name: found[name] for name in wanted if found and found.get(name) != wanted[name]}
@@ -471,7 +488,8 @@ def main(argv=None):
     opt = parse_args(argv)
     if opt.page:
         records.check_page(opt.page, opt.preset)
-    if opt.record and os.path.realpath(opt.record).startswith(os.path.join(os.path.realpath(opt.output), "")):
+    if opt.record and os.path.join(os.path.realpath(opt.record), "").startswith(
+            os.path.join(os.path.realpath(opt.output), "")):
         raise InputError(f"--record {opt.record} lies in --output {opt.output}, of which it is to be a copy: name a "
                          "folder outside")
     with lock(opt.output, "--output"):

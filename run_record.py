@@ -72,7 +72,7 @@ class Log:
         self.path = os.path.join(folder, "log.jsonl")
         kept = []
         if last_step and os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as file:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
                 kept = [line for line in file if _step(line) <= last_step]
         with replacing(self.path, "w", encoding="utf-8") as file:
             file.writelines(kept)
@@ -99,9 +99,10 @@ class Log:
 def _step(line):
     """A line's step; infinity for one that is not whole."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        step = None
+    return step if type(step) is int and line.endswith("\n") else float("inf")
 
 
 def fingerprint(dataset):

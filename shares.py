@@ -286,18 +286,16 @@ class _SharedBatchNorm:
             return super().forward(rows)
         exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
         axes, shape = [axis for axis in range(rows.dim()) if axis != 1], [1, -1] + [1] * (rows.dim() - 2)
-        count = exact.new_full((1,), rows.numel() // rows.shape[1])
-        sums = [part.sum(axes, dtype=torch.float64) for part in (exact, exact.square())]  # whose difference cancels
-        totals = _Sum.apply(torch.cat([*sums, count]))
-        count = totals[-1]
-        mean, square = (totals[:-1] / count).chunk(2)
-        mean, variance = mean.to(exact), (square - mean.square()).clamp(min=0).to(exact)
+        totals = _Sum.apply(torch.cat([exact.sum(axes), exact.new_full((1,), rows.numel() // rows.shape[1])]))
+        count, mean = totals[-1], totals[:-1] / totals[-1]
+        centred = exact - mean.view(shape)
+        variance = _Sum.apply(centred.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         slope = (variance + self.eps).rsqrt() * self.weight
-        return ((exact - mean.view(shape)) * slope.view(shape) + self.bias.view(shape)).to(rows.dtype)
+        return (centred * slope.view(shape) + self.bias.view(shape)).to(rows.dtype)
 
 
 def share_batch_norm(model):

@@ -6,6 +6,7 @@ less; a first overshoot can send all pairs there for good. Max-margin can sit at
 stay on the device until a step is logged.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -70,8 +71,9 @@ class Watch:
             if self.bad > self.opt.skip_bad_steps:
                 raise GaveUp(
                     f"step {step}: the loss or its gradient is not finite (learning rate {lr:g}, last good loss "
-                    f"{self.last_good}); no weight was changed by it. Go back to {checkpoint} with a lower "
-                    "--learning_rate, or let such steps pass with --skip_bad_steps")
+                    f"{self.last_good}); no weight was changed by it. "
+                    + (f"Go back to {checkpoint} with" if os.path.exists(checkpoint) else "Start again with")
+                    + " a lower --learning_rate, or let such steps pass with --skip_bad_steps")
             self.log(f"Step {step}: loss or gradient not finite, update skipped ({self.bad} in a row)")
             return
         self.collapsed = self.collapsed + 1 if self._looks_collapsed(figures, batch, kind) else 0

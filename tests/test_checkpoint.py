@@ -1,5 +1,6 @@
 """Checkpoints in and out, hostile ones included."""
 
+import math
 import os
 import pickle
 import types
@@ -132,12 +133,6 @@ def test_odd_words_on_the_features_are_refused(tmp_path, features):
 def test_the_caption_reading_is_the_training_s(tmp_path, opt, marker, reading):
     checkpoint.save(str(tmp_path / "run.pth.tar"), released(opt=opt, **marker))
     assert checkpoint.caption_reading(checkpoint.load(str(tmp_path / "run.pth.tar"))) == reading
-
-
-def test_a_copy_is_the_same_to_the_byte(tmp_path):
-    checkpoint.save(str(tmp_path / "one"), released())
-    checkpoint.copy(str(tmp_path / "one"), str(tmp_path / "folder" / "two"))
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "folder" / "two").read_bytes()
 
 
 def test_saving_over_a_checkpoint_keeps_it_where_saving_fails(tmp_path):
@@ -489,6 +484,23 @@ def test_a_run_of_another_model_is_not_restored(saved, name, value):
         checkpoint.restore(checkpoint.load(path), path, model, optimizer, options(**{name: value}), print)
 
 
+@pytest.mark.parametrize("change", [
+    {"epoch": -1}, {"epoch": 0.7}, {"Eiters": "3"}, {"best_rsum": math.nan}, {"best_rsum": math.inf}], ids=str)
+def test_a_place_that_no_run_can_have_is_refused(saved, change):
+    model, optimizer = run_of(2)
+    with pytest.raises(InputError, match="--resume.*damaged"):
+        checkpoint.restore({**checkpoint.load(saved[0]), **change}, saved[0], model, optimizer, options(), print)
+
+
+def test_the_optimizer_s_settings_are_this_run_s(saved):
+    model, optimizer = run_of(2)
+    content = checkpoint.load(saved[0])
+    content["optimizer"]["param_groups"][0].update(betas=(5, "x"), amsgrad=True, weight_decay="x")
+    expected = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    checkpoint.restore(content, saved[0], model, optimizer, options(), print)
+    assert {name: value for name, value in optimizer.param_groups[0].items() if name != "params"} == expected
+
+
 def test_what_does_not_make_another_model_may_change_and_is_said(saved):
     path, said = saved[0], []
     model, optimizer = run_of(2)
@@ -558,6 +570,8 @@ def test_the_furthest_checkpoint_of_ours_is_taken_and_of_those_the_latest(tmp_pa
     write_at(folder / "a.pth.tar", 4, Eiters=8, optimizer={}, epoch=11)
     assert not said
     (folder / "broken.pth.tar").write_bytes(b"broken")
+    for name, odd in (("d", None), ("e", "9"), ("f", torch.ones(2))):  # no number of steps
+        write_at(folder / f"{name}.pth.tar", 9, Eiters=odd, optimizer={})
     content, path = checkpoint.newest(str(folder), said.append)
     assert (path, content["epoch"]) == (str(folder / "a.pth.tar"), 11)
     assert len(said) == 1 and said[0].startswith("Passed over: ") and "broken.pth.tar" in said[0]

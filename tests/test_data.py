@@ -3,6 +3,7 @@
 import json
 import os
 from argparse import Namespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -447,6 +448,21 @@ def test_a_row_a_caption_is_five_equal_rows_an_image_or_an_image_each(tmp_path, 
     dataset = layout(tmp_path / "x_precomp", words, features, len(features))
     assert dataset.n_images == images
     assert dataset.image_of.tolist() == [c * images // len(features) for c in range(len(features))]
+
+
+def test_a_byte_order_mark_before_the_ids_makes_no_image_of_its_own(tmp_path, words):
+    ids = ["a"] * 5 + ["b"] * 5
+    plain, marked = (layout(tmp_path / f"{mark}x_precomp", words, [0, 1], 10, [mark + ids[0], *ids[1:]])
+                     for mark in ("", "\ufeff"))
+    assert marked.image_of.tolist() == plain.image_of.tolist() == [0] * 5 + [1] * 5
+
+
+@pytest.mark.parametrize("dtype, number, fits", [(np.float32, 1e20, False), (np.float32, 1e14, True),
+                                                 (np.float16, 65504, True), (np.float16, np.inf, False)])
+def test_features_whose_lengths_would_overflow_are_refused(tmp_path, dtype, number, fits):
+    np.save(tmp_path / "f.npy", np.array([[1, 2], [-number, 1]], dtype))
+    with nullcontext() if fits else pytest.raises(InputError, match="infinity or a number beyond 1e.15 in row 1"):
+        open_features(str(tmp_path / "f.npy"))
 
 
 @pytest.mark.parametrize("features, captions, ids, found", [

@@ -275,6 +275,33 @@ def test_a_folder_that_is_a_file_is_bad_input(tmp_path):
     assert os.listdir(tmp_path) == ["taken"]
 
 
+def test_a_link_stays_one_and_leads_to_the_new_file(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/target").write_text("old")
+    os.symlink("deep/target", tmp_path / "link")
+    with replacing(str(tmp_path / "link"), "w") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "deep/target").read_text() == "new"
+    assert os.listdir(tmp_path / "deep") == ["target"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe could not be written .it is a folder, a pipe or a device"):
+        with replacing(str(tmp_path / "pipe")) as file:
+            file.write(b"x")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')",
+                                   "RuntimeError(\"DefaultCPUAllocator: can't allocate memory: 7 bytes\\nmore\")"])
+def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
+    code, _, said = shell(tmp_path, f"import torch; raise {error}", "")
+    assert code == 2 and said.startswith("error: the memory does not hold this (") and "--micro_batch" in said
+    assert said.count("\n") == 1
+
+
 def test_a_path_that_is_a_folder_is_bad_input(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="folder could not be written"), replacing(str(tmp_path / "folder")) as file:

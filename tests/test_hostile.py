@@ -167,13 +167,13 @@ def test_a_pipe_in_place_of_coco_s_ids_is_refused_at_once(tmp_path, in_time):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
-def test_a_pipe_in_place_of_cached_captions_is_replaced(tmp_path, in_time):
+def test_a_pipe_in_place_of_cached_captions_is_passed_over(tmp_path, in_time):
     right = word_ids.number_words(["a dog"], VOCABULARY, cache_dir=str(tmp_path))
     cached = next(tmp_path.iterdir())
     cached.unlink()
     os.mkfifo(cached)
     assert word_ids.number_words(["a dog"], VOCABULARY, cache_dir=str(tmp_path)).words.tolist() == right.words.tolist()
-    assert cached.is_file()
+    assert cached.is_fifo()
 
 
 @pytest.mark.parametrize("name", ["captions.txt", "v.json", "flickr.json", "coco.json"])

@@ -81,7 +81,8 @@ def test_log_lines_are_appended_whole(tmp_path):
 
 
 def test_a_resumed_log_keeps_what_the_checkpoint_has_seen_and_drops_torn_lines(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\nnot json\n{"step": 3}\n{"step": 2, "lo')
+    torn = ["not json", '{"step": 3}', '{"step": "1"}', '{"step": null}', "[" * 100_000, '{"step": 2, "lo']
+    (tmp_path / "log.jsonl").write_text("\n".join(['{"step": 1}', '{"step": 2}', *torn]))
     run_record.Log(str(tmp_path), 2).write(step=3, again=True)
     assert lines_of(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 

@@ -1,6 +1,7 @@
 """watch.py: figures of a step, and when training has gone wrong."""
 
 import argparse
+import os
 
 import pytest
 import torch
@@ -126,10 +127,15 @@ def test_sum_margin_is_not_watched_for_collapse():
     assert not said
 
 
-def test_a_step_that_is_not_finite_stops_with_the_last_good_loss():
+def test_a_step_that_is_not_finite_stops_with_the_last_good_loss(tmp_path, monkeypatch):
     watch = watch_with()
     feed(watch, GOOD, 1)
-    with pytest.raises(InputError, match=r"step 1: .*not finite.*0\.001.*0\.5.*runs/x/checkpoint"):
+    with pytest.raises(InputError, match=r"step 1: .*not finite.*0\.001.*0\.5.*Start again with a lower"):
+        feed(watch, BAD, 1)
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs/x")
+    open("runs/x/checkpoint.pth.tar", "w").close()
+    with pytest.raises(InputError, match="Go back to runs/x/checkpoint.pth.tar with a lower"):
         feed(watch, BAD, 1)
 
 
