@@ -35,7 +35,8 @@ def choose_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # or some of this process's memory would be on the first GPU
+            if device.index:
+                torch.cuda.set_device(device.index)  # or some of this process's memory would be on the first GPU
             torch.backends.cudnn.allow_tf32 = False  # or its GRUs and convolutions would have 10 bits of float32's 23
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): choose auto or cpu"

@@ -219,6 +219,8 @@ def replace_torch_s_own():
     torch.cuda.device_count, torch.cuda.mem_get_info = lambda: 1, lambda device=None: (10**11, 10**11)
     torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all = list, lambda states: None
     torch.cuda.get_rng_state, torch.cuda.set_rng_state = lambda device=None: None, lambda state, device=None: None
+    torch.mps.get_rng_state, torch.mps.set_rng_state = lambda: None, lambda state: None
+    torch.cuda.is_initialized = lambda: kind == "cuda"
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.get_device_name = lambda device=None: "pretended"
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
