@@ -206,7 +206,7 @@ def test_a_file_is_looked_at_in_pieces(regions, monkeypatch):
     features[64, 1, 2] = np.nan
     np.save("nan.npy", features)
     looked_at = []
-    true = np.isfinite
-    monkeypatch.setattr("data.np.isfinite", lambda rows: (looked_at.append(rows.nbytes), true(rows))[1])
+    true = np.abs
+    monkeypatch.setattr("data.np.abs", lambda rows: (looked_at.append(rows.nbytes), true(rows))[1])
     refused(open_features, "nan.npy", "row 64")
     assert max(looked_at) <= 3 * 4 * 4 * 7
