@@ -81,12 +81,13 @@ def from_features(loaded, folder, split, photos=None):
     if description and loaded.features:
         features.refuse_other(description, loaded.features, folder, f"checkpoint {loaded.path}")
     ids_file = os.path.join(folder, f"{split}_ids.txt")
+    has_ids = os.path.exists(ids_file)
     if os.path.exists(os.path.join(folder, f"{split}_caps.txt")) or not os.path.isdir(folder):
         dataset = PrecompDataset(folder, split, loaded.vocabulary, opt.caption_reading, opt.img_dim)
         check_form(dataset, opt)
         images, caption_embeddings = embed(loaded.model, Loader(dataset, opt.batch_size))
         found, rows, captions = dataset.images, images.split(BLOCK_ROWS), grouped(dataset.captions, dataset.image_of)
-        items = image_names(dataset, ids_file) if os.path.exists(ids_file) else None
+        items = image_names(dataset, ids_file) if has_ids else map(str, range(dataset.n_images))
         if int(dataset.row_of[-1]) + 1 < len(found):
             tell(f"note: {split}'s first {len(dataset)} captions are taken, as everywhere: {len(captions)} photos")
     else:
@@ -96,13 +97,12 @@ def from_features(loaded, folder, split, photos=None):
             raise InputError(f"{folder} has features of width {found.shape[-1]}, and the model was trained on "
                              f"{opt.img_dim}: take features of the same encoder")
         rows, caption_embeddings, captions = embedded(loaded.model, found, opt.batch_size), None, [[]] * len(found)
-        items = read_ids(ids_file) if os.path.exists(ids_file) else None
-        if items is not None and len(items) != len(found):
+        items = read_ids(ids_file) if has_ids else map(str, range(len(found)))
+        if has_ids and len(items) != len(found):
             raise InputError(f"{ids_file} has {len(items)} lines for {len(found)} photos: mend or remove it")
     if photos is None and os.path.isdir(os.path.join(folder, "images")):
         photos = os.path.join(folder, "images")
-    items = list(map(str, range(len(captions)))) if items is None else items
-    return Contents(items, rows, captions, caption_embeddings,
+    return Contents(list(items), rows, captions, caption_embeddings,
                     source_of(folder, split), photos, description or loaded.features,
                     precomp=(folder, split) if len(found) == len(captions) else None)
 
@@ -221,7 +221,7 @@ def photos_of(folder, names, captions):
     """CaptionedPhotos of the names: captions are of text files beside them, or of the file or folder `captions`."""
     if captions is None or os.path.isdir(captions):
         return read_caption_texts(captions or folder, names)
-    known = {os.path.normpath(photo.name): photo.captions for photo in read_photo_captions(captions)}
+    known = {photo.name: photo.captions for photo in read_photo_captions(captions)}
     if missing := known.keys() - set(names):
         tell(f"note: {len(missing)} photos of {captions} are not in {folder}, such as {min(missing)}")
     return [CaptionedPhoto(name, known.get(name, []), None) for name in names]
@@ -241,14 +241,16 @@ def write_broken(output, folder, broken, names):
     that are listed already and still there stay so."""
     path, looked_at = os.path.join(output, BROKEN), set(map(gallery.shown, names))
     lines = [f"{gallery.shown(name)}\t{gallery.shown(why)}" for name, why in broken.items()]
-    if os.path.exists(path):
+    there = os.path.exists(path)
+    if there:
         with open(path, encoding="utf-8") as file:
             lines += [line for line in file.read().splitlines() if (name := line.split("\t")[0]) not in looked_at
                       and os.path.lexists(os.path.join(folder, name))]
-        os.unlink(path)
     if lines:
         with replacing(path) as file:
             file.writelines(f"{line}\n".encode() for line in sorted(lines))
+    elif there:
+        os.unlink(path)
     if broken:
         tell(f"{len(broken)} of {len(names)} photos are left out: {path} lists them")
 

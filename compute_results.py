@@ -188,8 +188,8 @@ def check_folders(options):
         raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
-    files = {flag: getattr(options, flag) for flag in ("save_csv", "save_json", "save_ranks")}
-    files = {flag: path for flag, path in files.items() if path is not None}
+    files = {flag: path for flag in ("save_csv", "save_json", "save_ranks")
+             if (path := getattr(options, flag)) is not None}
     for flag, path in files.items():
         folder = os.path.dirname(os.path.abspath(path))
         is_made = flag == "save_json" and not os.path.exists(folder)

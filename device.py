@@ -38,7 +38,7 @@ def choose_device(name):
             if device.index:
                 torch.cuda.set_device(device.index)  # or some of this process's memory would be on the first GPU
             torch.backends.cudnn.allow_tf32 = False  # or its GRUs and convolutions would have 10 bits of float32's 23
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): choose auto or cpu"
                          ) from error
     return device

@@ -125,7 +125,7 @@ def markdown(results):
         lines += [f"{test}, every seed", "", *seeds_table(results, test)]
         plain, corrected = (results[kind][test] for kind in ("differences", "differences_corrected"))
         if plain:
-            seeds_vary = all(len(values) > 1 for own in results["summary"][test].values() for values in own.values())
+            seeds_vary = all(len(own["rsum"]) != 1 for own in results["summary"][test].values())
             of = ("images and seeds, in bold where 0 is outside (as, by chance, one in twenty is of differences that "
                   "are none)" if seeds_vary else "images; where a model has one seed, what others would give is not "
                   "in them, and nothing is in bold")

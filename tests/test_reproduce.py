@@ -262,6 +262,16 @@ def test_a_seed_alone_has_intervals_over_images_and_nothing_in_bold(scripts):
         assert f"differences with 95 % intervals {words}" in text and "is missed every second time" in text
 
 
+def test_a_model_that_failed_with_every_seed_takes_nothing_from_the_others_intervals(scripts):
+    path = os.path.join(reproduce.SCRIPTS, "train.py")
+    train = open(path).read()
+    with open(path, "w") as file:
+        file.write(train.replace('kind == "HAL" and lr > 0.001', 'kind == "HAL" and epochs == 2'))
+    reproduce.main([*FAST, "--losses", "HAL", "sum-margin", "max-margin", "--seeds", "0", "2"])
+    text = open("runs/reproduce_smoke/results.md").read()
+    assert "| HAL (2 of 2 seeds failed) |" in text and "intervals over images and seeds, in bold" in text
+
+
 def test_an_error_on_one_device_does_not_wait_for_another(monkeypatch):
     begun, calls = [], reproduce.Calls(["cpu", "auto"])
 
