@@ -189,13 +189,12 @@ def photo_encoder(loaded, known=None, options=None):
     return encoder, None if sees_photos(loaded.model) else {"dtype": "float32", "amp": "off", **description}
 
 
-def from_photos(loaded, encoder, description, output, folder, names, options):
-    """The Contents of photos, encoded block by block below `output`, so that a killed build goes on.
+def from_photos(loaded, encoder, description, output, folder, photos, options):
+    """The Contents of CaptionedPhotos, encoded block by block below `output`, so that a killed build goes on.
 
-    names: their paths relative to `folder`; options: captions, batch_size, workers. Photos that cannot be read are
-    left out, and listed in broken.txt.
+    folder: that their names are relative to; options: batch_size, workers. Photos that cannot be read are left out, and
+    listed in broken.txt.
     """
-    photos = photos_of(folder, names, options.captions)
     links = {photo.name for photo in photos if os.path.islink(os.path.join(folder, photo.name))
              and gallery.inside(os.path.realpath(folder), photo.name) is None}
     whole = [photo for photo in photos if photo.name not in links]
@@ -208,21 +207,23 @@ def from_photos(loaded, encoder, description, output, folder, names, options):
     broken = {whole[number].name: why for note in notes for number, why in note.broken.items()}
     broken |= dict.fromkeys(links, "it is a link that leads outside the folder")
     chosen = [whole[number] for note in notes for number in note.numbers]
-    write_broken(output, folder, broken, names)
+    write_broken(output, folder, broken, [photo.name for photo in photos])
     captions = [photo.captions for photo in chosen]
     rows = (torch.from_numpy(read_rows(block)) for block, note in zip(blocks, notes) if note.numbers)
-    return Contents([photo.name for photo in chosen], rows,
-                    captions,
-                    embed_captions(loaded, captions), os.path.realpath(folder), folder, description,
+    return Contents([photo.name for photo in chosen], rows, captions, embed_captions(loaded, captions),
+                    os.path.realpath(folder), folder, description,
                     [file_facts(os.path.join(folder, photo.name)) or (0, 0) for photo in chosen])
 
 
-def photos_of(folder, names, captions):
-    """CaptionedPhotos of the names: captions are of text files beside them, or of the file or folder `captions`."""
+def photos_of(folder, names, captions, others=()):
+    """CaptionedPhotos of the names: captions are of text files beside them, or of the file or folder `captions`.
+
+    others: names of photos that a table may tell of, too.
+    """
     if captions is None or os.path.isdir(captions):
         return read_caption_texts(captions or folder, names)
     known = {photo.name: photo.captions for photo in read_photo_captions(captions)}
-    if missing := known.keys() - set(names):
+    if missing := known.keys() - {*names, *others}:
         tell(f"note: {len(missing)} photos of {captions} are not in {folder}, such as {min(missing)}")
     return [CaptionedPhoto(name, known.get(name, []), None) for name in names]
 
@@ -368,7 +369,8 @@ def build(options, loaded, folder, photo_folder):
     if options.precomp is not None:
         contents = from_features(loaded, options.precomp, options.split, photo_folder)
     else:
-        contents = from_photos(loaded, *photo_encoder(loaded, None, options), folder, photo_folder, names, options)
+        contents = from_photos(loaded, *photo_encoder(loaded, None, options), folder, photo_folder,
+                               photos_of(photo_folder, names, options.captions), options)
         if not contents.items:
             raise InputError(f"none of the {len(names)} photos in {photo_folder} can be read: "
                              f"{os.path.join(folder, BROKEN)} says why")
@@ -381,38 +383,43 @@ def change(options, loaded, folder):
     anew = options.rebuild_index and options.correction is not None
     correction = (gallery_hubs.choose_correction(options, loaded) if anew else
                   gallery_hubs.correction_of(found, loaded))
-    kept, names = range(found.count), []
+    kept, new = range(found.count), []
     if options.add is not None:
-        kept, names = what_is_new(found, options.add)
+        kept, new = what_is_new(found, options.add, options.captions)
     if options.prune:
         kept = [number for number in kept if found.photo(number) is not None]
-    if (len(kept), names) == (found.count, []) and not options.rebuild_index and (
+    if (len(kept), new) == (found.count, []) and not options.rebuild_index and (
             options.index_type in (None, found.description["index"])):
         tell(f"{folder}: nothing to change, {found.count} photos")
         return
     contents = from_gallery(found, kept, shifted=not anew)
-    if names:
+    if new:
         encoder, description = photo_encoder(loaded, found.description["features"], options)
-        contents = joined(contents, from_photos(loaded, encoder, description, folder, found.photo_folder, names,
-                                                options))
+        contents = joined(contents, from_photos(loaded, encoder, description, folder, found.photo_folder, new, options))
     write(folder, loaded, contents, correction, options.index_type or (
         None if found.description["index"] == index.usual_type(found.count) else found.description["index"]))
-    tell(f"{folder}: {len(contents.items)} photos, before {found.count}; {len(names)} were encoded")
+    tell(f"{folder}: {len(contents.items)} photos, before {found.count}; {len(new)} were encoded")
 
 
-def what_is_new(found, folder):
-    """(numbers of a Gallery's photos that stay as they are, names of those below `folder` to encode)."""
+def what_is_new(found, folder, captions):
+    """(numbers of a Gallery's photos that stay as they are, CaptionedPhotos below `folder` to encode).
+
+    captions: see `photos_of`; a photo that is there already, and of which these tell nothing, keeps its own.
+    """
     if found.facts is None:
         raise InputError(f"the gallery {found.folder} was built from features, and photos can't be added to those: "
                          "build one with --images")
-    names = names_below(folder, found.photo_folder)
     number_of = {name: number for number, name in enumerate(found.items)}
     new, changed = [], set()
-    for name in names:
-        number = number_of.get(name)
-        if number is None or tuple(found.facts[number].tolist()) != file_facts(os.path.join(found.photo_folder, name)):
-            new.append(name)
+    for photo in photos_of(found.photo_folder, names_below(folder, found.photo_folder), captions, number_of):
+        number = number_of.get(photo.name)
+        if number is not None:
+            own, facts = found.captions(number), file_facts(os.path.join(found.photo_folder, photo.name))
+            photo = photo if photo.captions else photo._replace(captions=own)
+            if photo.captions == own and tuple(found.facts[number].tolist()) == facts:
+                continue
             changed.add(number)
+        new.append(photo)
     return [number for number in range(found.count) if number not in changed], new
 
 

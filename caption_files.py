@@ -166,12 +166,17 @@ def _table_rows(path):
                                  "if you like, split) once each, parted by commas or tabs")
             image, caption = header.index("image"), header.index("caption")
             split = header.index("split") if "split" in header else None
-            for cells in filter(None, reader):
+            for cells in reader:
+                if not any(map(str.strip, cells)):  # as Excel leaves them at the end
+                    continue
                 if len(cells) != len(header):
                     raise InputError(f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has "
                                      f"{len(header)}: put quotation marks around cells with a comma or tab")
-                name = cells[split].strip().lower() if split is not None else None
-                yield f"line {reader.line_num}", cells[image], cells[caption], name or None
+                name = cells[image].strip()
+                if not name:
+                    raise InputError(f"{path}, line {reader.line_num}: the cell of the image is empty: name a file")
+                own = cells[split].strip().lower() if split is not None else None
+                yield f"line {reader.line_num}", name, cells[caption], own or None
     except OSError as error:
         raise InputError(f"caption file {path} cannot be read ({error.strerror}): check --captions") from error
     except csv.Error as error:

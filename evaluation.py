@@ -26,7 +26,7 @@ from meters import AverageMeter, LogCollector  # noqa: F401 (handed on: the fami
 from model import VSE, no_embeddings
 from ranking import SOURCES, filled, image_numbers, rank_both_ways, rank_shifted
 from scan import SCAN, CrossAttention, Words, build, packed
-from word_ids import CAPTIONS_PER_IMAGE, by_length, five_each
+from word_ids import CAPTIONS_PER_IMAGE, five_each
 
 FOLDS = 5
 BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
@@ -58,24 +58,33 @@ def embed_texts(model, word_ids, batch_size, chosen=None):
     Equal captions are encoded once, so that they get equal embeddings to the bit. chosen: (n,) bool, which to take.
     """
     model.val_start()
-    chosen = torch.arange(len(word_ids)) if chosen is None else torch.arange(len(word_ids))[chosen]
-    padded = word_ids.padded(chosen, int(word_ids.lengths.max()))
-    padded, caption_of = torch.unique(padded, dim=0, return_inverse=True)
-    lengths = (padded != 0).sum(1)
-    order = by_length(lengths)
-    place_of = torch.empty_like(order)
-    place_of[order] = torch.arange(len(order))
+    distinct, place_of = _distinct(word_ids, torch.arange(len(word_ids)) if chosen is None else
+                                   torch.arange(len(word_ids))[chosen])
+    lengths = word_ids.lengths[distinct]
     first, distance = _part()
-    batches, of_words = order.split(batch_size), isinstance(model, SCAN)
-    own = [model.embed_captions(padded[batch, :int(lengths[batch[0]])], lengths[batch])
-           for batch in batches[first::distance]]
+    batches, of_words = list(zip(distinct.split(batch_size), lengths.split(batch_size))), isinstance(model, SCAN)
+    own = [model.embed_captions(word_ids.padded(batch, int(long[0])), long) for batch, long in batches[first::distance]]
     if of_words:
-        own = [packed(states, lengths[batch]) for states, batch in zip(own, batches[first::distance])]
-    sizes = [int(lengths[batch].sum()) if of_words else len(batch) for batch in batches]
+        own = [packed(states, long) for states, (_, long) in zip(own, batches[first::distance])]
+    sizes = [int(long.sum()) if of_words else len(long) for _, long in batches]
     texts = distributed.gather_batches(own, sizes, no_embeddings(model))
-    if of_words:
-        return Words.of(texts, lengths[order])[place_of[caption_of]]
-    return texts[place_of[caption_of].to(texts.device)]
+    return Words.of(texts, lengths)[place_of] if of_words else texts[place_of.to(texts.device)]
+
+
+def _distinct(word_ids, chosen):
+    """Captions' numbers (n,) -> those of the distinct ones among them, longest first, and each caption's place there.
+
+    One length after the other: padded, all would be as long as the longest.
+    """
+    lengths, found = word_ids.lengths[chosen], 0
+    distinct, place_of = [], torch.empty_like(chosen)
+    for length in lengths.unique().flip(0).tolist():
+        places = (lengths == length).nonzero().squeeze(1)
+        rows, kind = torch.unique(word_ids.padded(chosen[places], length), dim=0, return_inverse=True)
+        place_of[places] = found + kind
+        distinct.append(chosen.new_empty(len(rows)).scatter_(0, kind, chosen[places]))
+        found += len(rows)
+    return torch.cat(distinct), place_of
 
 
 def _part():

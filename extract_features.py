@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; run_script takes it back
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -36,6 +37,7 @@ DEFAULT_SHARE, DEFAULT_MOST = 10, 1000  # dev and test: a tenth of the photos ea
 GALLERY = "gallery"
 SPLIT_FILES = [f"{split}_{part}" for split in {*SPLITS.values(), GALLERY}
                for part in ("ims.npy", "caps.txt", "ids.txt")]
+OURS = {"broken.txt", *SPLIT_FILES}  # what an extraction leaves beside features.json
 MEETING_TIME = 30 * 24 * 3600  # seconds: the processes' shares may take long
 
 
@@ -137,22 +139,26 @@ def gallery_of(names):
 def check_splits(args, photos):
     """Raise InputError where --dev and --test are given for splits that are not drawn, or leave nothing to train on."""
     if photos[0].split is None:
-        draw_splits(args, len(photos))
+        draw_splits(args, [photo.name for photo in photos])
     elif args.dev is not None or args.test is not None:
         raise InputError("--dev and --test draw splits, but " + (
             "a gallery has none" if photos[0].split == GALLERY else f"{args.captions} gives them") + ": leave them out")
 
 
-def draw_splits(args, n):
-    """n splits' names, as many of them dev and test as the flags say, drawn by the seed."""
+def draw_splits(args, photos):
+    """The split of each of these photos, by their names, as many of them dev and test as the flags say.
+
+    Seed and name alone draw a photo's place, so that further photos move few of the others to another split.
+    """
+    n = len(photos)
     usual = min(DEFAULT_MOST, max(n // DEFAULT_SHARE, 1 if n > 2 else 0))
     dev, test = (usual if given is None else given for given in (args.dev, args.test))
     if dev + test >= n:
         raise InputError(f"--dev {dev} and --test {test} leave none of {n} photos to train on: ask for fewer")
-    order = np.random.default_rng(args.seed).permutation(n)
-    splits = np.full(n, "train", "<U5")
-    splits[order[:dev]], splits[order[dev:dev + test]] = "dev", "test"
-    return splits.tolist()
+    drawn = [hashlib.sha256(f"{args.seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in photos]
+    order = sorted(range(n), key=drawn.__getitem__)
+    splits = dict.fromkeys(order[:dev], "dev") | dict.fromkeys(order[n - test:], "test")
+    return [splits.get(number, "train") for number in range(n)]
 
 
 # The output folder ------------------------------------------------------------------------------
@@ -182,9 +188,11 @@ def check_output(output, description):
     found = read_features_json(output)
     if found is not None:
         refuse_other(found, description, f"--output {output}", "this run")
-    elif os.path.isdir(output) and not os.path.isdir(os.path.join(output, BLOCKS)) and any(
-            name.endswith("_ims.npy") for name in os.listdir(output)):
-        raise InputError(f"--output {output} holds features that this script has not made: name another folder")
+    elif os.path.isdir(output) and not os.path.isdir(os.path.join(output, BLOCKS)):
+        foreign = [name for name in sorted(os.listdir(output)) if name in OURS or name.endswith("_ims.npy")]
+        if foreign:
+            raise InputError(f"--output {output} holds {foreign[0]}, which this script has not made: name another "
+                             "folder")
 
 
 def write_all(args, photos, blocks, row_shape, description):
@@ -208,7 +216,7 @@ def write_all(args, photos, blocks, row_shape, description):
     names += write_lines(scratch, "features.json", [json.dumps(description, indent=1)])
     for name in names:
         os.replace(os.path.join(scratch, name), os.path.join(args.output, name))
-    for name in {"broken.txt", *SPLIT_FILES} - set(names):  # an earlier extraction's, which may have split otherwise
+    for name in OURS - set(names):  # an earlier extraction's, which may have split otherwise
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(args.output, name))
     shutil.rmtree(scratch)
@@ -219,7 +227,7 @@ def splits_of(args, photos, whole):
     """{split: numbers of its photos, in order}, of the photos that could be read."""
     names = [photos[number].split for number in whole]
     if names[0] is None:
-        names = draw_splits(args, len(whole))
+        names = draw_splits(args, [photos[number].name for number in whole])
     splits = {}
     for photo, name in zip(whole, names):
         splits.setdefault(name, []).append(photo)

@@ -202,7 +202,17 @@ class Gallery:
         """with_index: False where the index is torn, and to be built again."""
         if not is_whole(folder):
             raise InputError(f"there is no whole gallery in {folder}: build it with --images or --precomp")
-        self.folder, self.description = folder, describe(folder)
+        self.folder, description = folder, describe(folder)
+        try:
+            self._open(description, with_index)
+        except InputError:
+            newer = describe(folder)
+            if newer["files"] == description["files"]:
+                raise
+            self._open(newer, with_index)  # another one took its place meanwhile
+
+    def _open(self, description, with_index):
+        folder, self.description = self.folder, description
         self.count, self.width = self.description["count"], self.description["width"]
         self.correction = self.description["correction"]["method"]
         self.files = os.path.join(folder, self.description["files"])

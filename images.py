@@ -145,13 +145,16 @@ def _as_seen(picture):
     from PIL import Image, ImageOps
     picture.load()
     try:
-        picture = ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)
     except Exception:  # EXIF data may be torn in a picture that is whole: it has no orientation then
         pass
     if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+        greys = np.array(picture, np.int32)
+        np.clip(greys, 0, 65535, out=greys)
+        greys += 128  # rounds to the nearest: no grey lies between two
+        picture = Image.fromarray(np.floor_divide(greys, 257, out=greys).astype(np.uint8))
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
@@ -161,6 +164,7 @@ def thumbnail(path, side):
     decoded."""
     picture = decode_image(path, as_seen=True, least_side=2 * side)
     picture.thumbnail((side, side))
+    picture.info.clear()  # comments, which would be written, too
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=80)
     return content.getvalue()

@@ -150,6 +150,8 @@ def check_flags(options):
     for useless, flags, others in (
             (not options.serve, ["host", "port", "allow_host"], "without --serve"),
             (options.rerank_model is None, ["rerank", "rerank_precomp"], "without --rerank_model"),
+            (options.image is not None and options.question is options.batch is None and not options.serve,
+             ["rerank_model"], "with --image alone: it orders what is found by words"),
             (options.precomp is None, ["split"], "without --precomp"),
             (options.precomp is not None, ["captions", "add"], "with --precomp"),
             (options.images is None and options.add is None, ["captions"], "without --images or --add"),
@@ -189,14 +191,14 @@ class Searcher:
 
     def check(self, question):
         """Raise InputError for a question that is empty, too long, or has no word that the model knows."""
-        words = question.split()
-        if not words:
+        if not question.strip():
             raise InputError("the question is empty: say in a few words what to look for")
+        words = tokenize(question) if len(question) <= MAX_CAPTION else question.split()
         if len(words) > MAX_WORDS or len(question) > MAX_CAPTION:
-            raise InputError(f"the question has {len(words)} words and {len(question)} characters: ask with at most "
-                             f"{MAX_WORDS} and {MAX_CAPTION}")
+            raise InputError(f"the question has {len(words)} words, each mark of punctuation counted, and "
+                             f"{len(question)} characters: ask with at most {MAX_WORDS} and {MAX_CAPTION}")
         known = self.loaded.vocabulary.word2idx
-        if not any(word in known for word in tokenize(question) if any(map(str.isalnum, word))):
+        if not any(word in known for word in words if any(map(str.isalnum, word))):
             raise InputError(f"none of the question's words is known to the model ({shown(question[:80])}): use plain "
                              "words such as those of its captions")
 
@@ -270,10 +272,11 @@ def open_searcher(options):
         with locked(folder):
             check_own(folder, options, loaded)
             build_gallery.change(options, loaded, folder)
-    elif options.images is not None or options.precomp is not None:
-        print(f"note: the gallery {shown(folder)} is there, and is asked as it is: --add takes up new photos, another "
-              "--index builds one anew", file=sys.stderr)
-    check_own(folder, options, loaded)
+    else:
+        check_own(folder, options, loaded)
+        if options.images is not None or options.precomp is not None:
+            print(f"note: the gallery {shown(folder)} is there, and is asked as it is: --add takes up new photos, "
+                  "another --index builds one anew", file=sys.stderr)
     gallery = Gallery(folder)
     known, reranker = gallery.description["features"], None
     if options.rerank_model is not None:
@@ -348,10 +351,20 @@ def check_own(folder, options, loaded):
     if named and named != source:
         raise InputError(f"the gallery {folder} is of {source}, not of {named}: name another --index")
     method, parameters = found["correction"]["method"], found["correction"]["parameters"]
-    given = {name: getattr(options, f"correction_{name}") for name in parameters}
-    if not options.rebuild_index and (options.correction not in (None, "none", method) or any(
-            value not in (None, parameters[name]) for name, value in given.items())):
-        words = " ".join([method, *(f"--correction_{name} {value:g}" for name, value in parameters.items())])
+    has = {"correction": method, **{f"correction_{name}": value for name, value in parameters.items()},
+           "correction_bank": found["correction"]["bank_split"],
+           "correction_bank_images": found["correction"]["bank_images"]}
+    asked = {name: getattr(options, name) for name in has}
+    others = [name for name, value in asked.items() if value not in (None, has[name])]
+    if others == ["correction"] and asked["correction"] == "none":  # of these questions, not of the gallery
+        others = []
+    if options.rebuild_index and options.correction is None and others:
+        raise InputError(f"--rebuild_index keeps the gallery's correction {method}, and --{others[0]} would change it: "
+                         "name a --correction, too")
+    tuned = options.tune_correction and options.images is options.precomp is None  # else it may be what built it
+    if not options.rebuild_index and (others or tuned):
+        words = " ".join([method, *(f"--{name} {value}" for name, value in has.items()
+                                    if name != "correction" and value is not None)])
         raise InputError(f"the gallery {folder} was built with --correction {words}: add --rebuild_index for another "
                          "one")
 

@@ -21,6 +21,7 @@ def write(path, content):
     ("c.csv", '\ufeffCaption,Image,note\n"A dog, and a cat.",a.jpg,x\r\nA bird,b.jpg,\r\n"A ""dog""",a.jpg,\r\n'),
     ("c.tsv", 'image\tcaption\na.jpg\tA dog, and a cat.\nb.jpg\tA bird\nb.jpg\t \na.jpg\tA "dog"\n'),
     ("c.csv", 'image;caption\na.jpg;A dog, and a cat.\nb.jpg;A bird\na.jpg;"A ""dog"""\n'),
+    ("c.csv", 'image;caption;split\na.jpg ;A dog, and a cat.;\nb.jpg;A bird;\n a.jpg;A "dog";\n;;\n; ;\n'),
 ])
 def test_a_table_has_several_rows_a_photo(tmp_path, name, content):
     assert read_photo_captions(write(tmp_path / name, content)) == [
@@ -46,6 +47,7 @@ def test_names_keep_their_bytes_and_captions_their_lines(tmp_path):
     ("image,caption\na.jpg,one, two\n", "line 2: 3 cells, but the header has 2"),
     ('image,caption\na.jpg,"one\nb.jpg,two\n', "quotation marks"),
     (b"image,caption\na.jpg,\xff\n", "line 2: the caption is not UTF-8"),
+    ("image,caption\na.jpg,x\n ,y\n", "line 3: the cell of the image is empty"),
     ("image,caption,split\na.jpg,x,training\n", "line 2: split is 'training'"),
     ("image,caption,split\na.jpg,x,train\na.jpg,y,val\n", "line 3: photo a.jpg is in split dev, but before in train"),
     ("image,caption,split\na.jpg,x,train\nb.jpg,y,\n", "photo b.jpg has no split"),

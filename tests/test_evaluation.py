@@ -19,6 +19,7 @@ from meters import AverageMeter, LogCollector
 from model import VSE
 from ranking import Cosine, rank_both_ways
 from vocab import build_vocab
+from word_ids import WordIds
 
 CASES = json.loads((REFERENCE / "metrics.json").read_text())
 ARRAYS = dict(np.load(REFERENCE / "metrics.npz"))
@@ -364,6 +365,15 @@ def test_equal_captions_get_equal_embeddings_to_the_bit(workdir, batch_size):
     _, found = embed(*tiny(workdir / "data", batch_size))
     assert all(torch.equal(found[i], found[j]) == (captions[i] == captions[j])
                for i in range(30) for j in range(30))
+
+
+def test_one_long_caption_does_not_make_all_as_long(workdir, monkeypatch):
+    captions = [f"a dog {'red ' * (number % 7)}" for number in range(29)] + ["dog " * 5000]
+    (workdir / "data" / "tiny_precomp" / "test_caps.txt").write_text("".join(f"{c}\n" for c in captions))
+    made, padded = [], WordIds.padded
+    monkeypatch.setattr(WordIds, "padded", lambda *arguments: made.append(padded(*arguments)) or made[-1])
+    embed(*tiny(workdir / "data", 4))
+    assert max(each.numel() for each in made) <= 4 * 5002
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 1000])

@@ -162,8 +162,18 @@ def test_splits_are_drawn_by_the_seed_out_of_the_whole_photos(folder):
 def test_a_tenth_of_the_photos_is_drawn_unless_told(n, flags, expected):
     args = extract_features.parse_args(["--images", "x", "--output", "x", *(
         part for name, value in flags.items() for part in (f"--{name}", str(value)))])
-    splits = extract_features.draw_splits(args, n)
+    splits = extract_features.draw_splits(args, [f"{number}.jpg" for number in range(n)])
     assert tuple(splits.count(split) for split in ("train", "dev", "test")) == expected
+
+
+@pytest.mark.parametrize("before, after", [(1000, 1001), (1000, 1200), (1000, 2000), (20_000, 20_500)])
+def test_further_photos_move_few_of_the_others_to_another_split(before, after):
+    args = extract_features.parse_args(["--images", "x", "--output", "x"])
+    names = [f"{number}.jpg" for number in np.random.default_rng(1).permutation(after)]
+    old, new = (dict(zip(some, extract_features.draw_splits(args, some))) for some in (names[:before], names))
+    tested_on = [name for name in old if new[name] == "test"]
+    assert sum(old[name] == "train" for name in tested_on) <= 0.1 * len(tested_on)
+    assert not [name for name in tested_on if old[name] == "dev"]
 
 
 # What goes wrong --------------------------------------------------------------------------------
@@ -252,11 +262,15 @@ def test_float16_rounds_what_float32_has(folder):
     assert json.loads((folder / "half/features.json").read_text())["dtype"] == "float16"
 
 
-def test_somebody_elses_features_are_not_written_over(folder):
+@pytest.mark.parametrize("name", ["train_ims.npy", "mine_ims.npy", "testall_caps.txt", "gallery_ids.txt", "broken.txt"])
+def test_somebody_elses_files_are_not_written_over(folder, name):
     (folder / "out").mkdir()
-    np.save(folder / "out/train_ims.npy", np.ones((2, 3)))
+    if name.endswith("_ims.npy"):
+        np.save(folder / "out" / name, np.ones((2, 3)))
+    else:
+        (folder / "out" / name).write_text("somebody's\n")
     before = tree(folder)
-    with pytest.raises(InputError, match="holds features that this script has not made"):
+    with pytest.raises(InputError, match=f"--output out holds {name}, which this script has not made"):
         extract(encoder=SAMPLE)
     assert tree(folder) == before
 

@@ -86,6 +86,32 @@ def test_only_what_a_build_made_is_cleared_away(tmp_path):
         gallery.refuse_foreign(str(tmp_path))
 
 
+def test_a_gallery_that_another_replaces_while_it_is_opened_is_the_other(tmp_path, monkeypatch):
+    def build(count):
+        with gallery.new_files(tmp_path) as files:
+            gallery.save_rows(os.path.join(files, "embeddings.npy"), [np.ones((count, 3))], (count, 3))
+            gallery.write_items(files, list(map(str, range(count))), [[]] * count, None, None)
+            gallery.publish(tmp_path, files, {
+                "count": count, "width": 2, "captions": 0, "model": {"path": "m", "sha256": ""}, "source": "",
+                "precomp": None, "folder": None, "features": None, "index": "exact", "hubs": None, "correction": {
+                    "method": "none", "parameters": {}, "bank_split": "train", "bank_images": None}})
+
+    def describe(folder):
+        found = own(folder)
+        if found["count"] == 4:
+            build(5)
+        return found
+
+    build(4)
+    own = gallery.describe
+    monkeypatch.setattr(gallery, "describe", describe)
+    found = gallery.Gallery(tmp_path)
+    assert found.count == len(found.items) == 5
+    os.unlink(os.path.join(found.files, "embeddings.npy"))
+    with pytest.raises(InputError, match="embeddings.npy is not there"):
+        gallery.Gallery(tmp_path)
+
+
 def test_a_build_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="not finite"), gallery.new_files(str(tmp_path)) as files:
         gallery.save_rows(os.path.join(files, "rows.npy"), [torch.tensor([[1.0]]), torch.tensor([[float("nan")]])],

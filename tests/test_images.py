@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from errors import InputError
 from images import decode_image, photo_names, thumbnail
@@ -56,6 +56,13 @@ def test_16_bit_greys_are_scaled_to_8(tmp_path, ending):
     assert seen.tolist() == [[[0] * 3, [1] * 3, [128] * 3, [255] * 3]]
 
 
+def test_each_16_bit_grey_becomes_the_nearest_of_8(tmp_path):
+    greys = np.arange(65536).reshape(256, 256)
+    Image.fromarray(greys.astype(np.uint16)).save(tmp_path / "a.png")
+    seen = np.asarray(decode_image(tmp_path / "a.png", as_seen=True))[:, :, 0]
+    assert np.array_equal(seen, np.round(greys / 257))
+
+
 def test_photos_are_found_at_any_depth_in_the_order_of_their_bytes(tmp_path):
     for name in ("b.jpg", "a.JPEG", "sub/c.png", "sub/deep/d.webp", "notes.txt", ".hidden.jpg", ".trash/e.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +99,21 @@ def test_what_would_start_another_program_is_no_photo(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="a.jpg cannot be read"):
             act(tmp_path / "a.jpg")
     assert not started
+
+
+@pytest.mark.parametrize("name, how", [
+    ("a.jpg", {"comment": b"12 Home Street"}), ("a.gif", {"comment": b"12 Home Street " * 5000}),
+    ("a.png", {"pnginfo": "comment"}), ("a.jpg", {"exif": "12 Home Street"})])
+def test_thumbnails_keep_nothing_but_the_picture(tmp_path, name, how):
+    if "pnginfo" in how:
+        how = {"pnginfo": PngImagePlugin.PngInfo()}
+        how["pnginfo"].add_text("comment", "12 Home Street")
+    if "exif" in how:
+        how = {"exif": Image.Exif()}
+        how["exif"][0x010e] = "12 Home Street"
+    Image.new("RGB", (50, 50)).save(tmp_path / name, **how)
+    assert b"Home Street" in (tmp_path / name).read_bytes()
+    assert b"Home Street" not in thumbnail(tmp_path / name, 40)
 
 
 def test_thumbnails_are_turned_as_a_viewer_shows_them(tmp_path):

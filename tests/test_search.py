@@ -240,8 +240,21 @@ def test_another_parameter_of_the_correction_is_not_passed_over(evaluated, capsy
     capsys.readouterr()
     ask(*TEST, *own, QUESTION)
     assert "g is there, and is asked as it is" in capsys.readouterr().err
-    with pytest.raises(InputError, match="nnn --correction_k 4 --correction_alpha 0.6: add --rebuild_index"):
-        ask("--index", "g", "--correction", "nnn", "--correction_k", "5", QUESTION)
+    for others in (["--correction_k", "5"], ["--correction_bank", "dev"], ["--correction_bank_images", "1"],
+                   ["--tune_correction"]):
+        with pytest.raises(InputError, match="nnn --correction_k 4 --correction_alpha 0.6 .*: add --rebuild_index"):
+            ask("--index", "g", "--correction", "nnn", *others, QUESTION)
+    with pytest.raises(InputError, match="keeps the gallery's correction nnn, and --correction_k .* --correction, too"):
+        ask("--index", "g", "--rebuild_index", "--correction_k", "5", QUESTION)
+
+
+def test_the_command_that_built_and_tuned_asks_again(evaluated, capsys):
+    tuned = [*TEST, "--correction", "csls", "--tune_correction", QUESTION, "--json"]
+    ask(*tuned)
+    before = gallery.describe("g")
+    ask(*tuned)
+    first, again = results(capsys)
+    assert first == again and gallery.describe("g") == before
 
 
 def test_gallery_features_and_model_can_move_together(evaluated):
@@ -438,13 +451,30 @@ def test_what_is_added_is_encoded_and_nothing_else(photos, monkeypatch, capsys):
         place = after.items.index(item)
         same = torch.equal(before.embeddings[number], after.embeddings[place])
         assert same == (item != "deep/3.png")
-        if same:
-            assert after.captions(place) == before.captions(number)
+        assert after.captions(place) == before.captions(number)
     shutil.rmtree("g")
     ask(*PHOTOS, "--captions", "captions.csv", "--correction", "nnn")
     fresh = gallery.Gallery("g")
     for number, item in enumerate(fresh.items):  # corrections, too, are those of a gallery built at once
         assert torch.allclose(fresh.embeddings[number], after.embeddings[after.items.index(item)], atol=1e-5)
+
+
+def test_captions_that_come_later_are_taken_for_the_photos_they_name(photos, capsys):
+    ask(*PHOTOS, "--captions", "captions.csv")
+    before = gallery.Gallery("g")
+    Path("later.csv").write_text("image,caption\ndeep/3.png,A red bird\ndeep/5.png,Two dogs\nnowhere.png,A cat\n")
+    write_image(Path("photos/more/1.png"), 20)
+    write_image(Path("photos/deep/5.png"), 33)
+    capsys.readouterr()
+    ask("--index", "g", "--workers", "0", "--add", "photos", "--captions", "later.csv")
+    said = capsys.readouterr().err
+    assert "1 photos of later.csv are not in" in said and "13 photos, before 12; 3 were encoded" in said
+    after = gallery.Gallery("g")
+    own = {item: after.captions(number) for number, item in enumerate(after.items)}
+    assert own == {item: before.captions(number) for number, item in enumerate(before.items)} | {
+        "deep/3.png": ["A red bird"], "deep/5.png": ["Two dogs"], "more/1.png": []}
+    ask("--index", "g", "--workers", "0", "--add", "photos/more", "--captions", "later.csv")
+    assert "1 photos of later.csv" in (said := capsys.readouterr().err) and "nothing to change" in said
 
 
 def test_what_could_not_be_read_stays_listed_beside_what_is_added(photos, capsys):
@@ -599,7 +629,8 @@ def test_a_bad_gallery_is_said(evaluated, case):
 
 
 @pytest.mark.parametrize("question, words", [
-    ("", ["empty"]), (" \t", ["empty"]), ("dog " * 10_000, ["10000 words", "1000"]), ("x" * 30_000, ["30000"]),
+    ("", ["empty"]), (" \t", ["empty"]), ("dog " * 10_000, ["10000", "1000"]), ("dog " + "(" * 1000, ["1001 words"]),
+    ("x" * 30_000, ["30000"]),
     ("zyxwv qqq", ["zyxwv qqq", "known"]), ("!?. ,", ["known"]), ("\x1b[2J \udcff", ["known"])])
 def test_a_question_that_has_no_answer_is_said(evaluated, capsys, question, words):
     found = searcher_of(*TEST, "--correction", "none")
@@ -637,6 +668,8 @@ BAD_FLAGS = {
     "a folder of other files": (["--images", "photos", "--index", "data"], ["--index data", "other files"]),
     "a gallery in a file": (["--images", "photos", "--index", "captions.csv/g"], ["--index"]),
     "too few photos for a quantizer": (["--images", "photos", "--index_type", "ivf_sq8"], ["ivf_sq8", "256"]),
+    "an order of what is found by words, for a photo": (["--image", "x.png", "--rerank_model", MODEL],
+                                                        ["--rerank_model", "--image"]),
     "no checkpoint": (["--model_path", "nowhere.tar", QUESTION], ["nowhere.tar"]),
     "a question twice": (["--batch", "captions.csv", QUESTION], ["--batch"]),
     "too many hits": (["--top", "0", QUESTION], ["--top"]),
