@@ -26,6 +26,7 @@ import distributed
 import eccv
 import intervals
 import report
+from caption_files import is_precomputed
 from errors import ArgumentParser, InputError, number, run_script
 from evaluation import (
     BANK_IMAGES,
@@ -100,7 +101,8 @@ def add_hub_flags(group):
     group.add_argument("--correction_alpha", type=number(float, 0, low_allowed=False),
                        help="nnn: weight of what is taken off (default: 0.75)")
     group.add_argument("--tune_correction", action="store_true",
-                       help="choose each parameter that no flag sets, by the recalls on dev, for each direction")
+                       help="choose each parameter that no flag sets, but qbnorm's k, by the recalls on dev, for each "
+                            "direction")
 
 
 def add_machine_flags(group):
@@ -173,8 +175,8 @@ def check_correction_splits(options):
         raise InputError("--tune_correction chooses on the dev split, which can be neither evaluated nor the bank: "
                          "leave it out, or take another --split or --correction_bank")
     if options.tune_correction and all(options_given(options, name) >= set(corrections.GRIDS[name]) for name in names):
-        raise InputError(f"--tune_correction has nothing to choose, since all parameters of {options.correction} are "
-                         "given: leave it out, or them")
+        raise InputError(f"--tune_correction has nothing to choose, since all that it chooses of "
+                         f"{options.correction} are given: leave it out, or them")
 
 
 def check_folders(options):
@@ -186,6 +188,8 @@ def check_folders(options):
     if options.report is not None and (
             not options.report or os.path.exists(options.report) and not os.path.isdir(options.report)):
         raise InputError(f"--report {options.report!r} is not a folder: name one, which may be new")
+    if options.report is not None and not os.access(existing(options.report), os.W_OK):
+        raise InputError(f"--report {options.report!r} cannot be written: name a folder that may be")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
     files = {flag: path for flag in ("save_csv", "save_json", "save_ranks")
@@ -198,6 +202,14 @@ def check_folders(options):
                              "written")
     if len(set(map(os.path.realpath, files.values()))) < len(files):
         raise InputError(f"--{' and --'.join(files)} name one file: give each its own")
+
+
+def existing(path):
+    """The path, or the nearest folder above that is there."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def wanted_methods(options):
@@ -217,12 +229,27 @@ def hubness_of_folds(rankings):
     return mean_hubness([hubness_both_ways(pair) for pair in rankings])
 
 
-def load_bank(options, result):
+def check_data(options, loaders, loaded, dataset):
+    """Raise InputError, before anything is computed, where the data lacks what the flags need.
+
+    loaders: gets {split: loader} of those that a correction needs; loaded: a Checkpoint or an Ensemble; dataset: the
+    evaluated split's.
+    """
+    if options.skip_broken_images and all(is_precomputed(member.opt.data_name) for member in loaded.members):
+        raise InputError(f"--skip_broken_images does nothing for features such as {loaded.opt.data_name}: leave it out")
+    if options.report is not None:
+        report.find_photos(options.images, options.split, loaded.opt, dataset)
+    needed = [options.correction_bank or "train"] if options.correction and not options.transductive else []
+    for split in [*needed, "dev"] if options.tune_correction else needed:
+        loaders[split] = loaded.loader(split)
+
+
+def load_bank(options, result, loaders):
     """(images, captions) of the bank's split and what it is in words; with --transductive, None and the words."""
     if options.transductive:
         return None, "transductive: the bank is the evaluated queries themselves"
     split = options.correction_bank or "train"
-    loader = result.checkpoint.loader(split)
+    loader = loaders[split]
     stride = bank_stride(result.checkpoint.opt, loader.dataset.n_images, options.correction_bank_images)
     images, captions = result.checkpoint.embed(loader, stride)
     return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
@@ -233,13 +260,16 @@ def bank_sources(loaded, own, bank):
     return loaded.similarities(bank[0], own[1]), loaded.similarities(own[0], bank[1])
 
 
-def correct(options, result):
-    """What --correction asks for: (the bank in words, {method: its parameters, folds' rankings, metrics, hubness})."""
+def correct(options, result, loaders):
+    """What --correction asks for: (the bank in words, {method: its parameters, folds' rankings, metrics, hubness}).
+
+    loaders: of `check_data`.
+    """
     names = wanted_methods(options)
     given = {name: getattr(options, f"correction_{name}") for name in corrections.ADJUSTABLE}
-    loaded, (bank, words) = result.checkpoint, load_bank(options, result)
+    loaded, (bank, words) = result.checkpoint, load_bank(options, result, loaders)
     if options.tune_correction:
-        loader = loaded.loader("dev")
+        loader = loaders["dev"]
         dev = loaded.embed(loader)
         tuned = corrections.tune(names, loaded.similarities(*dev), bank_sources(loaded, dev, bank or dev), given,
                                  loader.dataset.image_of)
@@ -279,10 +309,10 @@ def print_reranking(k, figures):
     """The table of --rerank; figures: {way: (Metrics, seconds)}."""
     names = {"vse": "VSE", "reranked": f"VSE's {k}, by SCAN", "scan": "SCAN"}
     print("Reranking (seconds from embeddings to ranks)")
-    print(f"{'':18}{'image to text':^20}{'text to image':^22}")
-    print(f"{'':18}{'R@1':>6}{'R@5':>7}{'R@10':>7}{'R@1':>8}{'R@5':>7}{'R@10':>7}{'rsum':>8}{'seconds':>10}")
+    print(f"{'':20}{'image to text':^20}{'text to image':^22}")
+    print(f"{'':20}{'R@1':>6}{'R@5':>7}{'R@10':>7}{'R@1':>8}{'R@5':>7}{'R@10':>7}{'rsum':>8}{'seconds':>10}")
     for way, (metrics, seconds) in figures.items():
-        print(f"{names[way]:18}{recall_cells(metrics)}{seconds:10.2f}")
+        print(f"{names[way]:20}{recall_cells(metrics)}{seconds:10.2f}")
 
 
 def recall_cells(metrics):
@@ -317,20 +347,23 @@ def main(argv=None):
         carry_out(parse_args(argv))
 
 
-def evaluated(options, top):
-    """(The Evaluation with `top` items a query, further entries of the JSON file), printed."""
+def evaluated(options, top, loaders):
+    """(The Evaluation with `top` items a query, further entries of the JSON file), printed; loaders: `check_data`'s."""
+    check = partial(check_data, options, loaders)
     if options.eccv:
         package = eccv.load_package()
-        result = evaluate(options, options.split, eccv.DEPTH, partial(eccv.coco_ids, package, options.split))
+        result = evaluate(options, options.split, eccv.DEPTH, lambda loaded, dataset: (
+            eccv.coco_ids(package, options.split, loaded, dataset), check(loaded, dataset)))
         found, folds = eccv.figures(package, options.split, result)
         eccv.print_figures(found, result.metrics, folds)
         rankings = [ranking._replace(items=ranking.items[:, :top]) for ranking in result.rankings[0]]
         return result._replace(rankings=[tuple(rankings)]), {"eccv": found, "coco_1k": as_dict(folds)}
     if not options.rerank:
-        return evaluate(options, options.split, top), {}
+        return evaluate(options, options.split, top, check), {}
     loaded = load_members(options)
     by_kind(loaded)
-    result = embedded(loaded, options.split, options.fold5)
+    result = embedded(loaded, options.split, options.fold5, check)
+    loaded.opt.logger_name += f" reranked {options.rerank}"
     ways = rank_three_ways(result, options.rerank, top)
     result = result.ranked(list(ways["reranked"].rankings))
     print_evaluation(result)
@@ -344,27 +377,28 @@ def evaluated(options, top):
 def carry_out(options):
     """Evaluate what the options name."""
     look_at_hubs = options.hubness or options.correction or options.report
-    result, more = evaluated(options, top=max(DEPTHS) if look_at_hubs or options.save_ranks else 1)
-    words, outcome = "", {}
+    words, outcome, loaders = "", {}, {}
+    result, more = evaluated(options, max(DEPTHS) if look_at_hubs or options.save_ranks else 1, loaders)
     if look_at_hubs:
         hubs = hubness_of_folds(result.rankings)
         more["hubness"] = hubness_as_dict(hubs)
         if options.hubness:
             print_hubness(hubs)
     if options.correction:
-        words, outcome = correct(options, result)
+        words, outcome = correct(options, result, loaders)
         print_corrections(words, (result.metrics, hubs), outcome)
         more["correction_bank"] = words
         more["corrections"] = {name: {"parameters": one["parameters"], "dev_rsum": one["dev_rsum"],
                                       **as_dict(one["metrics"]), "hubness": hubness_as_dict(one["hubness"])}
                                for name, one in outcome.items()}
-    if distributed.is_first():
-        write_results(options, options.split, result, more)
-    if options.save_ranks and distributed.is_first():
+    if not distributed.is_first():
+        return
+    if options.report:
+        report.write_report(options, options.split, result, hubs, words, outcome)
+    if options.save_ranks:
         intervals.write_ranks(options.save_ranks, [image_of for *_, image_of in result.parts()],
                               {"": result.rankings, **{name: one["rankings"] for name, one in outcome.items()}})
-    if options.report and distributed.is_first():
-        report.write_report(options, options.split, result, hubs, words, outcome)
+    write_results(options, options.split, result, more)  # last, since a line in a table is not written twice
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ class Together:
     def __len__(self):
         return len(self.parts[0])
 
+    def __getitem__(self, chosen):
+        return Together([part[chosen] for part in self.parts])
+
     def chunk(self, n):
         """In n parts."""
         return [Together(parts) for parts in zip(*(part.chunk(n) for part in self.parts))]

@@ -150,8 +150,8 @@ def write_ranks(path, image_of, rankings):
 def read_ranks(path, correction=None):
     """(i2t_ranks (N,), t2i_ranks (C,), image_of (C,)) of a file of compute_results.py --save_ranks.
 
-    correction: the name of one whose ranks are wanted; None: those before any. Folds are laid end to end. Raises
-    InputError where the file is not one, or holds no such correction.
+    correction: the name of one whose ranks are wanted; None: those before any. Folds are laid end to end, and only
+    compare with folds, which nobody checks. Raises InputError where the file is not one, or holds no such correction.
     """
     check_regular(path)
     prefix = f"{correction}_" if correction else ""

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+import intervals
 from corrections import in_words
 from data import image_names
 from errors import InputError, replacing
 from hubness import DEPTHS, occurrences
 from images import thumbnail
 
-RESAMPLES, SEED = 1000, 0
+RESAMPLES, SEED, CONFIDENCE = 1000, 0, 95
 NEGATIVES = 100_000  # wrong pairs whose similarities are drawn, at most
 PAIR_BLOCK = 4096  # pairs compared at a time
 HUBS = WINNINGS = 5  # hubs shown in each direction, and of the queries that each wrongly wins
@@ -50,11 +51,16 @@ def write_report(options, split, result, hubs, words, outcome):
         counts[f"with {best}"] = as_arrays(occurrences(outcome[best]["rankings"][0]))
     image_of = result.dataset.image_of.numpy()
     own, wrong = pair_similarities(result.checkpoint.similarities(result.images, result.captions), image_of)
-    items = Items(result.dataset.captions, image_of, *find_photos(options.images, split, result))
+    names, files = find_photos(options.images, split, opt, result.dataset)
+    if options.images is not None and not all(files):
+        print(f"note: {len(files) - files.count(None)} of {len(files)} photos are in {options.images}; the others' "
+              "names are shown", file=sys.stderr)
+    items, measure = Items(result.dataset.captions, image_of, names, files), measure_of(opt)
     page = template("report.html").render(
-        data=opt.data_name, split=split, facts=facts(options, split, result, words), sides=SIDES, depths=DEPTHS,
-        transductive=words.startswith("transductive"), recalls=recalls(rows), resamples=RESAMPLES, seed=SEED, best=best,
-        hubness=hubness_lines(rows), plots=plots(counts, own, wrong, opt.measure), items=items,
+        data=opt.data_name, split=split, facts=facts(options, split, result, words, measure), sides=SIDES,
+        depths=DEPTHS, transductive=words.startswith("transductive"), recalls=recalls(rows, image_of),
+        resamples=RESAMPLES, seed=SEED, best=best,
+        hubness=hubness_lines(rows), plots=plots(counts, own, wrong, measure), items=items,
         hubs=worst_hubs(items, rankings, counts), examples=examples(items, rankings, own), n_examples=EXAMPLES)
     # What UTF-8 cannot write, such as half of a surrogate pair in a caption, is shown as an escape.
     with replacing(os.path.join(options.report, "report.html"), "w", encoding="utf-8",
@@ -123,22 +129,24 @@ def data_uri(kind, content):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def find_photos(folder, split, result):
-    """(names, files) of the N images: "" and None where unknown.
+def find_photos(folder, split, opt, dataset):
+    """(names, files) of a data set's N images: "" and None where unknown. opt: the checkpoint's.
 
     Raw data knows its files. Precomputed features have <split>_ids.txt, a file name for each image or caption, and
-    the photos lie in `folder`; with None, only names are looked for.
+    the photos lie in `folder`; with None, only names are looked for. Raises InputError where a folder does not fit.
     """
-    opt, n_images = result.checkpoint.opt, len(result.images)
-    if hasattr(result.dataset, "image_files"):
-        return image_names(result.dataset, None), result.dataset.image_files
+    n_images = dataset.n_images
+    if hasattr(dataset, "image_files"):
+        if folder is not None:
+            raise InputError(f"{opt.data_name} is of photos, which the page shows as they are: leave --images out")
+        return image_names(dataset, None), dataset.image_files
     ids_split = "dev" if split == "val" else split
     ids_file = os.path.join(opt.data_path, opt.data_name, f"{ids_split}_ids.txt")
     if folder is not None and not os.path.exists(ids_file):
         raise InputError(f"{ids_file} is not there: --images needs it, with the file name of each image on a line; "
                          "add it, or leave --images out")
     try:
-        names = image_names(result.dataset, ids_file)
+        names = image_names(dataset, ids_file)
     except InputError:
         if folder is not None:
             raise
@@ -147,9 +155,6 @@ def find_photos(folder, split, result):
     if folder is not None and not any(files):
         raise InputError(f"none of the {n_images} photos that {ids_file} names is in {folder}, such as {names[0]!r}: "
                          "check --images")
-    if folder is not None and not all(files):
-        print(f"note: {n_images - files.count(None)} of {n_images} photos are in {folder}; the others' names are shown",
-              file=sys.stderr)
     return names, files
 
 
@@ -162,22 +167,6 @@ def photo_file(folder, name):
 
 
 # Figures ----------------------------------------------------------------------------------------
-
-def resampled_recalls(ranks, generator):
-    """R@1, R@5 and R@10 in percent of RESAMPLES draws of the queries with replacement: (RESAMPLES, rows, 3).
-
-    ranks: (rows, n) 0-based; a row is one ranking of the same n queries, and all rows get the same draws.
-    """
-    rows, n = ranks.shape
-    hits = (ranks.T[:, :, None] < np.array(DEPTHS)).reshape(n, -1).astype(float)
-    counts = [np.bincount(generator.integers(n, size=n), minlength=n) @ hits for _ in range(RESAMPLES)]
-    return 100 * np.reshape(counts, (RESAMPLES, rows, len(DEPTHS))) / n
-
-
-def interval(samples):
-    """The bounds of the middle 95 % of (RESAMPLES, ...) samples: (2, ...)."""
-    return np.percentile(samples, (2.5, 97.5), axis=0)
-
 
 def pair_similarities(source, image_of):
     """Similarities of each caption with its image (C,), and of a fixed sample of wrong pairs, as arrays.
@@ -221,24 +210,33 @@ class Estimate(NamedTuple):
     high: float
 
 
-def facts(options, split, result, words):
+def measure_of(opt):
+    """What the similarity is, in words."""
+    return f"cross attention ({opt.cross_attn})" if opt.cross_attn and opt.measure == "cosine" else opt.measure
+
+
+def facts(options, split, result, words, measure):
     """What was evaluated: {name: text}."""
     opt, models = result.checkpoint.opt, [member.opt for member in result.checkpoint.members]
     paths = options.model_path if isinstance(options.model_path, list) else [options.model_path]
     folders = dict.fromkeys(os.path.join(model.data_path, model.data_name) for model in models)
     return {"Checkpoint": ", ".join(paths), "Trained in": opt.logger_name, "Data": ", ".join(folders), "Split": split,
-            "Size": f"{len(result.images)} images, {len(result.captions)} captions", "Similarity": opt.measure,
+            "Size": f"{len(result.images)} images, {len(result.captions)} captions", "Similarity": measure,
             "Correction": words or "none"}
 
 
-def recalls(rows):
-    """Recalls and rsum with their intervals, and rsum's gain: one without correction and one for each method."""
-    generator = np.random.default_rng(SEED)
-    i2t, t2i = (resampled_recalls(np.stack([row["rankings"][0][side].ranks.cpu() for row in rows.values()]), generator)
-                for side in (0, 1))
-    rsum = i2t.sum(2) + t2i.sum(2)
-    bounds = interval(np.concatenate([i2t, t2i, rsum[:, :, None]], 2))
-    gains = interval(rsum - rsum[:, :1])
+def recalls(rows, image_of):
+    """Recalls and rsum with their intervals, and rsum's gain: one without correction and one for each method.
+
+    The middle 95 % of draws of the images, each with its captions; all rows get the same draws.
+    """
+    runs = [(*(side.ranks.cpu().numpy() for side in row["rankings"][0]), image_of) for row in rows.values()]
+    n = len(runs[0][0])
+    weights = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    drawn = {figure: intervals.recalls(runs, figure, weights) for figure in intervals.FIGURES}  # each (draws, rows)
+    rsum, middle = drawn.pop("rsum"), (50 - CONFIDENCE / 2, 50 + CONFIDENCE / 2)
+    bounds = np.percentile(np.stack([*drawn.values(), rsum], 2), middle, axis=0)
+    gains = np.percentile(rsum - rsum[:, :1], middle, axis=0)
     base, lines = rows["none"]["metrics"].rsum, []
     for place, (name, row) in enumerate(rows.items()):
         metrics = row["metrics"]
@@ -267,7 +265,8 @@ def plots(counts, own, wrong, measure):
         figures.append((uri, f"{side}: the number of {target}s by N_{k}, the number of {query}s that have them among "
                         f"their {k} nearest; largest: "
                         + ", ".join(f"{int(one.max())} {label}" for label, one in values.items())))
-    values = {"right pairs": own[np.isfinite(own)], "wrong pairs": wrong[np.isfinite(wrong)]}
+    pairs = {"right pairs": own, "wrong pairs": wrong}  # in float64, of which 80 steps can always be made
+    values = {label: one[np.isfinite(one)].astype(float) for label, one in pairs.items()}
     uri = plot(values, np.histogram_bin_edges(np.concatenate(list(values.values())), 80), density=True,
                xlabel=f"{measure} similarity", ylabel="density")
     figures.append((uri, "Similarities of pairs; " + ", ".join(

@@ -12,6 +12,8 @@ import torch
 from errors import InputError
 from ranking import Ranking, just_below, rank_shifted
 
+PAIRS = 2**20  # scored at a time
+
 
 def candidate_scores(source, side, candidates, queries=None):
     """Scores (n, K) of queries with their candidates.
@@ -36,7 +38,8 @@ def rerank(source, shortlists, k, image_of):
     sides = [ranking.items[:, :k] for ranking in shortlists]
     images, captions = (torch.arange(len(side), device=side.device).unsqueeze(1).expand_as(side) for side in sides)
     pairs = ((images, sides[0]), (sides[1], captions))  # of an image and a caption, both ways
-    scores = source.pairs(*(torch.cat([one.flatten() for one in numbers]) for numbers in zip(*pairs)))
+    numbers = (torch.cat([one.flatten() for one in both]).split(PAIRS) for both in zip(*pairs))
+    scores = torch.cat([source.pairs(*some) for some in zip(*numbers)])
     scores = [part.view_as(side) for part, side in zip(scores.split([side.numel() for side in sides]), sides)]
     image_of = image_of.to(sides[0].device)
     own = [image_of[captions] == images for images, captions in pairs]
@@ -75,16 +78,17 @@ def rank_three_ways(result, k, top):
     """{"vse", "reranked", "scan": Timed}: by VSE alone, by SCAN among the first k of VSE's, by SCAN alone.
 
     result: an Evaluation by an Ensemble of both; top: items kept for each query. The seconds are those from embeddings
-    to ranks; the reranked ones' include VSE's.
+    to ranks; the reranked ones' include the shortlists'.
     """
     places, folds = by_kind(result.checkpoint), []
     for images, captions, image_of in result.parts():
         sources = result.checkpoint.sources(images, captions)
         vse, scan = (sources[place] for place in places)
-        (shortlists,), vse_seconds = _timed(rank_shifted, vse, top=max(k, top), image_of=image_of)
+        (alone,), vse_seconds = _timed(rank_shifted, vse, top=top, image_of=image_of)
+        (shortlists,), short_seconds = _timed(rank_shifted, vse, top=max(k, top), image_of=image_of)
         reranked, seconds = _timed(rerank, scan, shortlists, k, image_of)
         (full,), scan_seconds = _timed(rank_shifted, scan, top=top, image_of=image_of)
-        folds.append({"vse": (shortlists, vse_seconds), "reranked": (reranked, vse_seconds + seconds),
+        folds.append({"vse": (alone, vse_seconds), "reranked": (reranked, short_seconds + seconds),
                       "scan": (full, scan_seconds)})
     ways = {way: tuple(zip(*(fold[way] for fold in folds))) for way in folds[0]}
     return {way: Timed(rankings, sum(seconds)) for way, (rankings, seconds) in ways.items()}

@@ -521,6 +521,12 @@ BAD = {  # what is done to the folder, the flags, and what the sentence names
     "photos without a report": (lambda f: None, ["--images", "data"], ["--images", "--report"]),
     "a bank that is not there": (lambda f: (f / "data/tiny_precomp/train_caps.txt").unlink(), ["--correction", "nnn"],
                                  ["train_caps.txt"]),
+    "photos of features that name none": (lambda f: None, ["--report", "page", "--images", "data", "--save_csv", "x"],
+                                          ["test_ids.txt", "--images"]),
+    "broken photos among features": (lambda f: None, ["--skip_broken_images"],
+                                     ["--skip_broken_images", "tiny_precomp"]),
+    "no dev to choose on": (lambda f: (f / "data/tiny_precomp/dev_ims.npy").unlink(),
+                            ["--correction", "csls", "--tune_correction"], ["dev_ims.npy"]),
     "an unknown flag": (lambda f: None, ["--potato"], ["--potato"]),
     "a shortened flag": (lambda f: None, ["--fold"], ["--fold"]),
     "a batch_size of 0 in the options": (lambda f: change_checkpoint(f, opt=changed(f, batch_size=0)), [], [MODEL]),
@@ -539,7 +545,7 @@ def changed(folder, **changes):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_input_is_one_sentence_and_leaves_nothing_behind(evaluated, kind):
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(evaluated, capsys, kind):
     prepare, flags, named = BAD[kind]
     prepare(evaluated)
     before = tree(evaluated)
@@ -547,11 +553,12 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(evaluated, kind):
         compute_results.main(flags)
     message = str(caught.value)
     assert all(name in message for name in named) and "\n" not in message
-    assert tree(evaluated) == before
+    assert tree(evaluated) == before and not capsys.readouterr().out  # said before anything is computed
 
 
 @pytest.mark.parametrize("flags", [["--save_json", "data"], ["--save_csv", "data"],
-                                   ["--save_csv", "nowhere/out.csv"], ["--save_json", "data/f8k/images/0.png/x"]],
+                                   ["--save_csv", "nowhere/out.csv"], ["--report", "/proc/page"],
+                                   ["--save_json", "data/f8k/images/0.png/x"]],
                          ids=" ".join)
 def test_a_file_that_cannot_be_written_is_named_and_the_others_stay(evaluated, flags):
     before = tree(evaluated)

@@ -108,6 +108,18 @@ def test_a_checkpoint_is_evaluated_and_its_figures_printed_and_kept(package, eva
     assert np.load("r.npz")["t2i_items"].shape == (5 * IMAGES, 10) and "it/s" not in said.err
 
 
+def test_several_checkpoints_have_figures_as_one(package, evaluated, monkeypatch):
+    write_precomp(evaluated / "data/tiny_precomp", {"testall": IMAGES})
+    monkeypatch.setattr(eccv, "load_package", lambda: package)
+    write_ids(package)
+    found = []
+    for models in ([MODEL], [MODEL, MODEL]):
+        compute_results.main(["--model_path", *models, "--device", "cpu", "--split", "testall", "--eccv", "--save_json",
+                              "r.json"])
+        found.append(json.loads((evaluated / "r.json").read_text())["eccv"])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("lines_of, says", [
     (lambda ids: [*ids[:-1], ids[0]], r"each once, and tiny_precomp's testall has '\d+', more than once"),
     (lambda ids: [*ids[:-1], 7], "has '7', which is none of them"),

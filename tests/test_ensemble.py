@@ -165,6 +165,12 @@ def test_a_correction_takes_each_model_s_own_bank(models, matrices):
     assert content["correction_bank"] == "bank: train, 12 images, 60 captions"
 
 
+def test_parts_of_what_several_embed_are_parts_of_each():
+    both = Together([torch.arange(6).view(3, 2), torch.arange(12).view(3, 2, 2)])
+    chosen = torch.tensor([2, 0])
+    assert [part.tolist() for part in both[chosen].parts] == [part[chosen].tolist() for part in both.parts]
+
+
 def test_everything_goes_on_it(models, capsys):
     content = json_of(models, ["--model_path", *paths("vse", "t2i"), "--hubness", "--correction", "all",
                                "--tune_correction", "--report", "page", "--save_csv", "out.csv"])

@@ -32,7 +32,7 @@ def five_each(n_images):
 def evaluation(images, captions, texts, measure="cosine", top=10, **paths):
     """An Evaluation of given embeddings, as compute_results.py makes it."""
     opt = SimpleNamespace(**{"data_path": "data", "data_name": "own_precomp", "measure": measure,
-                             "logger_name": "runs/own", **paths})
+                             "cross_attn": None, "logger_name": "runs/own", **paths})
     rankings = rank_both_ways(images, captions, measure, top)
     dataset = SimpleNamespace(captions=texts, images=images, **five_each(len(images)))
     checkpoint = Checkpoint(None, opt, None)
@@ -73,24 +73,50 @@ def rows_of(page, label):
 
 # Figures ----------------------------------------------------------------------------------------
 
-def test_resampled_recalls_are_those_of_a_plain_loop():
-    ranks = np.random.default_rng(3).integers(0, 15, (2, 40))
-    found = report.resampled_recalls(ranks, np.random.default_rng(5))
-    generator, expected = np.random.default_rng(5), []
-    for _ in range(report.RESAMPLES):
-        draw = generator.integers(40, size=40)  # one draw for both rows: their difference is paired
-        expected.append([[sum(100 * (row[query] < k) for query in draw) / 40 for k in (1, 5, 10)] for row in ranks])
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+def row_of(i2t, t2i):
+    ranks = [Ranking(torch.as_tensor(one), None) for one in (i2t, t2i)]
+    return {"rankings": [ranks], "metrics": metrics_of(ranks), "parameters": {"i2t": {}, "t2i": {}}}
 
 
-def test_an_interval_leaves_out_a_fortieth_on_each_side():
-    np.testing.assert_allclose(report.interval(np.arange(1001.0)), [25, 975])
+def test_intervals_are_those_of_a_plain_loop_over_images_with_their_captions():
+    drawn_ranks = np.random.default_rng(3)
+    image_of = np.repeat(np.arange(30), drawn_ranks.integers(1, 4, 30))
+    rows = {name: row_of(drawn_ranks.integers(0, 15, 30), drawn_ranks.integers(0, 15, len(image_of)))
+            for name in ("none", "csls")}
+    draws = np.random.default_rng(report.SEED).multinomial(30, np.full(30, 1 / 30), report.RESAMPLES)
+    samples = []
+    for counts in draws:  # one draw for both rows: their difference is paired
+        images = [image for image, count in enumerate(counts) for _ in range(count)]
+        captions = [caption for image in images for caption in np.flatnonzero(image_of == image)]
+        samples.append([[sum(100 * int(side.ranks[query] < k) for query in queries) / len(queries) for side, queries in
+                         zip(row["rankings"][0], (images, captions)) for k in (1, 5, 10)] for row in rows.values()])
+    samples = np.array(samples)
+    samples = np.concatenate([samples, samples.sum(2, keepdims=True)], 2)
+    low, high = np.percentile(samples, (2.5, 97.5), axis=0)
+    gain = np.percentile(samples[:, 1, 6] - samples[:, 0, 6], (2.5, 97.5))
+    lines = report.recalls(rows, image_of)
+    np.testing.assert_allclose([[(one.low, one.high) for one in line["figures"]] for line in lines],
+                               np.stack([low, high], 2), atol=1e-9)
+    np.testing.assert_allclose(lines[1]["gain"][1:], gain, atol=1e-9)
 
 
 @pytest.mark.parametrize("rank, recall", [(0, 100.0), (10, 0.0)])
 def test_recalls_that_cannot_vary_have_no_width(rank, recall):
-    samples = report.resampled_recalls(np.full((1, 7), rank), np.random.default_rng(0))
-    np.testing.assert_array_equal(report.interval(samples), np.full((2, 1, 3), recall))
+    line, = report.recalls({"none": row_of(np.full(7, rank), np.full(35, rank))}, np.repeat(np.arange(7), 5))
+    assert [tuple(one) for one in line["figures"][:6]] == [(recall,) * 3] * 6
+
+
+@pytest.mark.parametrize("opt, words", [({"cross_attn": None, "measure": "order"}, "order"),
+                                        ({"cross_attn": "t2i", "measure": "cosine"}, "cross attention (t2i)"),
+                                        ({"cross_attn": "i2t", "measure": "mean of i2t, t2i"}, "mean of i2t, t2i")])
+def test_the_similarity_is_named(opt, words):
+    assert report.measure_of(SimpleNamespace(**opt)) == words
+
+
+def test_similarities_that_hardly_differ_are_drawn():
+    own = np.float32(1) - np.arange(20, dtype=np.float32) * np.float32(6e-8)
+    counts = {"with none": {side: {10: np.arange(3)} for side in report.SIDES}}
+    assert len(report.plots(counts, own, own, "cosine")) == 3
 
 
 def test_recalls_and_gains_of_the_page(tmp_path):
@@ -313,7 +339,8 @@ def photos(tmp_path):
 
 def found(root, split="test"):
     """(names, files) for the photos of `root`."""
-    return report.find_photos(str(root / "photos"), split, drawn(data_path=str(root / "data")))
+    result = drawn(data_path=str(root / "data"))
+    return report.find_photos(str(root / "photos"), split, result.checkpoint.opt, result.dataset)
 
 
 def test_photos_are_inlined_with_a_text_and_broken_ones_named(photos):
@@ -380,12 +407,15 @@ def test_dev_may_be_evaluated_in_part(tmp_path, monkeypatch, rows):
     (tmp_path / "dev_caps.txt").write_text("a dog\n" * 15)
     (tmp_path / "dev_ids.txt").write_text("".join(f"{number * 3 // rows}.png\n" for number in range(rows)))
     dataset = PrecompDataset(str(tmp_path), "dev", vocabulary_of([*SPECIAL_WORDS, "a"]))
-    result = drawn(data_path=str(tmp_path.parent), data_name=tmp_path.name)._replace(dataset=dataset,
-                                                                                     images=torch.ones(2, 2))
-    assert report.find_photos(None, "dev", result) == (["0.png", "1.png"], [None, None])
+    result = drawn(data_path=str(tmp_path.parent), data_name=tmp_path.name)
+    found = report.find_photos(None, "dev", result.checkpoint.opt, dataset)
+    assert found == (["0.png", "1.png"], [None, None])
 
 
 def test_raw_data_knows_its_photos(tmp_path):
     write_image(tmp_path / "0.png", 0)
     dataset = ImageDataset([str(tmp_path / "0.png")], ["a dog"] * 5, [0] * 5, vocabulary_of([*SPECIAL_WORDS, "a"]))
-    assert report.find_photos(None, "test", drawn()._replace(dataset=dataset)) == (["0.png"], [str(tmp_path / "0.png")])
+    opt = drawn().checkpoint.opt
+    assert report.find_photos(None, "test", opt, dataset) == (["0.png"], [str(tmp_path / "0.png")])
+    with pytest.raises(InputError, match="own_precomp is of photos, .* leave --images out"):
+        report.find_photos(str(tmp_path), "test", opt, dataset)

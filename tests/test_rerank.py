@@ -90,6 +90,16 @@ def test_a_shortlist_of_all_is_the_full_ranking(whole):
         assert torch.equal(side.ranks, expected.ranks)
 
 
+def test_many_pairs_are_scored_in_turns(monkeypatch):
+    (fast, _, image_of), (slow, _, _) = drawn(12, 1), drawn(12, 2)
+    (shortlists,) = rank_shifted(fast, top=6, image_of=image_of)
+    expected = rerank(slow, shortlists, 6, image_of)
+    monkeypatch.setattr("rerank.PAIRS", 7)
+    found = rerank(slow, shortlists, 6, image_of)
+    for one, other in zip(expected, found):
+        assert torch.equal(one.ranks, other.ranks) and torch.equal(one.items, other.items)
+
+
 @pytest.mark.parametrize("broken", ["own", "another"])
 def test_nan_counts_against_the_model(broken):
     """Of two images with one caption each."""
@@ -138,6 +148,13 @@ def test_three_rankings_are_a_plain_loop_s(distinct, matrices, capsys, runs, k):
     assert [line.split()[0] for line in output[8:11]] == ["VSE", "VSE's", "SCAN"] and f"VSE's {k}, by SCAN" in output[9]
     if k == 1000:
         assert found["reranked"] == found["scan"]
+
+
+def test_a_table_tells_what_was_reranked(distinct):
+    for flags in ([], ["--rerank", "5"], ["--rerank", "7"]):
+        json_of(distinct, ["--model_path", *paths("vse", "i2t"), *flags, "--save_csv", "all.csv"])
+    names = [line.split(",")[0] for line in (distinct / "all.csv").read_text().splitlines()]
+    assert names[1:] == [f"{names[0]} reranked 5", f"{names[0]} reranked 7"]
 
 
 def test_folds_have_shortlists_of_their_own(distinct, matrices):  # noqa: F811
