@@ -100,7 +100,7 @@ def _read(path):
                                      "and could fill the memory")
         with torch.serialization.safe_globals(ADMITTED):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read ({error.strerror or error}): check the path") from error
@@ -279,21 +279,32 @@ def written(path):
 
 def newest(folder, log):
     """(content, path) of a run folder's checkpoint.pth.tar, or, where there is none that is whole and of ours, of the
-    furthest of the others; (None, "") where there is none at all."""
+    furthest of the others; (None, "") where there is none at all.
+
+    Raises InputError where a file cannot be read at present, and where checkpoint.pth.tar is whole but of a code that
+    keeps no optimizer: a run from scratch would replace it.
+    """
     usual = os.path.join(folder, "checkpoint.pth.tar")
     others = set(glob.glob(os.path.join(glob.escape(folder), "*.pth.tar"))) - {usual}
-    furthest, found = (), (None, "")
+    furthest, found, foreign = (), (None, ""), False
     for path in [usual, *others] if os.path.exists(usual) else others:
         try:
             content = load(path)
         except InputError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             log(f"Passed over: {error}")
             continue
-        if "optimizer" in content and type(content.get("Eiters")) is int and (
-                place := (content["Eiters"], os.path.getmtime(path), path)) > furthest:
+        if "optimizer" not in content or type(content.get("Eiters")) is not int:
+            log(f"Passed over: {path} has no optimizer state and number of steps, so it cannot be continued")
+            foreign = foreign or path == usual
+        elif (place := (content["Eiters"], os.path.getmtime(path), path)) > furthest:
             furthest, found = place, (content, path)
         if found[1] == usual:
             break
+    if foreign and not found[1]:
+        raise InputError(f"--resume auto: {usual} has no optimizer state, so it cannot be continued, and a run from "
+                         "scratch would replace it: name another --logger_name, with --init_from its weights")
     return found
 
 
@@ -308,6 +319,10 @@ def restore(content, path, model, optimizer, opt, log):
                          f"from its weights with --init_from {path}")
     for name, now in vars(opt).items():
         then = getattr(content["opt"], name, now)
+        if now != then and name in ("regions", "vocab_size"):
+            what = "regions an image" if name == "regions" else "words in its vocabulary"
+            raise InputError(f"--resume {path}: it was trained on data with {then} {what}, and these have {now}: give "
+                             "the same data, or start another run with --init_from")
         if now != then and name not in FREE_OPTIONS:
             raise InputError(f"--resume {path}: --{name} was {then} there and is {now} here; give it as it was, or "
                              "start another run with --init_from")

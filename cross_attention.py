@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import leaky_relu
 from torch.utils.checkpoint import checkpoint
 
+from device import to_device
 from errors import InputError, check_choice
 
 EPS = 1e-8  # the released code's, wherever it divides
@@ -245,7 +246,7 @@ def _packed(vectors, starts, order, groups):
     places = np.concatenate([(starts[order[group.members], None] + np.arange(group.length)).ravel()
                              for group in groups])
     places = np.pad(places, (0, -len(places) % ROUNDED))  # any word will do: nothing looks at those scores
-    return vectors.index_select(0, torch.from_numpy(places).to(vectors.device, non_blocking=True))
+    return vectors.index_select(0, to_device(torch.from_numpy(places), vectors.device))
 
 
 def _similarities(images, vectors, starts, lengths, opt, cross_attn):
@@ -262,7 +263,7 @@ def _similarities(images, vectors, starts, lengths, opt, cross_attn):
     scores = torch.cat([aggregate(relevance[:, asking.rows].unflatten(1, (-1, asking.length)),
                                   getattr(opt, "lambda_lse", None)) for asking in askers], 1)
     scores = scores if cross_attn == "t2i" else scores.t()
-    return scores[:, torch.from_numpy(np.argsort(order)).to(scores.device, non_blocking=True)]
+    return scores[:, to_device(torch.from_numpy(np.argsort(order)), scores.device)]
 
 
 def _checked(opt, cross_attn=None):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from caption_files import ASCII_SPACE, flickr_json_name, is_precomputed, read_captions
+from device import to_device
 from errors import InputError, check_regular
 from images import (  # noqa: F401 (handed on: the family imports them from here)
     CocoDataset,
@@ -128,12 +129,12 @@ class PrecompDataset:
 
         counts and draws: of these rows, where regions are to be left out.
         """
-        features = self.images.index_select(0, rows.to(self.images.device, non_blocking=True))
+        features = self.images.index_select(0, to_device(rows, self.images.device))
         if draws is not None:
             features = drop_regions(features, counts, self.drops_regions[0], draws)
         if self.device.type == "cuda" and not features.is_cuda:
             features = features.pin_memory()
-        return features.to(self.device, non_blocking=True).float()
+        return to_device(features, self.device).float()
 
     def load(self, batches, workers=0, epoch=0, augmented=False):
         """For each (B,) tensor of caption indices: images, captions, lengths, ids, indices, longest caption first.

@@ -20,6 +20,14 @@ CLEARLY = 1.15  # times faster that another kind than the default must be: close
 WORTHWHILE = 1.1  # times faster that bf16 products must be: the casts take what is less
 
 
+def to_device(tensor, device):
+    """A tensor on a device. On CUDA nothing waits for it; elsewhere it is there at once.
+
+    On MPS a copy that is not waited for may read what has been let go meanwhile (PyTorch's issues 139550 and 189690).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def choose_device(name):
     """The torch device for auto, cpu, cuda[:n] or mps; raises InputError where it is not there.
 

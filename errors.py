@@ -144,11 +144,17 @@ def _exit_code(main):
         if str(error):  # else another process of the run says it
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):  # a GPU's, and a CPU's
+    except (RuntimeError, MemoryError) as error:
+        if "shared memory" in str(error):
+            print(f"error: the processes that load data ran out of shared memory ({str(error).splitlines()[0]}): make "
+                  "/dev/shm larger, or take fewer --workers, such as 0", file=sys.stderr)
+            return 2
+        said = "out of memory|can't allocate memory|_ALLOC_FAILED"  # a GPU's, a CPU's, a GPU's libraries'
+        if not isinstance(error, MemoryError) and not re.search(said, str(error)):
             raise
-        print(f"error: the memory does not hold this ({str(error).splitlines()[0]}): take a smaller --batch_size, with "
-              "train.py the same in pieces by --micro_batch, or another --device", file=sys.stderr)
+        reason = (str(error) or "out of memory").splitlines()[0]
+        print(f"error: the memory does not hold this ({reason}): take a smaller --batch_size, with train.py the same "
+              "in pieces by --micro_batch, or another --device", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from caption_files import is_precomputed, read_json
+from device import to_device
 from errors import InputError, check_regular
 from images import decode_image
 
@@ -335,7 +336,7 @@ def encode(encoder, pictures, amp="off"):
     amp "bf16": matrix products and convolutions are in bf16.
     """
     with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=amp == "bf16"):
-        rows = encoder.net(pictures.to(encoder.device, non_blocking=True)).float()
+        rows = encoder.net(to_device(pictures, encoder.device)).float()
     return (nn.functional.normalize(rows, dim=-1) if encoder.description["normalised"] else rows).cpu()
 
 

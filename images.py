@@ -52,7 +52,7 @@ class ImageDataset(torch.utils.data.Dataset):
         Random transforms draw from the seed, the epoch and the caption: workers do not change them.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(self.seed, self.epoch, index))
+            torch.default_generator.manual_seed(seed_for(self.seed, self.epoch, index))  # the CPU's alone
             image = self.image(int(self.image_of[index]))
         return image, self.word_ids[index], index, int(self.image_of[index])
 

@@ -11,6 +11,7 @@ from argparse import Namespace
 import torch
 from torch import nn
 
+from device import to_device
 from memory_bank import MemoryBank, global_weights
 
 
@@ -123,7 +124,7 @@ class ContrastiveLoss(nn.Module):
             return {"max": max_margin_loss, "sum": sum_margin_loss}[kind](similarities, opt.margin)
         weights = None
         if mb_img is not None and len(mb_img):
-            mb_ind, indices = (torch.as_tensor(x).to(im.device, non_blocking=True) for x in (mb_ind, indices))
+            mb_ind, indices = (to_device(torch.as_tensor(x), im.device) for x in (mb_ind, indices))
             bank = MemoryBank(mb_img, mb_cap, mb_ind)
             weights = global_weights(im, s, similarities, bank, indices, self.similarity, k=opt.mb_k,
                                      alpha=opt.global_alpha, beta=opt.global_beta, epsilon=opt.global_ep_nega)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from caption_files import is_precomputed
+from device import to_device
 from errors import InputError, check_choice, check_regular
 from gru import last_states, word_states
 from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on: the family imports them from here)
@@ -63,7 +64,8 @@ class _RegionMLP(nn.Module):
 
     def forward(self, regions):
         """(B, K, img_dim) -> (B, K, embed_size). Raises InputError for a training batch of a single region."""
-        if self.training and regions.shape[:2].numel() == 1:
+        alone = type(self.bns[0]) is nn.BatchNorm1d  # and not over other processes' regions, too
+        if self.training and alone and regions.shape[:2].numel() == 1:
             raise InputError("a training batch of one image with one region has no variance for the MLP's batch norm: "
                              "give a larger --batch_size")
         hidden = self.layers[0](regions.flatten(0, 1)).to(self.bns[0].weight.dtype)
@@ -184,8 +186,15 @@ class EncoderImageFull(EncoderImagePrecomp):
         self.cnn = cnn.requires_grad_(finetune)
 
     def features(self, images):
-        """The CNN's features, L2-normalised: (B, feature_size)."""
-        return l2norm(self.cnn(images))
+        """The CNN's features, L2-normalised: (B, feature_size). Raises InputError where batch norm has one number."""
+        try:
+            return l2norm(self.cnn(images))
+        except ValueError as error:
+            if "more than 1 value" not in str(error):
+                raise
+            raise InputError(f"a training batch of one photo of {images.shape[-1]} pixels has no variance for the "
+                             "CNN's batch norm: give a larger --crop_size, or another --batch_size or --micro_batch"
+                             ) from error
 
     def load_state_dict(self, state_dict, strict=True):
         """Load the state, also from before torchvision's VGG classifier lost its first dropout."""
@@ -305,19 +314,19 @@ class VSE(nn.Module):
     def embed_images(self, images):
         """Features or images -> (B, embed_size), without gradients."""
         with torch.no_grad(), self._autocast():
-            return self.img_enc(images.to(self.device, non_blocking=True))
+            return self.img_enc(to_device(images, self.device))
 
     def embed_captions(self, captions, lengths):
         """Word ids, longest caption first -> (B, embed_size), without gradients."""
         with torch.no_grad(), self._autocast():
-            return self.txt_enc(captions.to(self.device, non_blocking=True), lengths)
+            return self.txt_enc(to_device(captions, self.device), lengths)
 
     def forward_emb(self, images, captions, lengths, *rest, volatile=False):
         """A batch, longest caption first -> image and caption embeddings, each (B, embed_size).
 
         rest: a batch's ids and indices, which the encoders have no use for; volatile: without gradients (VSE++).
         """
-        images, captions = (x.to(self.device, non_blocking=True) for x in (images, captions))
+        images, captions = (to_device(x, self.device) for x in (images, captions))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile), self._autocast():
             return self.img_enc(images), self.txt_enc(captions, lengths)
 

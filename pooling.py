@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from device import to_device
+
 K_LARGEST = 5  # values of each feature that k-max pooling takes the mean of
 TEMPERATURE = 0.1  # of GPO's softmax
 
@@ -41,14 +43,14 @@ def drop_regions(images, lengths, rate, draws):
     kept, places = kept_regions(lengths, rate, draws), torch.arange(images.shape[1])
     left = kept.sum(1, keepdim=True)
     order = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :int(left.max())]
-    item, order, gone = (x.to(images.device, non_blocking=True) for x in (
+    item, order, gone = (to_device(x, images.device) for x in (
         torch.arange(len(images)).unsqueeze(1), order, (places[:order.shape[1]] >= left).unsqueeze(2)))
     return images[item, order].masked_fill_(gone, 0)
 
 
 def mean_pool(features, lengths):
     """(B, K, D), (B,) -> (B, D), the mean over each item's rows."""
-    return _rows(features, lengths, 0).sum(1) / lengths.unsqueeze(1).to(features, non_blocking=True)
+    return _rows(features, lengths, 0).sum(1) / to_device(lengths.unsqueeze(1), features.device)
 
 
 def max_pool(features, lengths):
@@ -76,7 +78,7 @@ def _rows(features, lengths, filler):
         if shortest == longest:
             return features
     padding = torch.arange(features.shape[1], device=lengths.device) >= lengths.unsqueeze(1)
-    return features.masked_fill(padding.unsqueeze(2).to(features.device, non_blocking=True), filler)
+    return features.masked_fill(to_device(padding.unsqueeze(2), features.device), filler)
 
 
 def positional_encoding(n, width):
@@ -118,11 +120,11 @@ class GPO(nn.Module):
         else:
             distinct, row_of = torch.arange(1, longest + 1), lengths - 1
         device, dtype = self.linear.weight.device, self.linear.weight.dtype
-        table = positional_encoding(longest, self.gru.input_size).to(dtype).to(device, non_blocking=True)
+        table = to_device(positional_encoding(longest, self.gru.input_size).to(dtype), device)
         distinct = distinct.flip(0)  # packed longest first
         packed = pack_padded_sequence(table.expand(len(distinct), -1, -1), distinct, batch_first=True)
         states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
         ahead, back = states.chunk(2, dim=2)
         scores = self.linear((ahead + back) / 2) / TEMPERATURE
         theta = _rows(scores, distinct, -math.inf).softmax(1)
-        return theta.index_select(0, (len(distinct) - 1 - row_of).to(device, non_blocking=True))
+        return theta.index_select(0, to_device(len(distinct) - 1 - row_of, device))

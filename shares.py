@@ -144,7 +144,7 @@ def gradients(model, share, criterion, similarity, bank, scale, parameters, no_i
         distributed.add_up(slopes)
     slopes = torch.empty_like(rows).index_copy_(0, share.order, _flat(slopes))
     _send_back(model, share, pieces, slopes[_own_rows(share)], before, no_image)
-    _add_up(parameters, scale)
+    _add_up(model, parameters, scale)
     return loss, similarities.detach(), flags
 
 
@@ -195,10 +195,12 @@ def _pair(rows, like):
     return [half.contiguous().view(len(half), *shape) for half, shape in zip(halves, shapes)]
 
 
-def _add_up(parameters, scale):
+def _add_up(model, parameters, scale):
     """Each parameter's gradient, divided by `scale`, summed over the processes."""
     if distributed.launched():  # where another process may have what this one lacks
-        for parameter in (one for one in parameters if one.grad is None):
+        mlp = getattr(model.img_enc, "mlp", None)
+        unused = set(mlp.bns[1].parameters()) if mlp else ()  # of any process: weight decay passes them over
+        for parameter in (one for one in parameters if one.grad is None and one not in unused):
             parameter.grad = torch.zeros_like(parameter)
     own = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if scale != 1:
@@ -293,7 +295,7 @@ class _SharedBatchNorm:
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), self.momentum)
         slope = (variance + self.eps).rsqrt() * self.weight
         return (centred * slope.view(shape) + self.bias.view(shape)).to(rows.dtype)
 

@@ -19,6 +19,7 @@ import glob
 import hashlib
 import math
 import os
+import shutil
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
@@ -34,7 +35,7 @@ import sample_data
 from cross_attention import AGGREGATIONS, NORMS, cross_attention_similarities
 from data import get_loaders
 from device import amp_in_words, choose_device, choose_products
-from errors import ArgumentParser, InputError, check_choice, number, run_script
+from errors import ArgumentParser, InputError, check_choice, number, replacing, run_script
 from evaluation import append, embed, metrics_of, similarity_source, split_loss
 from features import features_of
 from hubness import DEPTHS, hubness_both_ways
@@ -188,12 +189,11 @@ def add_start_flags(group):
                        help="bf16: the encoders' matrix products in bf16; on CUDA the GRU computes in float16")
     group.add_argument("--dist_timeout", default=distributed.TIMEOUT, type=count,
                        help="under torchrun, seconds after which a process that does not answer is given up")
-    start = group.add_mutually_exclusive_group()
-    start.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
+    group.add_argument("--resume", default="", metavar="CHECKPOINT|auto",
                        help="continue this run where it stopped; auto: from the run folder's checkpoint.pth.tar, if "
                        "there is one")
-    start.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
-                       "released code's)")
+    group.add_argument("--init_from", default="", metavar="CHECKPOINT", help="start from these weights (ours, or the "
+                       "released code's); with --resume auto only where there is nothing to continue")
     group.add_argument("--reset_train", action="store_true", help="accepted as in the released code: no effect")
 
 
@@ -231,6 +231,13 @@ def _check(opt):
         raise InputError("--precomp_enc_type weight_norm is SCAN's: add --cross_attn, or choose basic or mlp")
     if opt.cnn_type != "vgg19":
         check_choice("cnn_type", opt.cnn_type, cnn_types())
+    if opt.init_from and opt.resume not in ("", "auto"):
+        raise InputError("--init_from and --resume both name a checkpoint to start from: leave one of them out, or say "
+                         "--resume auto")
+    if opt.precomp_enc_type == "mlp" and opt.embed_size < 2:
+        raise InputError("--precomp_enc_type mlp has half as many hidden units as --embed_size: give 2 or more")
+    if opt.keep and not opt.save_all:
+        raise InputError("--keep does nothing without --save_all: add that, or leave it out")
     if opt.batch_size < distributed.size():
         raise InputError(f"--batch_size {opt.batch_size} for {distributed.size()} processes: it is the size of the one "
                          "batch that they share, so give at least as many pairs, or start fewer processes")
@@ -249,13 +256,16 @@ def load_start(opt):
     Its caption reading is taken over unless a flag forces one. A resumed run's features stay those that they were
     where nothing beside the data describes them any more.
     """
+    content = None
     if opt.resume == "auto":
         content, opt.resume = checkpoint.newest(opt.logger_name, log)
-        log(f"Resuming {opt.resume}" if opt.resume else f"No checkpoint in {opt.logger_name}: starting from scratch")
-    else:
-        content = checkpoint.load(opt.resume or opt.init_from) if opt.resume or opt.init_from else None
+        log(f"Resuming {opt.resume}" if opt.resume else
+            f"No checkpoint in {opt.logger_name}: starting from {opt.init_from or 'scratch'}")
+    path = opt.resume or opt.init_from
+    if path and content is None:
+        content = checkpoint.load(path)
     known = content and content.get("features")
-    features = features_of(opt.data_path, opt.data_name, known, opt.resume or opt.init_from)
+    features = features_of(opt.data_path, opt.data_name, known, path)
     if opt.caption_reading is None:
         opt.caption_reading = checkpoint.caption_reading(content) if content else "text"
     if opt.caption_reading == "released":
@@ -284,7 +294,7 @@ def build_model(opt, start, device):
         opt = type(opt)(**{**vars(opt), "cnn_weights": "none"})
     torch.manual_seed(opt.seed)
     model = build(opt)
-    if opt.init_from:
+    if opt.init_from and not opt.resume:
         for name in checkpoint.MODEL_OPTIONS:
             if getattr(opt, name) != getattr(start["opt"], name):
                 raise InputError(f"--init_from {opt.init_from} has --{name} {getattr(start['opt'], name)}, this run "
@@ -596,6 +606,20 @@ def _save(run, must_succeed, path):
         return False
 
 
+def bring_best(run):
+    """See that a resumed run that goes on in another folder finds its best model there."""
+    best, before = (os.path.join(folder, "model_best.pth.tar") for folder in (
+        run.opt.logger_name, os.path.dirname(run.opt.resume)))
+    if os.path.exists(best):
+        return
+    if os.path.exists(before):
+        with open(before, "rb") as source, replacing(best) as target:
+            shutil.copyfileobj(source, target)
+        log(f"Copied the best model so far, {before}, to {best}")
+    else:
+        run.best_rsum = 0.0  # that model is gone: the next one is the best that there is
+
+
 def end_epoch(run, rsum):
     """Write the best checkpoint, what --save_all and --record_val ask for, and the finished epoch's.
 
@@ -724,6 +748,11 @@ def carry_out(opt):
     held = run_record.lock(opt.logger_name)
     if resuming and checkpoint.written(last) != written:
         raise InputError(f"--resume auto: another run has written {last} in the meantime: start again")
+    if opt.resume:
+        bring_best(run)
+    if opt.memory_bank and opt.num_epochs <= max(1, opt.warmup_epochs):
+        log("Warning: the memory bank comes with the second epoch, after any --warmup_epochs: this run ends before, "
+            "and trains without it")
     log(f"Device: {device}, float32 products: {products}, amp: {amp_in_words(opt.amp, device, products)}")
     run.scalars, run.log = tensorboard(opt.logger_name), run_record.Log(opt.logger_name, run.steps)
     note = run_record.Record(opt.logger_name, opt, device, run.train_loader.dataset, run.steps)

@@ -1,5 +1,6 @@
 """Checkpoints in and out, hostile ones included."""
 
+import errno
 import math
 import os
 import pickle
@@ -480,7 +481,8 @@ def test_a_run_goes_on_with_the_fused_step_of_the_machine_it_goes_on_on(tmp_path
 def test_a_run_of_another_model_is_not_restored(saved, name, value):
     path = saved[0]
     model, optimizer = run_of(2)
-    with pytest.raises(InputError, match=f"--resume.*--{name}"):
+    said = "data with 9 words" if name == "vocab_size" else f"--{name}"
+    with pytest.raises(InputError, match=f"--resume.*{said}"):
         checkpoint.restore(checkpoint.load(path), path, model, optimizer, options(**{name: value}), print)
 
 
@@ -565,6 +567,8 @@ def test_the_furthest_checkpoint_of_ours_is_taken_and_of_those_the_latest(tmp_pa
     assert checkpoint.newest(str(folder), said.append) == (None, "")
     write_at(folder / "released.pth.tar", 9, Eiters=99)
     assert checkpoint.newest(str(folder), said.append) == (None, "")
+    assert len(said) == 1 and said.pop().startswith(f"Passed over: {folder / 'released.pth.tar'} has no optimizer")
+    (folder / "released.pth.tar").unlink()
     write_at(folder / "b.pth.tar", 3, Eiters=8, optimizer={})
     write_at(folder / "c.pth.tar", 5, Eiters=7, optimizer={})
     write_at(folder / "a.pth.tar", 4, Eiters=8, optimizer={}, epoch=11)
@@ -574,7 +578,8 @@ def test_the_furthest_checkpoint_of_ours_is_taken_and_of_those_the_latest(tmp_pa
         write_at(folder / f"{name}.pth.tar", 9, Eiters=odd, optimizer={})
     content, path = checkpoint.newest(str(folder), said.append)
     assert (path, content["epoch"]) == (str(folder / "a.pth.tar"), 11)
-    assert len(said) == 1 and said[0].startswith("Passed over: ") and "broken.pth.tar" in said[0]
+    assert sorted(os.path.basename(line.split(".pth.tar")[0]) for line in said) == ["broken", "d", "e", "f"]
+    assert all(line.startswith("Passed over: ") for line in said)
 
 
 def test_the_usual_file_comes_before_others_that_are_further(tmp_path):
@@ -583,6 +588,22 @@ def test_the_usual_file_comes_before_others_that_are_further(tmp_path):
     assert checkpoint.newest(str(tmp_path), print)[1] == str(tmp_path / "checkpoint.pth.tar")
     write_at(tmp_path / "checkpoint.pth.tar", 5, Eiters=3)  # of the released code
     assert checkpoint.newest(str(tmp_path), print)[1] == str(tmp_path / "model_best.pth.tar")
+
+
+def test_a_file_that_cannot_be_read_at_present_is_not_passed_over(tmp_path, monkeypatch):
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    write_at(tmp_path / "model_best.pth.tar", 9, Eiters=500, optimizer={})
+    write_at(tmp_path / "checkpoint.pth.tar", 5, Eiters=600, optimizer={})
+    monkeypatch.setattr(torch, "load", stale)
+    with pytest.raises(InputError, match="checkpoint.pth.tar cannot be read .Stale"):
+        checkpoint.newest(str(tmp_path), print)
+
+
+def test_a_checkpoint_that_a_run_from_scratch_would_replace_is_not_passed_over(tmp_path):
+    write_at(tmp_path / "checkpoint.pth.tar", 5, Eiters=3)
+    with pytest.raises(InputError, match="--resume auto: .*checkpoint.pth.tar has no optimizer .* another"):
+        checkpoint.newest(str(tmp_path), print)
 
 
 def test_when_a_file_was_written_is_seen_to_the_nanosecond(tmp_path):

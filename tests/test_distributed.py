@@ -148,8 +148,7 @@ def of_four(tmp_path_factory):
 
 
 def check_same_gradients(found, expected, limit):
-    assert found[0].keys() >= expected[0].keys()
-    assert not any(found[0][key].any() for key in found[0].keys() - expected[0].keys())  # without use
+    assert found[0].keys() == expected[0].keys()  # what has none gets none, or AdamW's decay would move it
     largest = max(float(value.abs().max()) for value in expected[0].values())
     for key, value in expected[0].items():
         assert float((found[0][key] - value).abs().max()) <= limit * largest, key

@@ -295,11 +295,18 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')",
-                                   "RuntimeError(\"DefaultCPUAllocator: can't allocate memory: 7 bytes\\nmore\")"])
+                                   "RuntimeError(\"DefaultCPUAllocator: can't allocate memory: 7 bytes\\nmore\")",
+                                   "RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate')",
+                                   "MemoryError()"])
 def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
     code, _, said = shell(tmp_path, f"import torch; raise {error}", "")
     assert code == 2 and said.startswith("error: the memory does not hold this (") and "--micro_batch" in said
     assert said.count("\n") == 1
+
+
+def test_shared_memory_that_does_not_suffice_is_told_apart(tmp_path):
+    code, _, said = shell(tmp_path, "raise RuntimeError('unable to allocate shared memory(shm) for file </t>')", "")
+    assert code == 2 and said.startswith("error: the processes that load data ran out of") and "--workers" in said
 
 
 def test_a_path_that_is_a_folder_is_bad_input(tmp_path):

@@ -63,6 +63,13 @@ def test_an_augmented_run_goes_on_to_the_same_weights(regions):
     assert states_equal(load("runs/whole/checkpoint.pth.tar")["model"], load("runs/runX/checkpoint.pth.tar")["model"])
 
 
+def test_a_run_is_not_resumed_on_data_with_other_regions(regions):
+    train.main([*TINY, "--num_epochs", "1"])
+    write_regions(regions / "data" / "tiny_precomp", regions=4)
+    with pytest.raises(InputError, match="data with 5 regions an image, and these have 4: give the same data"):
+        train.main([*TINY, "--resume", "auto"])
+
+
 def test_augmentation_follows_from_seed_and_epoch_alone(regions):
     words = vocabulary_of([*SPECIAL_WORDS, "a", "dog", "the", "<mask>"])
     dataset = PrecompDataset("data/tiny_precomp", "train", words)

@@ -316,6 +316,37 @@ def test_a_checkpoint_says_what_its_features_are_by_and_a_resumed_one_still_does
     assert load("runs/other/checkpoint.pth.tar")["features"] is None  # nobody knows whether these are the same
 
 
+def test_a_second_stage_may_be_stopped_and_goes_on(workdir, capsys):
+    train.main([*FLAGS, "--num_epochs", "1"])
+    second = [*FLAGS, "--init_from", RUN, "--resume", "auto", "--logger_name", "runs/second"]
+    train.main([*second, "--learning_rate", "1e-12", "--num_epochs", "1"])
+    assert f"No checkpoint in runs/second: starting from {RUN}" in capsys.readouterr().err
+    for found, expected in zip(load("runs/second/checkpoint.pth.tar")["model"], load(RUN)["model"]):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    train.main([*second, "--num_epochs", "2"])
+    assert "Resuming runs/second/checkpoint.pth.tar" in capsys.readouterr().err
+    assert load("runs/second/checkpoint.pth.tar")["epoch"] == 2
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_run_that_goes_on_elsewhere_has_a_best_model_there(workdir, monkeypatch, is_there):
+    monkeypatch.setattr(train, "validate", lambda run: ((30.0, 10.0, 20.0)[run.epoch], []))
+    train.main([*FLAGS, "--num_epochs", "1"])
+    if not is_there:
+        os.unlink("runs/runX/model_best.pth.tar")
+    train.main([*FLAGS, "--num_epochs", "3", "--resume", RUN, "--logger_name", "runs/other"])
+    best = load("runs/other/model_best.pth.tar")
+    assert (best["epoch"], best["best_rsum"]) == ((1, 30.0) if is_there else (3, 20.0))
+    assert load("runs/other/checkpoint.pth.tar")["best_rsum"] == (30.0 if is_there else 20.0)
+
+
+def test_a_bank_that_never_comes_is_told_of(workdir, capsys):
+    train.main([*FLAGS, "--memory_bank", "--num_epochs", "1"])
+    assert "trains without it" in capsys.readouterr().err
+    train.main([*FLAGS, "--memory_bank", "--num_epochs", "2"])
+    assert "trains without it" not in capsys.readouterr().err
+
+
 def test_a_run_that_did_not_know_its_features_learns_them(workdir):
     train.main([*FLAGS, "--num_epochs", "1"])
     assert load(RUN)["features"] is None

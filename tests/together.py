@@ -60,6 +60,7 @@ CASES = {
     "mlp": (MLP, 23, None),
     "mlp, fewer pairs than processes": ({**MLP, "image_pooling": "mean"}, 3, None),
     "mlp, gpo, one pair": (MLP, 1, None),
+    "mlp, one region a process": ({**MLP, "image_pooling": "mean", "regions": 1}, 3, None),
     "cnn": ({"data_name": "photos"}, 6, None),
     "cnn, fewer pairs than processes": ({"data_name": "photos"}, 3, None),
     "cnn without batch norm, micro": ({"data_name": "photos", "without": "batch norm"}, 9, 2),
@@ -109,7 +110,7 @@ def case(name):
         bank = MemoryBank(images, captions, torch.arange(changes["bank"]))
     shape = (3, 64, 64) if opt.data_name == "photos" else (opt.img_dim,)
     if opt.cross_attn or opt.precomp_enc_type == "mlp":
-        shape = (5, opt.img_dim)
+        shape = (changes.get("regions", 5), opt.img_dim)
     similarity = partial(cross_attention_similarities, opt=opt) if opt.cross_attn else criterion.similarity
     return model, Loader(Pairs(pairs, shape), pairs), criterion, similarity, bank, micro_batch
 
