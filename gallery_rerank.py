@@ -5,14 +5,17 @@ built from, or of others of the same photos.
 """
 
 import argparse
+import itertools
 import os
+import sys
 
 import torch
 
-from data import check_form, open_features
+from data import check_form, open_features, read_ids
 from errors import InputError
 from evaluation import embed_texts, load_for_evaluation
 from features import read_features_json, refuse_other
+from gallery import shown
 from rerank import candidate_scores
 from word_ids import number_words
 
@@ -39,10 +42,22 @@ class Reranker:
             raise InputError(f"{path} has features of shape {tuple(self.regions.shape)}, and the gallery has "
                              f"{gallery.count} photos, the model {self.loaded.opt.img_dim} numbers a region: name "
                              "others of the same photos with --rerank_precomp")
+        self._tell_others(os.path.join(folder, f"{own['split']}_ids.txt"), gallery)
         description = read_features_json(folder)
         if description and self.loaded.features:
             refuse_other(description, self.loaded.features, folder, f"checkpoint {model_path}")
         self.loaded.model.val_start()
+
+    @staticmethod
+    def _tell_others(ids_file, gallery):
+        """Say where the regions' names, if any, are not the photos', whatever their folder and ending."""
+        names = [name for name, _ in itertools.groupby(read_ids(ids_file))] if os.path.exists(ids_file) else []
+        stems = [[os.path.splitext(os.path.basename(name))[0] for name in side] for side in (names, gallery.items)]
+        if len(names) == gallery.count and stems[0] != stems[1]:
+            place = next(place for place, (one, other) in enumerate(zip(*stems)) if one != other)
+            print(f"note: {shown(ids_file)} has {shown(names[place])} where the gallery has "
+                  f"{shown(gallery.items[place])}: the order is wrong unless these are the same photo",
+                  file=sys.stderr)
 
     def reordered(self, questions, numbers):
         """list of str and (q, K) numbers of photos (-1: none) -> (q, K) scores and numbers, best first."""

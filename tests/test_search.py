@@ -317,6 +317,22 @@ def test_scan_orders_what_vse_finds(three_models, tmp_path, monkeypatch, capsys,
         assert all(scores[hit["item"]] == pytest.approx(hit["score"], abs=1e-5) for hit in answer["results"])
 
 
+def test_regions_of_other_photos_are_told_of(three_models, tmp_path, monkeypatch, capsys):
+    shutil.copytree(three_models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    count = len(np.load("data/vectors_precomp/test_ims.npy"))
+    Path("data/vectors_precomp/test_ids.txt").write_text("".join(f"{number}.jpg\n" for number in range(count)))
+    said = []
+    for first in ("0", "7"):  # with any ending
+        Path("data/regions_precomp/test_ids.txt").write_text("".join(
+            f"x/{name}.png\n" for name in [first, *range(1, count)] for _ in range(5)))
+        ask("--model_path", f"runs/{VSE_RUN}/model_best.pth.tar", "--precomp", "data/vectors_precomp", "--index", "g",
+            "--correction", "none", "--rerank_model", f"runs/{SCAN_RUN}/model_best.pth.tar", "--rerank_precomp",
+            "data/regions_precomp", QUESTION)
+        said.append(capsys.readouterr().err)
+    assert "same photo" not in said[0] and "has x/7.png where the gallery has 0.jpg" in said[1]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--rerank_model", "VSE"], ["not SCAN"]), (["--rerank_model", "SCAN"], ["over regions"]),
     (["--rerank", "5"], ["--rerank", "--rerank_model"]),
