@@ -1,5 +1,6 @@
 """The results of a comparison by reproduce.py: tables, plots, and what they are of."""
 
+import io
 import json
 import os
 import statistics
@@ -147,9 +148,12 @@ def pyplot_without_screen():
 
 
 def save_plot(figure, path):
-    """Write a figure, the same bytes each time, and forget it."""
+    """Write a figure, the same bytes each time, and forget it; in 64 colours, which takes a quarter of the space."""
+    from PIL import Image
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=90)
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=90, metadata={"Software": None})
+        Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     pyplot_without_screen().close(figure)
 
 
