@@ -106,6 +106,8 @@ def _read(path):
         raise InputError(f"checkpoint {path} cannot be read ({error.strerror or error}): check the path") from error
     except Exception as error:  # torn files raise many kinds
         reason = str(error) or repr(error)
+        if "can't allocate memory" in reason:
+            raise
         asked = re.search(r"GLOBAL ([\w.]+)", reason)
         if asked:
             raise InputError(f"checkpoint {path} is refused: it asks to load {asked[1]}, which could run code"
@@ -291,7 +293,7 @@ def newest(folder, log):
         try:
             content = load(path)
         except InputError as error:
-            if isinstance(error.__cause__, OSError):
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                 raise
             log(f"Passed over: {error}")
             continue
@@ -319,10 +321,9 @@ def restore(content, path, model, optimizer, opt, log):
                          f"from its weights with --init_from {path}")
     for name, now in vars(opt).items():
         then = getattr(content["opt"], name, now)
-        if now != then and name in ("regions", "vocab_size"):
-            what = "regions an image" if name == "regions" else "words in its vocabulary"
-            raise InputError(f"--resume {path}: it was trained on data with {then} {what}, and these have {now}: give "
-                             "the same data, or start another run with --init_from")
+        if now != then and name == "regions":
+            raise InputError(f"--resume {path}: it was trained on data with {then} regions an image, and these have "
+                             f"{now}: give the same data, or start another run with --init_from")
         if now != then and name not in FREE_OPTIONS:
             raise InputError(f"--resume {path}: --{name} was {then} there and is {now} here; give it as it was, or "
                              "start another run with --init_from")

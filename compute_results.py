@@ -39,6 +39,7 @@ from evaluation import (
     mean_metrics,
     metrics_of,
     print_evaluation,
+    write_csv,
     write_results,
 )
 from hubness import DEPTHS, hubness_both_ways, mean_hubness
@@ -393,12 +394,13 @@ def carry_out(options):
                                for name, one in outcome.items()}
     if not distributed.is_first():
         return
-    if options.report:
-        report.write_report(options, options.split, result, hubs, words, outcome)
+    write_results(options, options.split, result, more)
     if options.save_ranks:
         intervals.write_ranks(options.save_ranks, [image_of for *_, image_of in result.parts()],
                               {"": result.rankings, **{name: one["rankings"] for name, one in outcome.items()}})
-    write_results(options, options.split, result, more)  # last, since a line in a table is not written twice
+    if options.report:
+        report.write_report(options, options.split, result, hubs, words, outcome)
+    write_csv(options, result)  # last: where something before could not be written, its line must not come twice
 
 
 if __name__ == "__main__":

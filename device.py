@@ -1,4 +1,4 @@
-"""Where a script computes, and how exactly: chosen once, at its start."""
+"""Where a script computes, and how exactly: chosen once, at its start; how tensors get there."""
 
 import os
 import re

@@ -145,7 +145,7 @@ def _exit_code(main):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if "shared memory" in str(error):
+        if re.search(r"shared memory\(shm\)|out of shared memory", str(error)):  # as DataLoader says it
             print(f"error: the processes that load data ran out of shared memory ({str(error).splitlines()[0]}): make "
                   "/dev/shm larger, or take fewer --workers, such as 0", file=sys.stderr)
             return 2

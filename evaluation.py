@@ -411,7 +411,7 @@ def _by_path(model_path, data_path=None, split="dev", fold5=False):
 def evalrank(*arguments, **named):
     """The family's calls: evaluate a checkpoint on a split, print the recalls, write what was asked for.
 
-    `evalrank(opt_eval, split="test")`, HAL's: opt_eval as for `evaluate` and `write_results`.
+    `evalrank(opt_eval, split="test")`, HAL's: opt_eval as for `evaluate`, `write_results`, `write_csv`.
     `evalrank(model_path, data_path=None, split="dev", fold5=False)`, VSE++'s and SCAN's, where the first argument is
     a path: the data sets' folder is the checkpoint's unless data_path names another. Returns the Metrics.
     """
@@ -419,6 +419,7 @@ def evalrank(*arguments, **named):
     opt_eval, split = (_by_path if by_path else _by_options)(*arguments, **named)
     result = evaluate(opt_eval, split)
     write_results(opt_eval, split, result)
+    write_csv(opt_eval, result)
     return result.metrics
 
 
@@ -430,11 +431,11 @@ def as_dict(metrics):
 
 def write_results(opt_eval, split, result, more=None):
     """Write `ranks.pth.tar` (of the first fold) into the current folder, as the released code does, and what
-    opt_eval's save_csv, save_json and save_embeddings ask for; more: further entries of the JSON file.
+    opt_eval's save_json and save_embeddings ask for; more: further entries of the JSON file.
     """
     ranks = {name: (ranking.ranks.cpu(), ranking.top1.cpu())
              for name, ranking in zip(("rt", "rti"), result.rankings[0])}
-    opt, metrics, folds = result.checkpoint.opt, result.metrics, result.folds if len(result.folds) > 1 else []
+    folds = result.folds if len(result.folds) > 1 else []
     try:
         checkpoint.save("ranks.pth.tar", ranks)
     except InputError as error:  # nobody asked for this file by a flag
@@ -444,17 +445,23 @@ def write_results(opt_eval, split, result, more=None):
             names = [member.opt.data_name for member in result.checkpoint.members]
             json.dump({"model_path": opt_eval.model_path, "data_name": names if names[1:] else names[0], "split": split,
                        "images": len(result.images), "captions": len(result.captions),
-                       "folds": [as_dict(fold) for fold in folds], **as_dict(metrics), **(more or {})}, file, indent=1)
+                       "folds": [as_dict(fold) for fold in folds], **as_dict(result.metrics), **(more or {})},
+                      file, indent=1)
     if getattr(opt_eval, "save_embeddings", False):
         run = os.path.basename(os.path.dirname(os.path.abspath(opt_eval.model_path)))
         with replacing(f"{run}_img_and_cap_embeddings.npz") as file:
             np.savez(file, img_embs=result.images.cpu()[result.dataset.image_of].numpy(),
                      cap_embs=result.captions.cpu().numpy())
-    if getattr(opt_eval, "save_csv", None):
-        rows = {"_fold1": folds[0], "_fold5": metrics} if folds else {"": metrics}
-        for suffix, row in rows.items():
-            figures = ", ".join(f"{value:.1f}" for value in (*row.i2t, *row.t2i, row.rsum))
-            append(opt_eval.save_csv + suffix, f"{opt.logger_name}, {figures}\n")
+
+
+def write_csv(opt_eval, result):
+    """Add the figures' line to the table that opt_eval's save_csv asks for, or to two of them, with folds."""
+    if not getattr(opt_eval, "save_csv", None):
+        return
+    folds = {"_fold1": result.folds[0], "_fold5": result.metrics} if len(result.folds) > 1 else {"": result.metrics}
+    for suffix, row in folds.items():
+        figures = ", ".join(f"{value:.1f}" for value in (*row.i2t, *row.t2i, row.rsum))
+        append(opt_eval.save_csv + suffix, f"{result.checkpoint.opt.logger_name}, {figures}\n")
 
 
 def append(path, line):

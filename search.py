@@ -351,7 +351,7 @@ def check_own(folder, options, loaded):
     if named and named != source:
         raise InputError(f"the gallery {folder} is of {source}, not of {named}: name another --index")
     method, parameters = found["correction"]["method"], found["correction"]["parameters"]
-    has = {"correction": method, **{f"correction_{name}": value for name, value in parameters.items()},
+    has = {"correction": method, **{f"correction_{name}": parameters.get(name) for name in ADJUSTABLE},
            "correction_bank": found["correction"]["bank_split"],
            "correction_bank_images": found["correction"]["bank_images"]}
     asked = {name: getattr(options, name) for name in has}
@@ -361,7 +361,7 @@ def check_own(folder, options, loaded):
     if options.rebuild_index and options.correction is None and others:
         raise InputError(f"--rebuild_index keeps the gallery's correction {method}, and --{others[0]} would change it: "
                          "name a --correction, too")
-    tuned = options.tune_correction and options.images is options.precomp is None  # else it may be what built it
+    tuned = options.tune_correction and options.index and options.images is options.precomp is None  # it builds none
     if not options.rebuild_index and (others or tuned):
         words = " ".join([method, *(f"--{name} {value}" for name, value in has.items()
                                     if name != "correction" and value is not None)])

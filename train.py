@@ -612,12 +612,16 @@ def bring_best(run):
         run.opt.logger_name, os.path.dirname(run.opt.resume)))
     if os.path.exists(best):
         return
-    if os.path.exists(before):
+    try:
+        is_its = checkpoint.load(before)["best_rsum"] == run.best_rsum
+    except (InputError, KeyError):
+        is_its = False
+    if is_its:
         with open(before, "rb") as source, replacing(best) as target:
             shutil.copyfileobj(source, target)
         log(f"Copied the best model so far, {before}, to {best}")
     else:
-        run.best_rsum = 0.0  # that model is gone: the next one is the best that there is
+        run.best_rsum = 0.0  # that model is not there: the next one is the best that there is
 
 
 def end_epoch(run, rsum):

@@ -481,8 +481,7 @@ def test_a_run_goes_on_with_the_fused_step_of_the_machine_it_goes_on_on(tmp_path
 def test_a_run_of_another_model_is_not_restored(saved, name, value):
     path = saved[0]
     model, optimizer = run_of(2)
-    said = "data with 9 words" if name == "vocab_size" else f"--{name}"
-    with pytest.raises(InputError, match=f"--resume.*{said}"):
+    with pytest.raises(InputError, match=f"--resume.*--{name}"):
         checkpoint.restore(checkpoint.load(path), path, model, optimizer, options(**{name: value}), print)
 
 
@@ -590,14 +589,23 @@ def test_the_usual_file_comes_before_others_that_are_further(tmp_path):
     assert checkpoint.newest(str(tmp_path), print)[1] == str(tmp_path / "model_best.pth.tar")
 
 
-def test_a_file_that_cannot_be_read_at_present_is_not_passed_over(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trouble, said", [
+    (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), "checkpoint.pth.tar cannot be read .Stale"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes"), "can't allocate memory"),
+    (MemoryError("no more"), "no more")], ids=str)
+def test_a_file_that_cannot_be_read_at_present_is_not_passed_over(tmp_path, monkeypatch, trouble, said):
     def stale(*_, **__):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        raise trouble
     write_at(tmp_path / "model_best.pth.tar", 9, Eiters=500, optimizer={})
     write_at(tmp_path / "checkpoint.pth.tar", 5, Eiters=600, optimizer={})
     monkeypatch.setattr(torch, "load", stale)
-    with pytest.raises(InputError, match="checkpoint.pth.tar cannot be read .Stale"):
+    with pytest.raises((InputError, RuntimeError, MemoryError), match=said):
         checkpoint.newest(str(tmp_path), print)
+
+
+def test_a_link_to_nothing_is_passed_over(tmp_path):
+    os.symlink(tmp_path / "gone", tmp_path / "Epoch-5-model.pth.tar")
+    assert checkpoint.newest(str(tmp_path), print) == (None, "")
 
 
 def test_a_checkpoint_that_a_run_from_scratch_would_replace_is_not_passed_over(tmp_path):

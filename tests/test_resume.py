@@ -328,12 +328,16 @@ def test_a_second_stage_may_be_stopped_and_goes_on(workdir, capsys):
     assert load("runs/second/checkpoint.pth.tar")["epoch"] == 2
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_run_that_goes_on_elsewhere_has_a_best_model_there(workdir, monkeypatch, is_there):
+@pytest.mark.parametrize("found", ["its own", "none", "a later one"])
+def test_a_run_that_goes_on_elsewhere_has_a_best_model_there(workdir, monkeypatch, found):
     monkeypatch.setattr(train, "validate", lambda run: ((30.0, 10.0, 20.0)[run.epoch], []))
     train.main([*FLAGS, "--num_epochs", "1"])
-    if not is_there:
+    is_there = found == "its own"
+    if found == "none":
         os.unlink("runs/runX/model_best.pth.tar")
+    if found == "a later one":
+        content = load("runs/runX/model_best.pth.tar")
+        torch.save({**content, "epoch": 2, "best_rsum": 40.0}, "runs/runX/model_best.pth.tar")
     train.main([*FLAGS, "--num_epochs", "3", "--resume", RUN, "--logger_name", "runs/other"])
     best = load("runs/other/model_best.pth.tar")
     assert (best["epoch"], best["best_rsum"]) == ((1, 30.0) if is_there else (3, 20.0))

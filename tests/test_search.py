@@ -240,6 +240,8 @@ def test_another_parameter_of_the_correction_is_not_passed_over(evaluated, capsy
     capsys.readouterr()
     ask(*TEST, *own, QUESTION)
     assert "g is there, and is asked as it is" in capsys.readouterr().err
+    with pytest.raises(InputError, match="nnn .*: add --rebuild_index"):
+        ask("--index", "g", "--correction_temperature", "0.5", QUESTION)
     for others in (["--correction_k", "5"], ["--correction_bank", "dev"], ["--correction_bank_images", "1"],
                    ["--tune_correction"]):
         with pytest.raises(InputError, match="nnn --correction_k 4 --correction_alpha 0.6 .*: add --rebuild_index"):
