@@ -585,7 +585,8 @@ serve.serve(FakeSearcher({folder!r}), {host!r}, 0)
 @pytest.mark.parametrize("host, number", [("127.0.0.1", signal.SIGTERM), ("0.0.0.0", signal.SIGINT)])
 def test_it_says_where_it_is_and_ends_when_told(tmp_path, host, number):
     program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path), host=host)
-    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # in background
         line = process.stderr.readline()
         port = int(re.fullmatch(rf"12 photos can be searched at http://{host}:(\d+)/ \(Ctrl-C ends\)\n", line)[1])
         assert talk(port, b"GET /?q=star HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")[0] == 200
