@@ -25,7 +25,7 @@ from errors import InputError, replacing
 from hubness import DEPTHS, occurrences
 from images import thumbnail
 
-RESAMPLES, SEED, CONFIDENCE = 1000, 0, 95
+RESAMPLES, SEED = 1000, 0
 NEGATIVES = 100_000  # wrong pairs whose similarities are drawn, at most
 PAIR_BLOCK = 4096  # pairs compared at a time
 HUBS = WINNINGS = 5  # hubs shown in each direction, and of the queries that each wrongly wins
@@ -59,9 +59,9 @@ def write_report(options, split, result, hubs, words, outcome):
     page = template("report.html").render(
         data=opt.data_name, split=split, facts=facts(options, split, result, words, measure), sides=SIDES,
         depths=DEPTHS, transductive=words.startswith("transductive"), recalls=recalls(rows, image_of),
-        resamples=RESAMPLES, seed=SEED, best=best,
-        hubness=hubness_lines(rows), plots=plots(counts, own, wrong, measure), items=items,
-        hubs=worst_hubs(items, rankings, counts), examples=examples(items, rankings, own), n_examples=EXAMPLES)
+        resamples=RESAMPLES, seed=SEED, best=best, hubness=hubness_lines(rows),
+        plots=plots(counts, own, wrong, measure), items=items, hubs=worst_hubs(items, rankings, counts),
+        examples=examples(items, rankings, own), n_examples=EXAMPLES)
     # What UTF-8 cannot write, such as half of a surrogate pair in a caption, is shown as an escape.
     with replacing(os.path.join(options.report, "report.html"), "w", encoding="utf-8",
                    errors="backslashreplace") as file:
@@ -234,7 +234,7 @@ def recalls(rows, image_of):
     n = len(runs[0][0])
     weights = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES)
     drawn = {figure: intervals.recalls(runs, figure, weights) for figure in intervals.FIGURES}  # each (draws, rows)
-    rsum, middle = drawn.pop("rsum"), (50 - CONFIDENCE / 2, 50 + CONFIDENCE / 2)
+    rsum, middle = drawn.pop("rsum"), [50 * (1 - intervals.CONFIDENCE), 50 * (1 + intervals.CONFIDENCE)]
     bounds = np.percentile(np.stack([*drawn.values(), rsum], 2), middle, axis=0)
     gains = np.percentile(rsum - rsum[:, :1], middle, axis=0)
     base, lines = rows["none"]["metrics"].rsum, []
