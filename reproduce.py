@@ -518,7 +518,8 @@ def compare(opt):
 def run_all(opt, comparison):
     """The trials, what they chose, and {model or ensemble: {seed: figures}}."""
     rsums, chosen = comparison.choose()
-    cells = [(model, chosen[model], seed) for model in opt.models for seed in opt.seeds]
+    # Seed by seed: what a stop leaves is then a whole comparison with fewer seeds.
+    cells = [(model, chosen[model], seed) for seed in opt.seeds for model in opt.models]
     figures = dict(zip(cells, comparison.calls.map(comparison.run, cells)))
     runs = {model: {seed: figures[model, chosen[model], seed] for seed in opt.seeds} for model in opt.models}
     for name, members in opt.ensembles.items():
