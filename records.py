@@ -27,6 +27,8 @@ def keep(output, record):
         to = os.path.join(record, os.path.relpath(folder, output))
         run = read_run(folder)
         if run.get("result"):
+            if "why" in run["result"]:
+                run["result"]["why"] = without_folder(run["result"]["why"], output)
             _write_json(os.path.join(to, "run.json"), {**run, "options": _without_paths(run.get("options", {}))})
             if "log.jsonl" in names:
                 with (open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as log,
@@ -41,6 +43,11 @@ def keep(output, record):
                 with replacing(os.path.join(to, name)) as file:
                     np.savez_compressed(file, **ranks)
                 _write_json(os.path.join(to, test), _without_paths(read_json(os.path.join(folder, test))))
+
+
+def without_folder(text, folder):
+    """A sentence with the paths in a folder as they are from there."""
+    return text.replace(os.path.join(folder, ""), "")
 
 
 def _without_paths(content):

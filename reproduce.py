@@ -7,8 +7,9 @@
 
 Every model gets the same number of trials, drawn over its own parameters (learning rate and margin, or learning rate,
 alpha and epsilon, for example). The one with the best dev rsum of a first seed after a few epochs runs over all seeds.
-Calls train.py and compute_results.py as anyone would. Finished runs are kept: called again after a stop, a crash or
-with more seeds, it goes on where it was. Writes results.json, results.md and results.png into --output.
+Calls train.py and compute_results.py as anyone would. Runs that ended are kept, those that collapsed, too: called again
+after a stop, a crash or with more seeds, it goes on where it was. Writes results.json, results.md and plots into
+--output.
 """
 
 import itertools
@@ -62,6 +63,7 @@ class Preset(NamedTuple):
     seeds: tuple = (0, 1, 2)
     train: tuple = ()
     tests: dict = {"test": ["--split", "test"]}
+    baseline: str = None  # a model: the table of differences has those from it alone
 
 
 def vse(rates, alphas, epsilons, max_margin=(), base=()):
@@ -106,22 +108,26 @@ def regions(rates, alphas, epsilons, max_margin=()):
 
 
 def ablations(rate, alphas, epsilons, max_margin):
-    """HAL over its parameters, the bank over its own, the batch, and bf16: each model has one setting."""
+    """HAL over its parameters, the bank over its own, the batch, and bf16: each model has one setting.
+
+    Alpha 30 and epsilon 0.3 are among those given.
+    """
     def hal(alpha, epsilon, **more):
         return {"learning_rate": (rate,), "local_alpha": (alpha,), "local_ep": (epsilon,),
                 **{name: (value,) for name, value in more.items()}}
 
-    usual = hal(30, 0.3)
     models = {f"HAL alpha {alpha} epsilon {epsilon}": Model((), hal(alpha, epsilon))
               for alpha in alphas for epsilon in epsilons}
     models |= {f"HAL+bank rate {share} k {k}": Model(tuple(BANK), hal(30, 0.3, mb_rate=share, mb_k=k))
                for share in (0.05, 0.2) for k in (50, 250)}
     models |= {f"HAL batch {size}": Model((), hal(30, 0.3, batch_size=size)) for size in (64, 256)}
     margin = {"learning_rate": (rate,), "margin": (0.2,)}
-    return models | {"sum-margin bf16": Model(("--sum_violation", "--amp", "bf16"), margin),
-                     "max-margin bf16": Model(("--max_violation", *max_margin, "--amp", "bf16"), margin),
-                     "HAL bf16": Model(("--amp", "bf16"), usual),
-                     "HAL+bank bf16": Model((*BANK, "--amp", "bf16"), hal(30, 0.3, mb_rate=0.05, mb_k=250))}
+    models |= {"sum-margin": Model(("--sum_violation",), margin),
+               "max-margin": Model(("--max_violation", *max_margin), margin)}
+    in_float32 = {"sum-margin": "sum-margin", "max-margin": "max-margin", "HAL": "HAL alpha 30 epsilon 0.3",
+                  "HAL+bank": "HAL+bank rate 0.05 k 250"}
+    return models | {f"{loss} bf16": Model((*models[name].flags, "--amp", "bf16"), models[name].tried)
+                     for loss, name in in_float32.items()}
 
 
 COCO_TESTS = {"5K": ["--split", "testall"], "1K": ["--split", "testall", "--fold5"]}
@@ -136,8 +142,9 @@ PRESETS = {
     "f30k": Preset("f30k_precomp", vse(RATES, *F30K_HAL)),
     "f8k": Preset("f8k_precomp", vse(F8K_RATES, *COCO_HAL, FIRST_SUM), num_epochs=8, lr_update=5, train=WARM,
                   seeds=(0, 1, 2, 3, 4)),
-    "ablations_f8k": Preset("f8k_precomp", ablations(0.004, (15, 30, 60), (0.1, 0.3, 0.5, 0.7), FIRST_SUM),
-                            num_epochs=8, lr_update=5, trials=1, seeds=(0, 1), train=WARM),
+    "ablations_f8k": Preset("f8k_precomp", ablations(0.004, (20, 30, 60), (0.2, 0.3, 0.4, 0.5, 0.7), FIRST_SUM),
+                            num_epochs=8, lr_update=5, trials=1, seeds=(0, 1), train=WARM,
+                            baseline="HAL alpha 30 epsilon 0.3"),
     "scan_coco": Preset("coco_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=20, lr_update=10,
                         trials=4, tests=COCO_TESTS),
     "scan_f30k": Preset("f30k_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=30, lr_update=15,
@@ -343,9 +350,13 @@ class Comparison:
         return os.path.join(self.opt.output, model, f"{setting_name(self.opt.settings[model][trial])}_seed{seed}")
 
     def train(self, model, trial, seed, epochs):
-        """Train up to `epochs`; returns None, or why it could not be trained to the end (collapse, for example)."""
+        """Train up to `epochs`; returns None, or why it could not be trained to there (collapse, for example).
+
+        A run that has ended there, well or not, is not trained again.
+        """
         opt, preset, folder = self.opt, self.preset, self.folder(model, trial, seed)
-        before, name = self.record(folder), f"{model}, {setting_name(opt.settings[model][trial])}, seed {seed}"
+        result = records.read_run(folder).get("result") or {}
+        name = f"{model}, {setting_name(opt.settings[model][trial])}, seed {seed}"
         flags = {"data_path": os.path.abspath(opt.data_path), "vocab_path": os.path.abspath(opt.vocab_path),
                  "data_name": preset.data_name, "batch_size": preset.batch_size, "lr_update": preset.lr_update,
                  "num_epochs": epochs, "seed": seed, "logger_name": folder, "resume": "auto", "amp": opt.amp,
@@ -353,22 +364,18 @@ class Comparison:
         flags = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
         flags += [*opt.models[model].flags, *preset.train, *opt.train_flags]
         check_made_so(folder, flags)
-        if before.get("outcome") == "finished" and before["epochs"] >= epochs:
+        if result.get("outcome") in ("finished", "gave up") and result["epochs"] >= epochs:
             return None
-        print(f"{name}: training to epoch {epochs}", file=sys.stderr)
-        status, why = self.calls.script("train.py", flags, folder, "train.log")
-        if status == 0:
-            return None
-        after = self.record(folder)
-        if after.get("outcome") != "gave up" or after == before:  # not the loss' fault
-            raise InputError(f"{name}: {why}")
-        print(f"{name}: {why}", file=sys.stderr)
-        return why
-
-    def record(self, folder):
-        """How the run in a folder ended last, and when; {} if it did not."""
-        record = records.read_run(folder)
-        return {**record["result"], "end": record["end"]} if record.get("result") else {}
+        if result.get("outcome") != "gave up":
+            print(f"{name}: training to epoch {epochs}", file=sys.stderr)
+            status, why = self.calls.script("train.py", flags, folder, "train.log")
+            if status == 0:
+                return None
+            result = records.read_run(folder).get("result") or {}
+            if result.get("outcome") != "gave up":  # not the loss' fault
+                raise InputError(f"{name}: {why}")
+            print(f"{name}: {why}", file=sys.stderr)
+        return records.without_folder(result.get("why", f"gave up at step {result['steps']}"), self.opt.output)
 
     def trial(self, model, trial):
         """The best dev rsum of the first epochs; None where training failed."""
@@ -393,18 +400,21 @@ class Comparison:
             raise InputError(f"{path} cannot be read ({error}): delete its folder, and the run is made anew") from error
 
     def choose(self):
-        """{model: [dev rsum of each trial, or None]}, {model: the number of the best one}."""
+        """{model: [dev rsum of each trial, or None]}, {model: the number of the best one}.
+
+        Raises InputError where several were tried of a model and none can be trained; a single one is its own result.
+        """
         opt = self.opt
         pairs = [(model, trial) for model in opt.models for trial in range(opt.trials)]
         tried = dict(zip(pairs, self.calls.map(self.trial, pairs)))
         trials = {model: [tried[model, trial] for trial in range(opt.trials)] for model in opt.models}
         for model, rsums in trials.items():
-            if all(rsum is None for rsum in rsums):
+            if opt.trials > 1 and all(rsum is None for rsum in rsums):
                 raise InputError(f"{model} could not be trained with any of its settings "
                                  f"{', '.join(map(setting_name, opt.settings[model]))} (see "
                                  f"{os.path.join(opt.output, model)}): try lower --learning_rates, or -- "
                                  "--lr_warmup_steps 100")
-        return trials, {model: max((i for i, rsum in enumerate(rsums) if rsum is not None), key=rsums.__getitem__)
+        return trials, {model: max(range(opt.trials), key=lambda trial: rsums[trial] or 0)
                         for model, rsums in trials.items()}
 
     def run(self, model, trial, seed):
@@ -503,7 +513,7 @@ def compare(opt):
         signal.signal(number_, calls.stop)
     try:
         results = {"settings": settings, "data_name": PRESETS[opt.preset].data_name, "seeds": opt.seeds,
-                   **run_all(opt, Comparison(opt, calls))}
+                   "baseline": PRESETS[opt.preset].baseline, **run_all(opt, Comparison(opt, calls))}
     except Stopped:
         print("Stopped. The same command goes on.", file=sys.stderr)
         sys.exit(128 + calls.signal)

@@ -124,7 +124,9 @@ def markdown(results):
                 rows.append([name, *map(mean_and_deviation, figures.values())])
             lines += table(["model", *FIGURES], rows)
         lines += [f"{test}, every seed", "", *seeds_table(results, test)]
-        plain, corrected = (results[kind][test] for kind in ("differences", "differences_corrected"))
+        plain, corrected = ({pair: own for pair, own in results[kind][test].items()
+                             if results["baseline"] in (None, *pair.split(" - "))}
+                            for kind in ("differences", "differences_corrected"))
         if plain:
             seeds_vary = all(len(own["rsum"]) != 1 for own in results["summary"][test].values())
             of = ("images and seeds, in bold where 0 is outside (as, by chance, one in twenty is of differences that "
@@ -175,15 +177,15 @@ def plot_epochs(path, epochs):
 
 def plot_grid(path, results):
     """Heat maps over HAL's alpha and epsilon, of the models that differ in these alone: the best dev rsum, and the
-    skewness in that epoch, the mean over seeds. Nothing where no two models do."""
+    skewness in that epoch, the mean over seeds that were trained. Nothing where no two models do."""
     cells = {}
     for model, setting in results["chosen"].items():
         flags = tuple(results["settings"]["models"][model]["flags"])
         others = tuple(item for item in setting.items() if item[0] not in ("local_alpha", "local_ep"))
         best = [max(seed, key=lambda epoch: epoch["rsum"]) for seed in results["epochs"][model].values() if seed]
-        if {"local_alpha", "local_ep"} <= setting.keys() and best:
+        if {"local_alpha", "local_ep"} <= setting.keys():
             cells.setdefault((flags, others), {})[setting["local_alpha"], setting["local_ep"]] = {
-                name: statistics.mean(one[name] for one in best) for name in CURVES}
+                name: statistics.mean(one[name] for one in best) for name in CURVES if best}
     grid = max(cells.values(), key=len, default={})
     if len(grid) < 2:
         return
@@ -195,8 +197,9 @@ def plot_grid(path, results):
         image = axis.imshow(values, aspect="auto", cmap="viridis")
         for row, line in enumerate(values):
             for column, value in enumerate(line):
-                axis.text(column, row, f"{value:.1f}" if name == "rsum" else f"{value:.2f}", ha="center", va="center",
-                          fontsize=8, bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1})
+                text = "failed" if value != value else f"{value:.{1 if name == 'rsum' else 2}f}"
+                axis.text(column, row, text, ha="center", va="center", fontsize=8,
+                          bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1})
         axis.set_xticks(range(len(epsilons)), [f"{epsilon:g}" for epsilon in epsilons], fontsize=8)
         axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas], fontsize=8)
         axis.set_xlabel("epsilon", fontsize=8)

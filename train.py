@@ -760,17 +760,17 @@ def carry_out(opt):
     log(f"Device: {device}, float32 products: {products}, amp: {amp_in_words(opt.amp, device, products)}")
     run.scalars, run.log = tensorboard(opt.logger_name), run_record.Log(opt.logger_name, run.steps)
     note = run_record.Record(opt.logger_name, opt, device, run.train_loader.dataset, run.steps)
-    outcome = "failed"
+    outcome, why = "failed", {}
     try:
         with stoppable() as stop:
             train(run, stop)
         outcome = signal.Signals(stop.signal).name if stop.signal else "finished"
-    except GaveUp:
-        outcome = "gave up"
+    except GaveUp as error:
+        outcome, why = "gave up", {"why": str(error)}
         raise
     finally:
         with suppress(InputError) if outcome in ("failed", "gave up") else nullcontext():  # whose own error says more
-            note.end(outcome=outcome, epochs=run.epoch, steps=run.steps, best_rsum=run.best_rsum)
+            note.end(outcome=outcome, epochs=run.epoch, steps=run.steps, best_rsum=run.best_rsum, **why)
         held.close()
     if stop.signal:
         log(f"Stopped. Go on with: --resume {run.path}")

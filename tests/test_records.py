@@ -49,6 +49,10 @@ def test_a_record_holds_no_weights_no_steps_no_items_and_no_paths(tmp_path):
     (run / "test.json").write_text('{"model_path": "/a/model", "rsum": 3}')
     arrays = {name: np.arange(9) for name in ("image_of", "i2t_ranks", "t2i_ranks", "nnn_t2i_ranks")}
     np.savez(run / "test.npz", **arrays, i2t_items=np.zeros((9, 10)), nnn_t2i_items=np.zeros((9, 10)))
+    gave_up = tmp_path / "out" / "HAL" / "lr2_seed0"
+    gave_up.mkdir()
+    (gave_up / "run.json").write_text(json.dumps({**RUN, "result": {
+        "outcome": "gave up", "epochs": 1, "steps": 9, "why": f"step 9: go back to {gave_up}/checkpoint.pth.tar"}}))
     unfinished = tmp_path / "out" / "HAL" / "lr1_seed1"
     unfinished.mkdir()
     (unfinished / "run.json").write_text(json.dumps({**RUN, "end": None, "result": None}))
@@ -56,7 +60,9 @@ def test_a_record_holds_no_weights_no_steps_no_items_and_no_paths(tmp_path):
         records.keep(tmp_path / "out", tmp_path / "record")
     kept = tmp_path / "record/HAL/lr1_seed0"
     assert sorted(os.listdir(kept)) == ["log.jsonl", "run.json", "test.json", "test.npz"]
-    assert os.listdir(tmp_path / "record/HAL") == ["lr1_seed0"]
+    assert sorted(os.listdir(tmp_path / "record/HAL")) == ["lr1_seed0", "lr2_seed0"]
+    assert json.loads((tmp_path / "record/HAL/lr2_seed0/run.json").read_text())["result"]["why"] == (
+        "step 9: go back to HAL/lr2_seed0/checkpoint.pth.tar")
     assert json.loads((kept / "run.json").read_text()) == {**RUN, "options": {"seed": 3}}
     assert (kept / "log.jsonl").read_text() == '{"kind": "validation", "rsum": 5}\n'
     assert json.loads((kept / "test.json").read_text()) == {"rsum": 3}

@@ -38,9 +38,10 @@ if os.environ.get("NO_DATA") == str(epochs):
 if kind == os.environ.get("SLOW"):
     time.sleep(60)
 if kind == "HAL" and lr > 0.001:
-    result = {"outcome": "gave up", "epochs": 0, "steps": 5}
+    result = {"outcome": "gave up", "epochs": 0, "steps": 5,
+              "why": "step 5: training has collapsed; go back to " + os.path.join(folder, "checkpoint.pth.tar")}
     json.dump({"options": {}, "result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
-    print("error: step 5: training has collapsed", file=sys.stderr)
+    print("error:", result["why"], file=sys.stderr)
     sys.exit(2)
 with open(os.path.join(folder, "log.jsonl"), "w") as file:
     for epoch in range(epochs):  # 0.001 leads after one epoch, 0.0005 in the end
@@ -171,11 +172,24 @@ def test_the_epochs_of_every_run_are_kept_and_drawn(scripts):
 
 
 def test_models_that_differ_in_alpha_and_epsilon_alone_make_a_heat_map(scripts, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda axes, x, y, text, **_: drawn.append((x, y, text)))
+    path = os.path.join(reproduce.SCRIPTS, "train.py")
+    train = open(path).read()
+    with open(path, "w") as file:  # one of the four cannot be trained
+        file.write(train.replace("lr > 0.001", '(flags["--local_alpha"], flags["--local_ep"]) == ("60", "0.3")'))
     models = reproduce.ablations(0.001, (30, 60), (0.3, 0.7), ())
-    monkeypatch.setitem(reproduce.PRESETS, "smoke", reproduce.PRESETS["smoke"]._replace(models=models, trials=1))
     grid = [f"HAL alpha {alpha} epsilon {epsilon}" for alpha in (30, 60) for epsilon in (0.3, 0.7)]
-    reproduce.main([*FAST, "--losses", *grid, "HAL bf16", "--seeds", "0"])
+    monkeypatch.setitem(reproduce.PRESETS, "smoke", reproduce.PRESETS["smoke"]._replace(
+        models=models, trials=1, baseline=grid[1]))
+    reproduce.main([*FAST, "--losses", *grid, "HAL bf16", "--seeds", "0", "2"])
     assert open("runs/reproduce_smoke/grid.png", "rb").read(4) == b"\x89PNG"
+    assert drawn[:4] == [(0, 0, "111.0"), (1, 0, "111.0"), (0, 1, "failed"), (1, 1, "111.0")]
+    text = open("runs/reproduce_smoke/results.md").read()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.partition("| difference |")[2].splitlines()[2:]]
+    assert [row for row in rows if row] == [f"{grid[0]} - {grid[1]}", f"{grid[1]} - {grid[3]}",
+                                            f"{grid[1]} - HAL bf16"]
+    assert len(results()["differences"]["test"]) == 6
 
 
 def test_every_pair_s_difference_has_its_interval(scripts):
@@ -250,7 +264,7 @@ def test_where_every_run_fails_after_its_trials_it_is_one_sentence(scripts):
     train = open(path).read()
     with open(path, "w") as file:
         file.write(train.replace('kind == "HAL" and lr > 0.001', "epochs == 2"))
-    with pytest.raises(InputError, match=r"no run was trained to its end \(HAL, step 5: training has collapsed\)"):
+    with pytest.raises(InputError, match=r"no run was trained to its end \(HAL, step 5: training has collapsed;"):
         reproduce.main([*FAST, "--losses", "HAL"])
     assert not os.path.exists("runs/reproduce_smoke/results.json")
 
@@ -292,7 +306,8 @@ def test_a_seed_that_collapses_is_reported_and_left_out_of_the_mean(scripts, mon
     reproduce.main([*FAST, "--seeds", "0", "1", "2"])
     found = results()
     assert found["summary"]["test"]["HAL"]["rsum"] == [120, 128]
-    assert found["runs"]["HAL"]["1"] == {"failed": "step 5: training has collapsed"}
+    why = "step 5: training has collapsed; go back to HAL/lr0.001_local_alpha60_local_ep0.7_seed1/checkpoint.pth.tar"
+    assert found["runs"]["HAL"]["1"] == {"failed": why}
     assert "| HAL (1 of 3 seeds failed) | 11.0 ± 1.4 |" in open("runs/reproduce_smoke/results.md").read()
 
 
@@ -305,12 +320,28 @@ def test_what_is_wrong_with_the_data_stops_everything_with_its_sentence(scripts,
     assert not os.path.exists("runs/reproduce_smoke/results.json")
 
 
-def test_a_loss_that_gave_up_before_is_not_to_blame_for_what_is_wrong_now(scripts, monkeypatch):
-    with pytest.raises(InputError, match="could not be trained"):
-        reproduce.main([*FAST, "--losses", "HAL", "--learning_rates", "0.002", "0.003"])
+def test_a_run_that_gave_up_is_not_trained_again_until_its_folder_is_deleted(scripts, monkeypatch):
+    flags = [*FAST, "--losses", "HAL", "--learning_rates", "0.002", "0.001"]
+    reproduce.main([*flags, "--record", "record"])
+    calls, before = scripts(), results()
+    assert [one["dev_rsum"] for one in before["trials"]["HAL"]].count(None) == 1
+    for folder in ("runs/reproduce_smoke", "record"):
+        reproduce.main([*flags, "--output", folder])
+        assert scripts() == calls and results(f"{folder}/results.json") == before
+        kept = [name for name in os.listdir(f"{folder}/HAL") if name.startswith("lr0.002")]
+        assert results(f"{folder}/HAL/{kept[0]}/run.json")["result"]["outcome"] == "gave up"
+    shutil.rmtree(f"runs/reproduce_smoke/HAL/{kept[0]}")
     monkeypatch.setenv("NO_DATA", "1")
     with pytest.raises(InputError, match="no data here: look elsewhere"):
-        reproduce.main([*FAST, "--losses", "HAL", "--learning_rates", "0.002", "0.003"])
+        reproduce.main(flags)
+
+
+def test_a_single_setting_that_cannot_be_trained_is_a_result_beside_others(scripts):
+    flags = [*FAST, "--losses", "HAL", "sum-margin", "--learning_rates", "0.002", "--trials", "1"]
+    reproduce.main(flags)
+    assert set(results()["runs"]["HAL"]["0"]) == {"failed"}
+    text = open("runs/reproduce_smoke/results.md").read()
+    assert "| HAL (2 of 2 seeds failed) | - |" in text and "local ep 0.7: failed |" in text
 
 
 @pytest.mark.parametrize("name, content", [

@@ -267,8 +267,11 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_stops_the_run(workdir, 
         return figures
     monkeypatch.setattr(train.ContrastiveLoss, "of_similarities", spoiled)
     monkeypatch.setattr(train, "train_step", watched)
-    with pytest.raises(InputError, match="step 2.*not finite.*0.01.*Start again"):
+    with pytest.raises(InputError, match="step 2.*not finite.*0.01.*Start again") as caught:
         train.main(FLAGS)
+    with open("runs/runX/run.json") as file:
+        result = json.load(file)["result"]
+    assert (result["outcome"], result["why"]) == ("gave up", str(caught.value))
     assert sorted(weights) == [0, 1]
     assert all(math.isfinite(value) for p in weights[1] for value in p.flatten().tolist())
 
