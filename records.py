@@ -17,19 +17,39 @@ PATHS = ("data_path", "vocab_path", "cache_dir", "logger_name", "model_path", "r
 PLOTS = ("results.png", "epochs.png", "grid.png")
 
 
+def check_record(record, output):
+    """Raise InputError where `keep` would overwrite what is not a copy of the output folder's own."""
+    inside = os.path.join(os.path.realpath(record), "").startswith(os.path.join(os.path.realpath(output), ""))
+    if inside:
+        raise InputError(f"--record {record} lies in --output {output}, of which it is to be a copy: name a folder "
+                         "outside")
+    try:
+        os.makedirs(record, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--record {record} cannot be written ({error.strerror}): name a folder") from error
+    for folder, _, names in os.walk(record):
+        own = os.path.join(output, os.path.relpath(folder, record))
+        for name in sorted(names):
+            if not os.path.exists(os.path.join(own, name)):
+                raise InputError(f"--record {record} has {os.path.relpath(os.path.join(folder, name), record)}, which "
+                                 f"{output} has not: copy it there first, to go on from it, or name another folder")
+
+
 def keep(output, record):
     """Write into the folder `record` what an output folder holds of the runs that have ended, well or not.
 
     That is settings.json, of each run run.json and log.jsonl's validations, of each test its figures and ranks.
     """
-    _write_json(os.path.join(record, "settings.json"), read_json(os.path.join(output, "settings.json")))
+    write_json(os.path.join(record, "settings.json"), read_json(os.path.join(output, "settings.json")))
     for folder, _, names in os.walk(output):
         to = os.path.join(record, os.path.relpath(folder, output))
         run = read_run(folder)
         if run.get("result"):
-            if "why" in run["result"]:
-                run["result"]["why"] = without_folder(run["result"]["why"], output)
-            _write_json(os.path.join(to, "run.json"), {**run, "options": _without_paths(run.get("options", {}))})
+            why = {"why": gave_up(run)} if gave_up(run) else {}
+            write_json(os.path.join(to, "run.json"), {**run, "options": _without_paths(run.get("options", {})),
+                                                      "result": {**run["result"], **why}})
+            if "trial.json" in names:
+                write_json(os.path.join(to, "trial.json"), read_json(os.path.join(folder, "trial.json")))
             if "log.jsonl" in names:
                 with (open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as log,
                       replacing(os.path.join(to, "log.jsonl"), "w", encoding="utf-8") as file):
@@ -42,12 +62,7 @@ def keep(output, record):
                     ranks = {key: content[key] for key in content if not key.endswith("_items")}
                 with replacing(os.path.join(to, name)) as file:
                     np.savez_compressed(file, **ranks)
-                _write_json(os.path.join(to, test), _without_paths(read_json(os.path.join(folder, test))))
-
-
-def without_folder(text, folder):
-    """A sentence with the paths in a folder as they are from there."""
-    return text.replace(os.path.join(folder, ""), "")
+                write_json(os.path.join(to, test), _without_paths(read_json(os.path.join(folder, test))))
 
 
 def _without_paths(content):
@@ -80,7 +95,25 @@ def read_run(folder):
     return run
 
 
-def _write_json(path, content):
+def read_trial(path):
+    """A trial's dev rsum, or None if it failed; raises InputError unless the file tells it."""
+    rsum = read_json(path, "dev_rsum").get("dev_rsum")
+    if not isinstance(rsum, (int, float, type(None))):
+        raise InputError(f"{path} cannot be read (no figure): delete it, and it is made again")
+    return rsum
+
+
+def gave_up(run):
+    """Of a run.json, why training gave up, without the run folder's path; None where it did not."""
+    result, folder = run.get("result") or {}, run.get("options", {}).get("logger_name")
+    if result.get("outcome") != "gave up":
+        return None
+    why = str(result.get("why", f"gave up at step {result['steps']}"))
+    return why.replace(os.path.join(folder, ""), "") if isinstance(folder, str) else why
+
+
+def write_json(path, content):
+    """Write a JSON file whole."""
     with replacing(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
 

@@ -63,7 +63,7 @@ class Preset(NamedTuple):
     seeds: tuple = (0, 1, 2)
     train: tuple = ()
     tests: dict = {"test": ["--split", "test"]}
-    baseline: str = None  # a model: the table of differences has those from it alone
+    pairs: tuple = ()  # of models: the table of differences has these alone
 
 
 def vse(rates, alphas, epsilons, max_margin=(), base=()):
@@ -124,10 +124,16 @@ def ablations(rate, alphas, epsilons, max_margin):
     margin = {"learning_rate": (rate,), "margin": (0.2,)}
     models |= {"sum-margin": Model(("--sum_violation",), margin),
                "max-margin": Model(("--max_violation", *max_margin), margin)}
-    in_float32 = {"sum-margin": "sum-margin", "max-margin": "max-margin", "HAL": "HAL alpha 30 epsilon 0.3",
-                  "HAL+bank": "HAL+bank rate 0.05 k 250"}
-    return models | {f"{loss} bf16": Model((*models[name].flags, "--amp", "bf16"), models[name].tried)
-                     for loss, name in in_float32.items()}
+    halved = "sum-margin", "max-margin", "HAL alpha 30 epsilon 0.3", "HAL+bank rate 0.05 k 250"
+    return models | {f"{name} bf16": Model((*models[name].flags, "--amp", "bf16"), models[name].tried)
+                     for name in halved}
+
+
+def ablation_pairs(models):
+    """HAL in the middle of the grid against all others, the bank's settings, and float32 against bf16."""
+    middle, banks = "HAL alpha 30 epsilon 0.3", [name for name in models if name.startswith("HAL+bank rate")]
+    return (*((middle, name) for name in models if name != middle), *itertools.combinations(banks, 2),
+            *((name, f"{name} bf16") for name in models if f"{name} bf16" in models))
 
 
 COCO_TESTS = {"5K": ["--split", "testall"], "1K": ["--split", "testall", "--fold5"]}
@@ -137,14 +143,14 @@ COCO_HAL, F30K_HAL = ((30, 20, 45), (0.3, 0.2, 0.4)), ((60, 40, 30), (0.7, 0.5, 
 # On Flickr8k all need the learning rate's warm-up, and max-margin, which would stay at its trivial loss for epochs,
 # an epoch of sum-margin.
 WARM, FIRST_SUM = ("--lr_warmup_steps", "100"), ("--warmup_epochs", "1")
+F8K_ABLATIONS = ablations(0.004, (20, 30, 60), (0.2, 0.3, 0.4, 0.5, 0.7), FIRST_SUM)
 PRESETS = {
     "coco": Preset("coco_precomp", vse(RATES, *COCO_HAL), batch_size=512, tests=COCO_TESTS),
     "f30k": Preset("f30k_precomp", vse(RATES, *F30K_HAL)),
     "f8k": Preset("f8k_precomp", vse(F8K_RATES, *COCO_HAL, FIRST_SUM), num_epochs=8, lr_update=5, train=WARM,
                   seeds=(0, 1, 2, 3, 4)),
-    "ablations_f8k": Preset("f8k_precomp", ablations(0.004, (20, 30, 60), (0.2, 0.3, 0.4, 0.5, 0.7), FIRST_SUM),
-                            num_epochs=8, lr_update=5, trials=1, seeds=(0, 1), train=WARM,
-                            baseline="HAL alpha 30 epsilon 0.3"),
+    "ablations_f8k": Preset("f8k_precomp", F8K_ABLATIONS, num_epochs=8, lr_update=5, trials=1, seeds=(0, 1),
+                            train=WARM, pairs=ablation_pairs(F8K_ABLATIONS)),
     "scan_coco": Preset("coco_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=20, lr_update=10,
                         trials=4, tests=COCO_TESTS),
     "scan_f30k": Preset("f30k_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=30, lr_update=15,
@@ -349,14 +355,13 @@ class Comparison:
         """A run's folder: a trial of a setting is the beginning of the run with the same seed."""
         return os.path.join(self.opt.output, model, f"{setting_name(self.opt.settings[model][trial])}_seed{seed}")
 
-    def train(self, model, trial, seed, epochs):
-        """Train up to `epochs`; returns None, or why it could not be trained to there (collapse, for example).
+    def weights(self, model, trial, seed):
+        """A run's best checkpoint."""
+        return os.path.join(self.folder(model, trial, seed), "model_best.pth.tar")
 
-        A run that has ended there, well or not, is not trained again.
-        """
+    def flags(self, model, trial, seed, epochs):
+        """train.py's of a run up to `epochs`; raises InputError where its folder holds a run of others."""
         opt, preset, folder = self.opt, self.preset, self.folder(model, trial, seed)
-        result = records.read_run(folder).get("result") or {}
-        name = f"{model}, {setting_name(opt.settings[model][trial])}, seed {seed}"
         flags = {"data_path": os.path.abspath(opt.data_path), "vocab_path": os.path.abspath(opt.vocab_path),
                  "data_name": preset.data_name, "batch_size": preset.batch_size, "lr_update": preset.lr_update,
                  "num_epochs": epochs, "seed": seed, "logger_name": folder, "resume": "auto", "amp": opt.amp,
@@ -364,28 +369,41 @@ class Comparison:
         flags = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
         flags += [*opt.models[model].flags, *preset.train, *opt.train_flags]
         check_made_so(folder, flags)
-        if result.get("outcome") in ("finished", "gave up") and result["epochs"] >= epochs:
+        return flags
+
+    def train(self, model, trial, seed, epochs, needed=()):
+        """Train up to `epochs`; returns None, or why it could not be trained to there (collapse, for example).
+
+        A run that has ended there, well or not, is not trained again unless one of the files `needed` is missing.
+        """
+        folder, flags = self.folder(model, trial, seed), self.flags(model, trial, seed, epochs)
+        run, name = records.read_run(folder), f"{model}, {os.path.basename(folder)}"
+        if (run.get("result") or {}).get("epochs", -1) >= epochs and all(map(os.path.exists, needed)):
             return None
-        if result.get("outcome") != "gave up":
+        if not records.gave_up(run):
             print(f"{name}: training to epoch {epochs}", file=sys.stderr)
             status, why = self.calls.script("train.py", flags, folder, "train.log")
             if status == 0:
                 return None
-            result = records.read_run(folder).get("result") or {}
-            if result.get("outcome") != "gave up":  # not the loss' fault
+            run = records.read_run(folder)
+            if not records.gave_up(run):  # not the loss' fault
                 raise InputError(f"{name}: {why}")
             print(f"{name}: {why}", file=sys.stderr)
-        return records.without_folder(result.get("why", f"gave up at step {result['steps']}"), self.opt.output)
+        return records.gave_up(run)
 
     def trial(self, model, trial):
-        """The best dev rsum of the first epochs; None where training failed."""
-        opt, seed = self.opt, self.opt.seeds[0]
-        if self.train(model, trial, seed, opt.pilot_epochs):
-            return None
-        return max(epoch["rsum"] for epoch in self.epochs(model, trial, seed, least=1)[:opt.pilot_epochs])
+        """The best dev rsum of the first epochs; None where training failed. Kept, as the run itself may go on."""
+        seed, epochs = self.opt.seeds[0], self.opt.pilot_epochs
+        path = os.path.join(self.folder(model, trial, seed), "trial.json")
+        self.flags(model, trial, seed, epochs)
+        if not os.path.exists(path):
+            failed = self.train(model, trial, seed, epochs)
+            rsum = None if failed else max(after["rsum"] for after in self.epochs(model, trial, seed)[:epochs])
+            records.write_json(path, {"dev_rsum": rsum})
+        return records.read_trial(path)
 
-    def epochs(self, model, trial, seed, least=0):
-        """What a run's validation gave after each of its epochs, `least` of them or more: [{"rsum", ...}, ...]."""
+    def epochs(self, model, trial, seed):
+        """What a run's validation gave after each of its epochs, one at least: [{"rsum", ...}, ...]."""
         path = os.path.join(self.folder(model, trial, seed), "log.jsonl")
         names = ("rsum", "i2t_n10_skewness", "t2i_n10_skewness")
         try:
@@ -393,50 +411,60 @@ class Comparison:
                 lines = [json.loads(line) for line in file]
             last = {line["epoch"]: {name: float(line[name]) for name in names} for line in lines
                     if line["kind"] == "validation"}
-            if len(last) < least:
+            if not last:
                 raise ValueError("it has no validation")
             return [last[epoch] for epoch in range(len(last))]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({error}): delete its folder, and the run is made anew") from error
 
     def choose(self):
-        """{model: [dev rsum of each trial, or None]}, {model: the number of the best one}.
-
-        Raises InputError where several were tried of a model and none can be trained; a single one is its own result.
-        """
+        """{model: [dev rsum of each trial, or None]}, {model: the number of the best one}: the first if none trains."""
         opt = self.opt
         pairs = [(model, trial) for model in opt.models for trial in range(opt.trials)]
         tried = dict(zip(pairs, self.calls.map(self.trial, pairs)))
         trials = {model: [tried[model, trial] for trial in range(opt.trials)] for model in opt.models}
-        for model, rsums in trials.items():
-            if opt.trials > 1 and all(rsum is None for rsum in rsums):
-                raise InputError(f"{model} could not be trained with any of its settings "
-                                 f"{', '.join(map(setting_name, opt.settings[model]))} (see "
-                                 f"{os.path.join(opt.output, model)}): try lower --learning_rates, or -- "
-                                 "--lr_warmup_steps 100")
         return trials, {model: max(range(opt.trials), key=lambda trial: rsums[trial] or 0)
                         for model, rsums in trials.items()}
 
     def run(self, model, trial, seed):
         """Train to the end and test; returns {test's name: compute_results.py's figures} or {"failed": why}."""
-        why = self.train(model, trial, seed, self.opt.num_epochs)
-        if why:
-            return {"failed": why}
-        folder = self.folder(model, trial, seed)
-        return self.test(f"{model}, seed {seed}", folder, [os.path.join(folder, "model_best.pth.tar")])
+        folder, weights = self.folder(model, trial, seed), self.weights(model, trial, seed)
+        why = self.train(model, trial, seed, self.opt.num_epochs, [] if self.tested(folder, [weights]) else [weights])
+        return {"failed": why} if why else self.test(f"{model}, seed {seed}", folder, [weights])
+
+    def ensemble_of(self, name, chosen, seed):
+        """The folder and the checkpoints of the ensemble of a seed's models."""
+        members = [(model, chosen[model], seed) for model in self.opt.ensembles[name]]
+        settings = "+".join(setting_name(self.opt.settings[model][trial]) for model, trial, _ in members)
+        return (os.path.join(self.opt.output, name, f"{settings}_seed{seed}"),
+                [self.weights(*member) for member in members])
+
+    def check_ensembles(self, chosen):
+        """Raise InputError where one is yet to be tested and a member that need not be trained has no weights."""
+        for name, seed in itertools.product(self.opt.ensembles, self.opt.seeds):
+            folder, checkpoints = self.ensemble_of(name, chosen, seed)
+            for path in checkpoints if not self.tested(folder, checkpoints) else ():
+                if self.tested(os.path.dirname(path), [path]) and not os.path.exists(path):
+                    raise InputError(f"{name}, seed {seed}, needs {path}, which a record does not have: name --losses "
+                                     "without it, or delete that folder, and the run is made again")
 
     def ensemble(self, name, chosen, seed):
         """As `run` gives it, of the ensemble of this seed's models, which have been trained."""
-        members = [os.path.join(self.folder(model, chosen[model], seed), "model_best.pth.tar")
-                   for model in self.opt.ensembles[name]]
-        return self.test(f"{name}, seed {seed}", os.path.join(self.opt.output, name, f"seed{seed}"), members)
+        return self.test(f"{name}, seed {seed}", *self.ensemble_of(name, chosen, seed))
+
+    def tested(self, folder, checkpoints, tests=None):
+        """Whether tests' figures and ranks (all tests') are in a folder, none older than a checkpoint that is there."""
+        files = [os.path.join(folder, test + ending) for test in tests or self.preset.tests
+                 for ending in (".json", ".npz")]
+        newest = max((os.path.getmtime(path) for path in checkpoints if os.path.exists(path)), default=0)
+        return all(os.path.exists(path) and os.path.getmtime(path) >= newest for path in files)
 
     def test(self, name, folder, checkpoints):
         """{test's name: compute_results.py's figures} of one checkpoint or an ensemble; the files go to `folder`."""
         figures = {}
         for test, flags in self.preset.tests.items():
             path, ranks = (os.path.join(folder, f"{test}.{ending}") for ending in ("json", "npz"))
-            if not os.path.exists(path) or not os.path.exists(ranks):
+            if not self.tested(folder, checkpoints, [test]):
                 flags = [*flags, "--model_path", *checkpoints, "--hubness", "--correction", "all", "--tune_correction",
                          "--data_path", os.path.abspath(self.opt.data_path), "--save_json", path, "--save_ranks", ranks]
                 status, why = self.calls.script("compute_results.py", flags, folder, f"{test}.log")
@@ -498,10 +526,8 @@ def main(argv=None):
     opt = parse_args(argv)
     if opt.page:
         records.check_page(opt.page, opt.preset)
-    if opt.record and os.path.join(os.path.realpath(opt.record), "").startswith(
-            os.path.join(os.path.realpath(opt.output), "")):
-        raise InputError(f"--record {opt.record} lies in --output {opt.output}, of which it is to be a copy: name a "
-                         "folder outside")
+    if opt.record:
+        records.check_record(opt.record, opt.output)
     with lock(opt.output, "--output"):
         compare(opt)
 
@@ -513,7 +539,7 @@ def compare(opt):
         signal.signal(number_, calls.stop)
     try:
         results = {"settings": settings, "data_name": PRESETS[opt.preset].data_name, "seeds": opt.seeds,
-                   "baseline": PRESETS[opt.preset].baseline, **run_all(opt, Comparison(opt, calls))}
+                   "pairs": PRESETS[opt.preset].pairs, **run_all(opt, Comparison(opt, calls))}
     except Stopped:
         print("Stopped. The same command goes on.", file=sys.stderr)
         sys.exit(128 + calls.signal)
@@ -528,6 +554,7 @@ def compare(opt):
 def run_all(opt, comparison):
     """The trials, what they chose, and {model or ensemble: {seed: figures}}."""
     rsums, chosen = comparison.choose()
+    comparison.check_ensembles(chosen)
     # Seed by seed: what a stop leaves is then a whole comparison with fewer seeds.
     cells = [(model, chosen[model], seed) for seed in opt.seeds for model in opt.models]
     figures = dict(zip(cells, comparison.calls.map(comparison.run, cells)))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import statistics
+from contextlib import suppress
 
 import intervals
 from errors import InputError, replacing
@@ -86,7 +87,7 @@ def seeds_table(results, test):
     for model, seeds in runs.items():
         for seed, figures in seeds.items():
             if "failed" in figures:
-                rows.append([model, str(seed), figures["failed"], *[""] * (len(names) + 2)])
+                rows.append([model, str(seed), figures["failed"], *[""] * (len(names) + 1)])
                 continue
             figures = figures[test]
             best, taken = best_correction(figures), seconds.get(model, {}).get(seed)
@@ -124,8 +125,9 @@ def markdown(results):
                 rows.append([name, *map(mean_and_deviation, figures.values())])
             lines += table(["model", *FIGURES], rows)
         lines += [f"{test}, every seed", "", *seeds_table(results, test)]
-        plain, corrected = ({pair: own for pair, own in results[kind][test].items()
-                             if results["baseline"] in (None, *pair.split(" - "))}
+        wanted, every = [set(pair) for pair in results["pairs"]], results["differences"][test]
+        shown = [pair for pair in every if set(pair.split(" - ")) in wanted] or every
+        plain, corrected = ({pair: results[kind][test][pair] for pair in shown}
                             for kind in ("differences", "differences_corrected"))
         if plain:
             seeds_vary = all(len(own["rsum"]) != 1 for own in results["summary"][test].values())
@@ -185,9 +187,11 @@ def plot_grid(path, results):
         best = [max(seed, key=lambda epoch: epoch["rsum"]) for seed in results["epochs"][model].values() if seed]
         if {"local_alpha", "local_ep"} <= setting.keys():
             cells.setdefault((flags, others), {})[setting["local_alpha"], setting["local_ep"]] = {
-                name: statistics.mean(one[name] for one in best) for name in CURVES if best}
+                **{name: statistics.mean(one[name] for one in best) for name in CURVES if best}, "seeds": len(best)}
     grid = max(cells.values(), key=len, default={})
     if len(grid) < 2:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
         return
     alphas, epsilons = (sorted({key[place] for key in grid}) for place in (0, 1))
     pyplot = pyplot_without_screen()
@@ -197,7 +201,10 @@ def plot_grid(path, results):
         image = axis.imshow(values, aspect="auto", cmap="viridis")
         for row, line in enumerate(values):
             for column, value in enumerate(line):
-                text = "failed" if value != value else f"{value:.{1 if name == 'rsum' else 2}f}"
+                seeds = grid.get((alphas[row], epsilons[column]), {}).get("seeds")
+                text = {None: "", 0: "failed"}.get(seeds, f"{value:.{1 if name == 'rsum' else 2}f}")
+                if seeds and seeds < len(results["seeds"]):
+                    text += f"\n{seeds} of {len(results['seeds'])}"
                 axis.text(column, row, text, ha="center", va="center", fontsize=8,
                           bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1})
         axis.set_xticks(range(len(epsilons)), [f"{epsilon:g}" for epsilon in epsilons], fontsize=8)

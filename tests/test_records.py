@@ -51,8 +51,8 @@ def test_a_record_holds_no_weights_no_steps_no_items_and_no_paths(tmp_path):
     np.savez(run / "test.npz", **arrays, i2t_items=np.zeros((9, 10)), nnn_t2i_items=np.zeros((9, 10)))
     gave_up = tmp_path / "out" / "HAL" / "lr2_seed0"
     gave_up.mkdir()
-    (gave_up / "run.json").write_text(json.dumps({**RUN, "result": {
-        "outcome": "gave up", "epochs": 1, "steps": 9, "why": f"step 9: go back to {gave_up}/checkpoint.pth.tar"}}))
+    (gave_up / "run.json").write_text(json.dumps({**RUN, "options": {"seed": 3, "logger_name": "/c"}, "result": {
+        "outcome": "gave up", "epochs": 1, "steps": 9, "why": "step 9: go back to /c/checkpoint.pth.tar"}}))
     unfinished = tmp_path / "out" / "HAL" / "lr1_seed1"
     unfinished.mkdir()
     (unfinished / "run.json").write_text(json.dumps({**RUN, "end": None, "result": None}))
@@ -62,12 +62,28 @@ def test_a_record_holds_no_weights_no_steps_no_items_and_no_paths(tmp_path):
     assert sorted(os.listdir(kept)) == ["log.jsonl", "run.json", "test.json", "test.npz"]
     assert sorted(os.listdir(tmp_path / "record/HAL")) == ["lr1_seed0", "lr2_seed0"]
     assert json.loads((tmp_path / "record/HAL/lr2_seed0/run.json").read_text())["result"]["why"] == (
-        "step 9: go back to HAL/lr2_seed0/checkpoint.pth.tar")
+        "step 9: go back to checkpoint.pth.tar")
     assert json.loads((kept / "run.json").read_text()) == {**RUN, "options": {"seed": 3}}
     assert (kept / "log.jsonl").read_text() == '{"kind": "validation", "rsum": 5}\n'
     assert json.loads((kept / "test.json").read_text()) == {"rsum": 3}
     with np.load(kept / "test.npz") as content:
         assert set(content) == set(arrays) and all(np.array_equal(content[name], arrays[name]) for name in arrays)
+
+
+def test_a_record_of_other_runs_is_not_overwritten(scripts):  # noqa: F811
+    flags = [*FAST, "--losses", "HAL", "--trials", "1", "--record", "record"]
+    reproduce.main([*flags, "--output", "a"])
+    reproduce.main([*flags, "--output", "a", "--seeds", "0", "1", "2"])
+    reproduce.main([*FAST, "--losses", "HAL", "--trials", "1", "--output", "b"])
+    calls = scripts()
+    for output, missing in (("b", r"HAL/lr\S*_seed2/log.jsonl"), ("new", "settings.json")):
+        with pytest.raises(InputError, match=f"--record record has {missing}, which .*{output} has not: copy it there"):
+            reproduce.main([*flags, "--output", output])
+    with open("file", "w"):
+        pass
+    with pytest.raises(InputError, match="--record file cannot be written"):
+        reproduce.main([*FAST, "--record", "file"])
+    assert scripts() == calls
 
 
 def test_a_stopped_comparison_keeps_its_record(scripts, monkeypatch):  # noqa: F811

@@ -40,7 +40,8 @@ if kind == os.environ.get("SLOW"):
 if kind == "HAL" and lr > 0.001:
     result = {"outcome": "gave up", "epochs": 0, "steps": 5,
               "why": "step 5: training has collapsed; go back to " + os.path.join(folder, "checkpoint.pth.tar")}
-    json.dump({"options": {}, "result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
+    json.dump({"options": {"logger_name": folder}, "result": result, "end": str(time.time())},
+              open(os.path.join(folder, "run.json"), "w"))
     print("error:", result["why"], file=sys.stderr)
     sys.exit(2)
 with open(os.path.join(folder, "log.jsonl"), "w") as file:
@@ -49,6 +50,7 @@ with open(os.path.join(folder, "log.jsonl"), "w") as file:
         file.write(json.dumps({"kind": "validation", "epoch": epoch, "rsum": rsum, "i2t_n10_skewness": lr * epoch,
                                "t2i_n10_skewness": seed}) + "\\n")
         file.write(json.dumps({"kind": "step", "epoch": epoch}) + "\\n")
+open(os.path.join(folder, "model_best.pth.tar"), "w").close()
 result = {"outcome": "finished", "epochs": epochs, "steps": 9}
 json.dump({"options": {}, "result": result, "end": str(time.time())}, open(os.path.join(folder, "run.json"), "w"))
 '''
@@ -66,7 +68,8 @@ figures = {"i2t": recalls, "t2i": recalls, "rsum": 120 + 4 * seed,
 corrections = {name: {**figures, "rsum": 120 + 4 * seed + gain, "dev_rsum": 150 - (gain if seed else -gain)}
                for name, gain in (("csls", 9), ("nnn", 5))}
 json.dump({**figures, "corrections": corrections}, open(flags["--save_json"], "w"))
-shutil.copy(f"{os.environ['CALLS']}_{seed}.npz", flags["--save_ranks"])
+better = "better_" if "/HAL+bank/" in flags["--model_path"] else ""
+shutil.copy(f"{os.environ['CALLS']}_{better}{seed}.npz", flags["--save_ranks"])
 '''
 FAST = ["--preset", "smoke", "--devices", "cpu"]
 
@@ -82,9 +85,10 @@ def scripts(tmp_path, monkeypatch):
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     names = [f"{name}{side}_ranks" for name in ("", "csls_", "nnn_") for side in ("i2t", "t2i")]
     for seed in range(5):
-        rng = np.random.default_rng(seed)
-        ranks = {name: rng.integers(0, 20, 10 if "i2t" in name else 50).astype(np.int32) for name in names}
-        np.savez(tmp_path / f"calls_{seed}.npz", image_of=np.arange(50) // 5, **ranks)
+        for better, high in (("", 20), ("better_", 5)):
+            rng = np.random.default_rng(seed)
+            ranks = {name: rng.integers(0, high, 10 if "i2t" in name else 50).astype(np.int32) for name in names}
+            np.savez(tmp_path / f"calls_{better}{seed}.npz", image_of=np.arange(50) // 5, **ranks)
     monkeypatch.chdir(tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield lambda: (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
@@ -181,15 +185,24 @@ def test_models_that_differ_in_alpha_and_epsilon_alone_make_a_heat_map(scripts, 
     models = reproduce.ablations(0.001, (30, 60), (0.3, 0.7), ())
     grid = [f"HAL alpha {alpha} epsilon {epsilon}" for alpha in (30, 60) for epsilon in (0.3, 0.7)]
     monkeypatch.setitem(reproduce.PRESETS, "smoke", reproduce.PRESETS["smoke"]._replace(
-        models=models, trials=1, baseline=grid[1]))
-    reproduce.main([*FAST, "--losses", *grid, "HAL bf16", "--seeds", "0", "2"])
+        models=models, trials=1, pairs=reproduce.ablation_pairs(models)))
+    reproduce.main([*FAST, "--losses", *grid, f"{grid[0]} bf16", "--seeds", "0", "2"])
     assert open("runs/reproduce_smoke/grid.png", "rb").read(4) == b"\x89PNG"
     assert drawn[:4] == [(0, 0, "111.0"), (1, 0, "111.0"), (0, 1, "failed"), (1, 1, "111.0")]
     text = open("runs/reproduce_smoke/results.md").read()
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.partition("| difference |")[2].splitlines()[2:]]
-    assert [row for row in rows if row] == [f"{grid[0]} - {grid[1]}", f"{grid[1]} - {grid[3]}",
-                                            f"{grid[1]} - HAL bf16"]
+    assert [row for row in rows if row] == [f"{grid[0]} - {grid[1]}", f"{grid[0]} - {grid[3]}",
+                                            f"{grid[0]} - {grid[0]} bf16"]
     assert len(results()["differences"]["test"]) == 6
+    drawn.clear()
+    with open(path, "w") as file:
+        file.write(train.replace('kind == "HAL" and lr > 0.001', "seed == 3"))
+    reproduce.main([*FAST, "--losses", grid[0], grid[3], "--seeds", "0", "3"])
+    assert drawn[:4] == [(0, 0, "111.0\n1 of 2"), (1, 0, ""), (0, 1, ""), (1, 1, "111.0\n1 of 2")]
+    reproduce.main([*FAST, "--losses", grid[0], "--seeds", "0"])
+    assert not os.path.exists("runs/reproduce_smoke/grid.png")
+    reproduce.main([*FAST, "--losses", grid[1], grid[3], "--seeds", "0"])  # neither is in a pair
+    assert f"| {grid[1]} - {grid[3]} |" in open("runs/reproduce_smoke/results.md").read()
 
 
 def test_every_pair_s_difference_has_its_interval(scripts):
@@ -200,7 +213,10 @@ def test_every_pair_s_difference_has_its_interval(scripts):
                    for seed, figures in found["runs"][name].items()} for name in ("HAL", "HAL+bank"))
     assert found["differences_corrected"]["test"]["HAL - HAL+bank"]["i2t_r1"] == list(
         difference(own, other, "i2t_r1"))
-    assert "| HAL - HAL+bank | +0.0 (+0.0 to +0.0) |" in open(f"{folder}/results.md").read()
+    _, low, high = found["differences"]["test"]["sum-margin - HAL+bank"]["rsum"]
+    assert low < high < 0
+    text = open(f"{folder}/results.md").read()
+    assert "| sum-margin - HAL | +0.0 (+0.0 to +0.0) |" in text and "| sum-margin - HAL+bank | **-" in text
 
 
 def test_an_ensemble_is_tested_with_its_models_or_where_it_is_named(scripts, rates, monkeypatch):
@@ -253,10 +269,16 @@ def test_all_gpus_are_used_unless_devices_are_named(monkeypatch, gpus, expected)
     assert reproduce.parse_args(["--preset", "coco", "--devices", "cpu", "cpu"]).devices == ["cpu", "cpu"]
 
 
-def test_a_loss_that_no_learning_rate_trains_is_one_sentence(scripts):
-    with pytest.raises(InputError, match="HAL could not be trained with any of its settings lr0.002_"):
-        reproduce.main([*FAST, "--learning_rates", "0.002", "0.003"])
+@pytest.mark.parametrize("rates", (["0.002"], ["0.002", "0.003"]))
+def test_a_loss_that_no_setting_trains_is_a_result_beside_others_and_alone_one_sentence(scripts, rates):
+    flags = [*FAST, "--learning_rates", *rates, "--trials", str(len(rates)), "--losses", "HAL"]
+    with pytest.raises(InputError, match=r"no run was trained to its end \(HAL, step 5.*try lower --learning_rates"):
+        reproduce.main(flags)
     assert not os.path.exists("runs/reproduce_smoke/results.json")
+    reproduce.main([*flags, "sum-margin"])
+    assert set(results()["runs"]["HAL"]["0"]) == {"failed"}
+    text = open("runs/reproduce_smoke/results.md").read()
+    assert "| HAL (2 of 2 seeds failed) | - |" in text and "local ep 0.7: failed" in text
 
 
 def test_where_every_run_fails_after_its_trials_it_is_one_sentence(scripts):
@@ -271,8 +293,9 @@ def test_where_every_run_fails_after_its_trials_it_is_one_sentence(scripts):
 
 def test_a_seed_alone_has_intervals_over_images_and_nothing_in_bold(scripts):
     for seeds, words in (["0"], "over images;"), (["0", "2", "3"], "over images and seeds, in bold"):
-        reproduce.main([*FAST, "--losses", "sum-margin", "max-margin", "--seeds", *seeds])
+        reproduce.main([*FAST, "--losses", "sum-margin", "HAL+bank", "--seeds", *seeds])
         text = open("runs/reproduce_smoke/results.md").read()
+        assert ("**" in text) == (len(seeds) > 1)
         assert f"differences with 95 % intervals {words}" in text and "is missed every second time" in text
 
 
@@ -306,9 +329,13 @@ def test_a_seed_that_collapses_is_reported_and_left_out_of_the_mean(scripts, mon
     reproduce.main([*FAST, "--seeds", "0", "1", "2"])
     found = results()
     assert found["summary"]["test"]["HAL"]["rsum"] == [120, 128]
-    why = "step 5: training has collapsed; go back to HAL/lr0.001_local_alpha60_local_ep0.7_seed1/checkpoint.pth.tar"
+    why = "step 5: training has collapsed; go back to checkpoint.pth.tar"
     assert found["runs"]["HAL"]["1"] == {"failed": why}
-    assert "| HAL (1 of 3 seeds failed) | 11.0 ± 1.4 |" in open("runs/reproduce_smoke/results.md").read()
+    text = open("runs/reproduce_smoke/results.md").read()
+    assert "| HAL (1 of 3 seeds failed) | 11.0 ± 1.4 |" in text
+    row, head = (next(line for line in text.splitlines() if line.startswith(start))
+                 for start in (f"| HAL | 1 | {why} |", "| model | seed |"))
+    assert row.count("|") == head.count("|")
 
 
 @pytest.mark.parametrize("epochs", ["1", "2"])  # in the trials, and when they have gone well
@@ -336,12 +363,57 @@ def test_a_run_that_gave_up_is_not_trained_again_until_its_folder_is_deleted(scr
         reproduce.main(flags)
 
 
-def test_a_single_setting_that_cannot_be_trained_is_a_result_beside_others(scripts):
-    flags = [*FAST, "--losses", "HAL", "sum-margin", "--learning_rates", "0.002", "--trials", "1"]
+def test_what_was_chosen_stays_so_where_the_runs_are_made_again_elsewhere(scripts, rates, monkeypatch):
+    flags = [*FAST, "--losses", "HAL", "sum-margin", "--learning_rates", "0.0005", "0.001"]
+    monkeypatch.setenv("NO_DATA", "2")  # the trials are all
+    with pytest.raises(InputError, match="no data"):
+        reproduce.main([*flags, "--record", "record"])
+    monkeypatch.delenv("NO_DATA")
+    path = os.path.join(reproduce.SCRIPTS, "train.py")
+    train = open(path).read()
+    with open(path, "w") as file:  # another machine, with other numbers
+        file.write(train.replace("rsum = 100", "rsum = 50"))
+    shutil.copytree("record", "copy")
+    for _ in range(2):
+        reproduce.main([*flags, "--output", "copy"])
+        assert results("copy/results.json")["chosen"]["HAL"] == {"learning_rate": 0.001}
+        assert [one["dev_rsum"] for one in results("copy/results.json")["trials"]["HAL"]] == [100, 110]
+        assert results("copy/results.json")["epochs"]["HAL"]["0"][0]["rsum"] == 60
+        calls = scripts()
+    reproduce.main([*flags, "--output", "copy"])
+    assert scripts() == calls
+
+
+def test_a_record_of_a_run_that_was_not_tested_yet_makes_it_again(scripts):
+    flags = [*FAST, "--losses", "HAL", "--trials", "1", "--seeds", "0"]
+    reproduce.main([*flags, "--record", "record"])
+    os.unlink("record/HAL/lr0.001_local_alpha60_local_ep0.7_seed0/test.npz")
+    before = scripts()
+    reproduce.main([*flags, "--output", "record"])
+    assert [call.split()[0] for call in scripts()[len(before):]] == ["train", "test"]
+
+
+def test_what_a_test_is_of_having_been_trained_again_it_is_made_again(scripts, monkeypatch):
+    preset = reproduce.PRESETS["smoke"]._replace(ensembles={"both": ("sum-margin", "max-margin")})
+    monkeypatch.setitem(reproduce.PRESETS, "smoke", preset)
+    flags = [*FAST, "--losses", "sum-margin", "max-margin", "both", "--trials", "1", "--seeds", "0"]
+    reproduce.main([*flags, "--record", "record"])
+    run, = (f"runs/reproduce_smoke/sum-margin/{name}" for name in os.listdir("runs/reproduce_smoke/sum-margin"))
+    os.unlink(f"{run}/run.json")
+    before = scripts()
     reproduce.main(flags)
-    assert set(results()["runs"]["HAL"]["0"]) == {"failed"}
-    text = open("runs/reproduce_smoke/results.md").read()
-    assert "| HAL (2 of 2 seeds failed) | - |" in text and "local ep 0.7: failed |" in text
+    assert [call.split()[0] for call in scripts()[len(before):]] == ["train", "test", "test"]
+    shutil.copytree("record", "copy")
+    reproduce.main([*flags, "--output", "copy"])
+    shutil.rmtree("copy/both")
+    with pytest.raises(InputError, match=r"both, seed 0, needs .*copy/sum-margin/.*model_best.pth.tar, which a record"):
+        reproduce.main([*flags, "--output", "copy"])
+
+
+def test_a_stop_leaves_whole_seeds(scripts, monkeypatch):
+    reproduce.main([*FAST, "--trials", "1", "--seeds", "0", "3", "2"])
+    tested = [call.split()[1] for call in scripts() if call.startswith("test")]
+    assert tested == ["0"] * 4 + ["3"] * 4 + ["2"] * 4
 
 
 @pytest.mark.parametrize("name, content", [
