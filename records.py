@@ -48,8 +48,9 @@ def keep(output, record):
             why = {"why": gave_up(run)} if gave_up(run) else {}
             write_json(os.path.join(to, "run.json"), {**run, "options": _without_paths(run.get("options", {})),
                                                       "result": {**run["result"], **why}})
-            if "trial.json" in names:
-                write_json(os.path.join(to, "trial.json"), read_json(os.path.join(folder, "trial.json")))
+            for name in names:
+                if name.startswith("trial_") and name.endswith(".json"):
+                    write_json(os.path.join(to, name), read_json(os.path.join(folder, name)))
             if "log.jsonl" in names:
                 with (open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as log,
                       replacing(os.path.join(to, "log.jsonl"), "w", encoding="utf-8") as file):

@@ -6,7 +6,8 @@
     python3 reproduce.py --preset scan_f30k --data_path data
 
 Every model gets the same number of trials, drawn over its own parameters (learning rate and margin, or learning rate,
-alpha and epsilon, for example). The one with the best dev rsum of a first seed after a few epochs runs over all seeds.
+alpha and epsilon, for example). The one with the best dev rsum of a first seed after a few epochs, or of several such
+finalists the best at their end, runs over all seeds.
 Calls train.py and compute_results.py as anyone would. Runs that ended are kept, those that collapsed, too: called again
 after a stop, a crash or with more seeds, it goes on where it was. Writes results.json, results.md and plots into
 --output.
@@ -60,6 +61,7 @@ class Preset(NamedTuple):
     lr_update: int = 8
     trials: int = 8
     pilot_epochs: int = 2
+    finalists: int = 1
     seeds: tuple = (0, 1, 2)
     train: tuple = ()
     tests: dict = {"test": ["--split", "test"]}
@@ -148,7 +150,7 @@ PRESETS = {
     "coco": Preset("coco_precomp", vse(RATES, *COCO_HAL), batch_size=512, tests=COCO_TESTS),
     "f30k": Preset("f30k_precomp", vse(RATES, *F30K_HAL)),
     "f8k": Preset("f8k_precomp", vse(F8K_RATES, *COCO_HAL, FIRST_SUM), num_epochs=8, lr_update=5, train=WARM,
-                  seeds=(0, 1, 2, 3, 4)),
+                  finalists=3, seeds=(0, 1, 2, 3, 4)),
     "ablations_f8k": Preset("f8k_precomp", F8K_ABLATIONS, num_epochs=8, lr_update=5, trials=1, seeds=(0, 1),
                             train=WARM, pairs=ablation_pairs(F8K_ABLATIONS)),
     "scan_coco": Preset("coco_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=20, lr_update=10,
@@ -197,6 +199,8 @@ def parse_args(argv=None):
     what.add_argument("--learning_rates", nargs="+", type=number(float, 0, low_allowed=False),
                       help="in place of the preset's, for all models")
     what.add_argument("--pilot_epochs", type=number(int, 1), help="epochs after which a setting is chosen")
+    what.add_argument("--finalists", type=number(int, 1),
+                      help="settings that go on to the end with the first seed, to choose the best there")
     what.add_argument("--num_epochs", type=number(int, 1), help="epochs of a run")
     what.add_argument("--amp", default="off", choices=["off", "bf16"], help="train.py's, for all runs")
     what.add_argument("train_flags", nargs="*", default=[], help="after --: more flags for every train.py")
@@ -222,9 +226,10 @@ def parse_args(argv=None):
 def complete(opt):
     """Fill in, from the preset and the machine, what is not given, and `models` {name: Model}, `ensembles`."""
     preset = PRESETS[opt.preset]
-    for name in ("seeds", "trials", "pilot_epochs", "num_epochs"):
+    for name in ("seeds", "trials", "pilot_epochs", "finalists", "num_epochs"):
         if getattr(opt, name) is None:
             setattr(opt, name, getattr(preset, name))
+    opt.finalists = min(opt.finalists, opt.trials)
     opt.devices = opt.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["auto"]
     opt.seeds = list(dict.fromkeys(opt.seeds))
     known = {**{name: () for name in preset.models}, **preset.ensembles}
@@ -391,16 +396,23 @@ class Comparison:
             print(f"{name}: {why}", file=sys.stderr)
         return records.gave_up(run)
 
-    def trial(self, model, trial):
-        """The best dev rsum of the first epochs; None where training failed. Kept, as the run itself may go on."""
-        seed, epochs = self.opt.seeds[0], self.opt.pilot_epochs
-        path = os.path.join(self.folder(model, trial, seed), "trial.json")
+    def trial(self, model, trial, epochs):
+        """The best dev rsum of the first `epochs` with the first seed; None where training failed.
+
+        Kept in a file, as the run may go on, or be made again on another machine.
+        """
+        seed = self.opt.seeds[0]
+        path = os.path.join(self.folder(model, trial, seed), f"trial_{epochs}.json")
         self.flags(model, trial, seed, epochs)
         if not os.path.exists(path):
             failed = self.train(model, trial, seed, epochs)
             rsum = None if failed else max(after["rsum"] for after in self.epochs(model, trial, seed)[:epochs])
             records.write_json(path, {"dev_rsum": rsum})
         return records.read_trial(path)
+
+    def trials(self, cells, epochs):
+        """{(model, trial): dev rsum} of some, side by side."""
+        return dict(zip(cells, self.calls.map(self.trial, [(*cell, epochs) for cell in cells])))
 
     def epochs(self, model, trial, seed):
         """What a run's validation gave after each of its epochs, one at least: [{"rsum", ...}, ...]."""
@@ -418,13 +430,17 @@ class Comparison:
             raise InputError(f"{path} cannot be read ({error}): delete its folder, and the run is made anew") from error
 
     def choose(self):
-        """{model: [dev rsum of each trial, or None]}, {model: the number of the best one}: the first if none trains."""
+        """({(model, trial): dev rsum, or None} after the first epochs, the same of finalists at their end where there
+        are several, {model: the best one's number}); the first is the best where none trains."""
         opt = self.opt
-        pairs = [(model, trial) for model in opt.models for trial in range(opt.trials)]
-        tried = dict(zip(pairs, self.calls.map(self.trial, pairs)))
-        trials = {model: [tried[model, trial] for trial in range(opt.trials)] for model in opt.models}
-        return trials, {model: max(range(opt.trials), key=lambda trial: rsums[trial] or 0)
-                        for model, rsums in trials.items()}
+        tried = self.trials([(model, trial) for model in opt.models for trial in range(opt.trials)], opt.pilot_epochs)
+        finalists = {model: sorted(range(opt.trials), key=lambda trial: -(tried[model, trial] or 0))[:opt.finalists]
+                     for model in opt.models}
+        final = {} if opt.finalists == 1 else self.trials(
+            [(model, trial) for model, own in finalists.items() for trial in own if tried[model, trial]],
+            opt.num_epochs)
+        return tried, final, {model: max(own, key=lambda trial: final.get((model, trial)) or 0)
+                              for model, own in finalists.items()}
 
     def run(self, model, trial, seed):
         """Train to the end and test; returns {test's name: compute_results.py's figures} or {"failed": why}."""
@@ -539,7 +555,8 @@ def compare(opt):
         signal.signal(number_, calls.stop)
     try:
         results = {"settings": settings, "data_name": PRESETS[opt.preset].data_name, "seeds": opt.seeds,
-                   "pairs": PRESETS[opt.preset].pairs, **run_all(opt, Comparison(opt, calls))}
+                   "finalists": opt.finalists, "pairs": PRESETS[opt.preset].pairs,
+                   **run_all(opt, Comparison(opt, calls))}
     except Stopped:
         print("Stopped. The same command goes on.", file=sys.stderr)
         sys.exit(128 + calls.signal)
@@ -553,7 +570,7 @@ def compare(opt):
 
 def run_all(opt, comparison):
     """The trials, what they chose, and {model or ensemble: {seed: figures}}."""
-    rsums, chosen = comparison.choose()
+    tried, final, chosen = comparison.choose()
     comparison.check_ensembles(chosen)
     # Seed by seed: what a stop leaves is then a whole comparison with fewer seeds.
     cells = [(model, chosen[model], seed) for seed in opt.seeds for model in opt.models]
@@ -565,8 +582,10 @@ def run_all(opt, comparison):
         runs[name] = {seed: {"failed": "a member failed"} for seed in opt.seeds} | dict(zip(whole, tested))
     epochs = {model: {seed: comparison.epochs(model, chosen[model], seed) for seed in opt.seeds
                       if "failed" not in runs[model][seed]} for model in opt.models}
-    trials = {model: [{"setting": setting, "dev_rsum": rsum} for setting, rsum in zip(settings, rsums[model])]
-              for model, settings in opt.settings.items()}
+    trials = {model: [{"setting": setting, **{name: rsums[model, trial] for name, rsums in
+                                              (("dev_rsum", tried), ("final_dev_rsum", final))
+                                              if (model, trial) in rsums}}
+                      for trial, setting in enumerate(settings)] for model, settings in opt.settings.items()}
     return {"trials": trials, "chosen": {model: opt.settings[model][trial] for model, trial in chosen.items()},
             "epochs": epochs, "cost": cost(opt, comparison, cells), "runs": runs}
 

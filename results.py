@@ -66,11 +66,12 @@ def table(head, rows):
 
 
 def trials_table(results):
-    """What was tried for each model, its dev rsum, and what was chosen."""
+    """What was tried for each model, its dev rsum (of finalists at their end, too), and what was chosen."""
     rows = []
     for model, trials in results["trials"].items():
-        tried = "; ".join(f"{in_words(one['setting'])}: "
-                          + ("failed" if one["dev_rsum"] is None else f"{one['dev_rsum']:.1f}") for one in trials)
+        tried = "; ".join(f"{in_words(one['setting'])}: " + ", then ".join(
+            "failed" if one[name] is None else f"{one[name]:.1f}" for name in ("dev_rsum", "final_dev_rsum")
+            if name in one) for one in trials)
         rows.append([model, tried, in_words(results["chosen"][model])])
     return table(["model", "tried, with the dev rsum", "chosen"], rows)
 
@@ -111,10 +112,12 @@ def differences_table(plain, corrected, seeds_vary):
 def markdown(results):
     """The tables of a comparison, and what they are of."""
     settings, seeds, cost = results["settings"], results["seeds"], results["cost"]
+    finals = (f"; the best {results['finalists']} of them then to the end, to choose the best there"
+              if results["finalists"] > 1 else "")
     lines = [f"{results['data_name']}, {settings['num_epochs']} epochs, seeds {', '.join(map(str, seeds))}, amp "
              f"{settings['amp']}; {cost['hours']:.1f} hours of training on {'; '.join(cost['made_on'])}.", "",
              f"Settings tried of each model: {settings['trials']}, for {settings['pilot_epochs']} epochs with seed "
-             f"{settings['first_seed']}.", "", *trials_table(results)]
+             f"{settings['first_seed']}{finals}.", "", *trials_table(results)]
     for test in results["summary"]:
         for title, kind in (("as they are", "summary"), ("with the correction that dev likes best", "corrected")):
             lines += [f"{test}, {title}: mean ± standard deviation", ""]

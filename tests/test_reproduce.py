@@ -131,6 +131,39 @@ def test_a_longer_trial_chooses_otherwise_and_a_collapsed_one_is_out(scripts, ra
     assert "learning rate 0.002: failed" in open("runs/reproduce_smoke/results.md").read()
 
 
+def test_of_several_finalists_the_best_at_their_end_is_run(scripts, rates):
+    flags = [*FAST, "--learning_rates", "0.0005", "0.001", "0.0001", "--trials", "3", "--losses", "sum-margin"]
+    reproduce.main(flags)
+    assert results()["chosen"] == {"sum-margin": {"learning_rate": 0.001}}
+    before = scripts()
+    for _ in range(2):
+        reproduce.main([*flags, "--finalists", "2", "--record", "record"])
+    found = results()
+    assert found["chosen"] == {"sum-margin": {"learning_rate": 0.0005}}  # 100 after one epoch, 150 after two
+    assert found["trials"]["sum-margin"] == [
+        {"setting": {"learning_rate": 0.0005}, "dev_rsum": 100, "final_dev_rsum": 150},
+        {"setting": {"learning_rate": 0.0001}, "dev_rsum": 100},
+        {"setting": {"learning_rate": 0.001}, "dev_rsum": 110, "final_dev_rsum": 111}]
+    assert [call for call in scripts()[len(before):] if call.startswith("train")] == [
+        "train sum 0.0005 0 2 cpu", "train sum 0.0005 1 2 cpu"]
+    text = open("runs/reproduce_smoke/results.md").read()
+    assert ("learning rate 0.0005: 100.0, then 150.0; learning rate 0.0001: 100.0; "
+            "learning rate 0.001: 110.0, then 111.0 |") in text
+    assert "with seed 0; the best 2 of them then to the end, to choose the best there." in text
+    assert results("record/sum-margin/lr0.0005_seed0/trial_2.json") == {"dev_rsum": 150}
+
+
+def test_a_finalist_that_collapses_is_out(scripts, rates):
+    path = os.path.join(reproduce.SCRIPTS, "train.py")
+    train = open(path).read()
+    with open(path, "w") as file:
+        file.write(train.replace("lr > 0.001", "(lr, epochs) == (0.0005, 2)"))
+    reproduce.main([*FAST, "--losses", "HAL", "--finalists", "2"])
+    assert results()["chosen"] == {"HAL": {"learning_rate": 0.001}}
+    assert "0.0005: 100.0, then failed; learning rate 0.001: 110.0, then 111.0 |" in open(
+        "runs/reproduce_smoke/results.md").read()
+
+
 @pytest.mark.parametrize("preset", reproduce.PRESETS)
 def test_every_model_has_as_many_trials_each_of_its_own_parameters_and_the_same_every_time(preset):
     opt, again = (reproduce.parse_args(["--preset", preset]) for _ in range(2))
