@@ -428,7 +428,7 @@ def bench_hubs(options, timer, n_images):
 
 def check_ranks(images, captions, ranked, expected):
     """Raise AssertionError unless ranks equal the reference's wherever float64 scores are not within HARD_SCORES."""
-    scores = images.double().cpu() @ captions.double().cpu().t()
+    scores = images.cpu().double() @ captions.cpu().double().t()
     own = scores.unflatten(1, (len(images), CAPTIONS_PER_IMAGE)).diagonal().t()
     for ranking, ranks, pairs, matrix in ((ranked[0], expected[0], own.amax(1), scores),
                                           (ranked[1], expected[1], own.flatten(), scores.t())):

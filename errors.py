@@ -145,9 +145,10 @@ def _exit_code(main):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if re.search(r"shared memory\(shm\)|out of shared memory", str(error)):  # as DataLoader says it
-            print(f"error: the processes that load data ran out of shared memory ({str(error).splitlines()[0]}): make "
-                  "/dev/shm larger, or take fewer --workers, such as 0", file=sys.stderr)
+        if re.search(r"shared memory\(shm\)|out of shared memory|DataLoader worker \(pid", str(error)):
+            print(f"error: the processes that load data have ended, or ran out of shared memory "
+                  f"({str(error).splitlines()[0]}): make /dev/shm larger, or take fewer --workers, such as 0",
+                  file=sys.stderr)
             return 2
         said = "out of memory|can't allocate memory|_ALLOC_FAILED"  # a GPU's, a CPU's, a GPU's libraries'
         if not isinstance(error, MemoryError) and not re.search(said, str(error)):

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import re
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,7 +120,7 @@ def _build_torchvision(name, weights):
                    weights)
     head = [part for part, module in net.named_modules() if isinstance(module, nn.Linear)][-1:] or ["classifier"]
     if weights not in ("imagenet", "none"):
-        _load_weights(net, weights, name, head[0])
+        load_state(net, weights, name, [head[0]])
     if head == ["classifier"] and isinstance(net, models.SqueezeNet):
         net.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     else:
@@ -141,7 +142,7 @@ def _build_timm(name, weights):
     net = _fetched(name, lambda: timm.create_model(model, pretrained=weights == "imagenet", num_classes=0), weights)
     if weights not in ("imagenet", "none"):
         head = (net.pretrained_cfg or {}).get("classifier")
-        _load_weights(net, weights, name, *[head] if isinstance(head, str) else head or [])
+        load_state(net, weights, name, [head] if isinstance(head, str) else head or [])
     seen = timm.data.resolve_data_config({}, model=net)
     size = seen["input_size"][-1]
     return net, Seen(int(size / seen["crop_pct"]), size, seen["interpolation"], list(seen["mean"]), list(seen["std"]))
@@ -158,7 +159,7 @@ def _build_boxes(name, weights, pooling, regions):
     net = _fetched(name, lambda: get_model(name, weights="DEFAULT" if weights == "imagenet" else None,
                                            weights_backbone=None), weights)
     if weights not in ("imagenet", "none"):
-        _load_weights(net, weights, name)
+        load_state(net, weights, name)
     seen = Seen(net.transform.min_size[0], net.transform.max_size, "bilinear", list(net.transform.image_mean),
                 list(net.transform.image_std))
     return _Boxes(net, regions), seen, "boxes"
@@ -172,14 +173,15 @@ def _sample_encoder(pooling, normalised):
     training = [sample_data.describe_pixels(example.pixels)
                 for example in sample_data.draw_examples(sample_data.SEED) if example.split == "train"]
     standard = sample_data.standard(np.stack(training))
-    side = sample_data.SIDE
-
-    def transform(picture):
-        pixels = np.asarray(picture.resize((side, side)))
-        return torch.from_numpy(sample_data.standardise(sample_data.describe_pixels(pixels)[None], standard)[0])
-
     description = {**sample_data.describe_features(standard), "normalised": normalised}
-    return Encoder(nn.Identity(), transform, description, torch.device("cpu"))
+    return Encoder(nn.Identity(), partial(_sample_row, standard), description, torch.device("cpu"))
+
+
+def _sample_row(standard, picture):
+    """A PIL picture's description, standardised."""
+    import sample_data
+    pixels = np.asarray(picture.resize((sample_data.SIDE, sample_data.SIDE)))
+    return torch.from_numpy(sample_data.standardise(sample_data.describe_pixels(pixels)[None], standard)[0])
 
 
 def _fetched(name, build, weights):
@@ -196,22 +198,23 @@ def _fetched(name, build, weights):
                              "--encoder_weights FILE, or random ones with --encoder_weights none") from error
 
 
-def _load_weights(net, path, name, *heads):
-    """Load a state dict file but for the heads, which may be of any size or absent."""
+def load_state(net, path, name, heads=(), flag="--encoder_weights"):
+    """Load a state dict file but for the heads, which may be of any size or absent; raises InputError, which names the
+    flag, for anything else."""
     def is_head(key):
         return any(key.startswith(head + ".") for head in heads)
-    check_regular(path)
     try:
+        check_regular(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)  # a training run's
         result = net.load_state_dict({key: value for key, value in state.items() if not is_head(key)}, strict=False)
     except Exception as error:  # whatever a file from outside may hold
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--encoder_weights {path} is not a state dict of {name} ({reason})") from error
+        raise InputError(f"{flag} {path} is not a state dict of {name} ({reason})") from error
     lacking = [key for key in result.missing_keys if not is_head(key)]
     if lacking or result.unexpected_keys:
-        raise InputError(f"--encoder_weights {path} is not a state dict of {name}: it lacks {len(lacking)} names and "
-                         f"has {len(result.unexpected_keys)} unknown ones")
+        raise InputError(f"{flag} {path} is not a state dict of {name}: it lacks {len(lacking)} names and has "
+                         f"{len(result.unexpected_keys)} unknown ones")
 
 
 def _hash_state(net):
@@ -237,10 +240,14 @@ def _transform(seen, pooling):
         return transforms.PILToTensor()
     resize = transforms.Resize(seen.resize, transforms.InterpolationMode(seen.interpolation))
     if pooling == "10crop":
-        to_tensor = transforms.PILToTensor()
-        return transforms.Compose([resize, transforms.TenCrop(seen.size),
-                                   lambda crops: torch.stack([to_tensor(crop) for crop in crops])])
+        return transforms.Compose([resize, transforms.TenCrop(seen.size), _stacked])
     return transforms.Compose([resize, transforms.CenterCrop(seen.size), transforms.PILToTensor()])
+
+
+def _stacked(crops):
+    """PIL pictures -> (their number, 3, H, W) uint8."""
+    from torchvision import transforms
+    return torch.stack(list(map(transforms.PILToTensor(), crops)))
 
 
 class _Seeing(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import corrections
 import index
 from errors import InputError
-from evaluation import bank_stride, embed, embed_texts
+from evaluation import bank_stride, embed, embed_texts, recall_of
 from hubness import k_occurrence
 from ranking import rank_shifted
 
@@ -72,7 +72,7 @@ def best_on_dev(loaded, names, given, bank, may_be_none):
     shifts = corrections.corrections_of("t2i", loaded.similarities(source.images, bank), wanted)
     nothing = shifts[0].shift.new_zeros(source.n_captions)
     rankings = rank_shifted(source, [None, *((nothing, one.shift) for one in shifts)], 0, loader.dataset.image_of)
-    sums = [sum(100 * float((t2i.ranks < k).double().mean()) for k in (1, 5, 10)) for _, t2i in rankings]
+    sums = [sum(recall_of(t2i.ranks)[:3]) for _, t2i in rankings]
     best = max(range(0 if may_be_none else 1, len(sums)), key=sums.__getitem__)
     method, parameters = [("none", {}), *wanted][best]
     words = " ".join([method, *(f"{name}={value}" for name, value in parameters.items())])

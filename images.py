@@ -100,6 +100,7 @@ def _outlive_signals(worker):
     """A pre-empted job's processes all get the signal; workers give the main one time to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # killed by it, DataLoader would end the main process, too
 
 
 def open_photo(file):
@@ -233,9 +234,13 @@ class _Images(torch.utils.data.Dataset):
 
 
 def image_path(root, name, source):
-    """A path inside `root`; raises InputError for a file name that reaches outside it."""
+    """A path inside `root`; raises InputError for a file name that reaches outside it, or that no file can have."""
     if not name or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
         raise InputError(f"{source} names the image {name!r}, which lies outside {root}: mend that file")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{source} names the image {name!r}, which no file can be called: mend that file") from error
     return os.path.join(root, name)
 
 

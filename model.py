@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from caption_files import is_precomputed
 from device import to_device
-from errors import InputError, check_choice, check_regular
+from errors import InputError, check_choice
 from gru import last_states, word_states
 from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on: the family imports them from here)
 from pooling import GPO, POOLINGS, mean_pool, region_lengths
@@ -149,18 +149,8 @@ def _build_cnn(cnn_type, weights):
                              "--cnn_weights FILE, or random ones with --cnn_weights none") from error
     cnn = models.get_model(cnn_type, weights=None)
     if weights != "none":
-        last = "classifier.6." if cnn_type.startswith("vgg") else "fc."
-        try:
-            check_regular(weights)
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            missing, unknown = cnn.load_state_dict({name: value for name, value in state.items()
-                                                    if not name.startswith(last)}, strict=False)
-        except Exception as error:  # whatever a file from outside may hold
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"--cnn_weights {weights} is not a state dict of {cnn_type} ({reason})") from error
-        if unknown or any(not name.startswith(last) for name in missing):
-            raise InputError(f"--cnn_weights {weights} is not a state dict of {cnn_type}: it lacks "
-                             f"{len(missing)} names and has {len(unknown)} unknown ones")
+        from features import load_state
+        load_state(cnn, weights, cnn_type, ["classifier.6" if cnn_type.startswith("vgg") else "fc"], "--cnn_weights")
     return cnn
 
 

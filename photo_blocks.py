@@ -147,7 +147,7 @@ def next_part(loader, encoder, amp):
         raise InputError("the device's memory does not hold so many photos at once: ask for a smaller --batch_size; "
                          "called again, it goes on") from error
     except RuntimeError as error:  # a process's end is told wherever this one is just then
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise InputError(f"a process that decodes photos has ended ({str(error).splitlines()[0]}): where memory is "
                          "short, ask for fewer --workers or a smaller --batch_size; called again, it goes on"

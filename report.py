@@ -202,14 +202,6 @@ def spread(numbers, n):
 
 # Sections ---------------------------------------------------------------------------------------
 
-class Estimate(NamedTuple):
-    """A figure and the bounds of its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def measure_of(opt):
     """What the similarity is, in words."""
     return f"cross attention ({opt.cross_attn})" if opt.cross_attn and opt.measure == "cosine" else opt.measure
@@ -242,8 +234,8 @@ def recalls(rows, image_of):
         metrics = row["metrics"]
         figures = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], *bounds[:, place])
         lines.append({"name": name, "parameters": in_words(row["parameters"]),
-                      "figures": [Estimate(*one) for one in figures],
-                      "gain": Estimate(metrics.rsum - base, *gains[:, place])})
+                      "figures": [intervals.Interval(*one) for one in figures],
+                      "gain": intervals.Interval(metrics.rsum - base, *gains[:, place])})
     return lines
 
 

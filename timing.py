@@ -17,6 +17,8 @@ class Timer:
         """Let the GPU finish."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def seconds(self, function):
         """Of one call."""

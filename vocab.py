@@ -124,7 +124,7 @@ def vocabulary_of(words, source="the word list"):
     return vocabulary
 
 
-def _caption_sources(data_path, data_name):
+def _caption_sources(data_name):
     """The caption files that a data set's vocabulary is built from: its training and dev captions."""
     if is_precomputed(data_name):
         return ["train_caps.txt", "dev_caps.txt"]
@@ -140,7 +140,7 @@ def build_vocab(data_path, data_name, jsons=None, threshold=4):
     caption files, which are named relative to `<data_path>/<data_name>`.
     """
     counts = Counter()
-    for name in (jsons or {}).get(data_name) or _caption_sources(data_path, data_name):
+    for name in (jsons or {}).get(data_name) or _caption_sources(data_name):
         path = os.path.join(data_path, data_name, name)
         if path.endswith(".txt"):
             captions = read_captions(path)

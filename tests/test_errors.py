@@ -304,9 +304,19 @@ def test_memory_that_does_not_suffice_is_one_sentence(tmp_path, error):
     assert said.count("\n") == 1
 
 
-def test_shared_memory_that_does_not_suffice_is_told_apart(tmp_path):
-    code, _, said = shell(tmp_path, "raise RuntimeError('unable to allocate shared memory(shm) for file </t>')", "")
-    assert code == 2 and said.startswith("error: the processes that load data ran out of") and "--workers" in said
+@pytest.mark.parametrize("words", ["unable to allocate shared memory(shm) for file </t>",
+                                   "DataLoader worker (pid 7) is killed by signal: Killed. ",
+                                   "DataLoader worker (pid(s) 7, 8) exited unexpectedly"])
+def test_processes_that_load_data_and_end_are_told_apart(tmp_path, words):
+    code, _, said = shell(tmp_path, f"raise RuntimeError({words!r})", "")
+    assert code == 2 and said.startswith(f"error: the processes that load data have ended, or ran out of shared "
+                                         f"memory ({words}") and "--workers" in said
+    assert said.count("\n") == 1
+
+
+def test_a_bug_in_a_process_that_loads_data_keeps_its_traceback(tmp_path):
+    code, _, said = shell(tmp_path, "raise RuntimeError('Caught RuntimeError in DataLoader worker process 0.')", "")
+    assert code == 1 and "Traceback" in said
 
 
 def test_a_path_that_is_a_folder_is_bad_input(tmp_path):

@@ -1,6 +1,7 @@
 """Encoders: what they compute, which photos they take, and what features.json says of them."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -303,6 +304,15 @@ def test_a_description_is_enough_to_encode_a_new_photo(photo, flags):
     encoder = build_encoder(*flags)
     again = encoder_from(json.loads(json.dumps(encoder.description)))
     assert torch.equal(encode_photo(again, photo), encode_photo(encoder, photo))
+
+
+@pytest.mark.parametrize("flags", [(SMALL, "none", "10crop"), (SMALL, "none", "pooled"), ("sample", "none", "pooled"),
+                                   ("fasterrcnn_mobilenet_v3_large_320_fpn", "none", "pooled", 3)])
+def test_what_is_done_to_a_photo_goes_to_processes_that_are_not_forked(photo, flags):
+    transform = build_encoder(*flags).transform
+    with Image.open(photo) as picture:
+        picture = picture.convert("RGB")
+        assert torch.equal(pickle.loads(pickle.dumps(transform))(picture), transform(picture))
 
 
 def test_weights_that_have_changed_since_are_refused(tmp_path):

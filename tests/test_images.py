@@ -2,9 +2,12 @@
 
 import io
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from errors import InputError
@@ -24,6 +27,14 @@ def test_a_photo_is_turned_as_its_exif_data_says(tmp_path, orientation):
     Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(np.asarray(decode_image(tmp_path / "a.png", as_seen=True)), TURNS[orientation](PIXELS))
     assert np.array_equal(np.asarray(decode_image(tmp_path / "a.png")), PIXELS)  # the released code does not turn it
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="alarms are POSIX")
+def test_a_process_that_decodes_outlives_a_stop_for_a_while_and_ends_well():
+    code = ("import os, signal, time, images; images.WORKER_GRACE = 1; images._outlive_signals(0); "
+            "os.kill(os.getpid(), signal.SIGTERM); print('alive', flush=True); time.sleep(60)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (run.returncode, run.stdout) == (0, "alive\n")
 
 
 @pytest.mark.parametrize("exif", [b"MM\0\x2a\0\0\0\x08\0\xff\x01\x12", b"no TIFF"])

@@ -1,4 +1,4 @@
-"""Both scripts, whole, on a CUDA and an MPS device that are only pretended (see pretended.py)."""
+"""The scripts, whole, on a CUDA and an MPS device that are only pretended (see pretended.py)."""
 
 import json
 import shutil
@@ -52,6 +52,10 @@ COMMANDS = {
                                   "--correction", "csls"],
     "an ensemble": ["compute_results.py", "--model_path", "runs/regions/model_best.pth.tar",
                     "runs/scan2/model_best.pth.tar", "--hubness", "--correction", "all", "--report", "page"],
+    "a gallery and its correction": ["search.py", "--precomp", "data/tiny_precomp", "--split", "test", "--index",
+                                     "gallery", "--recall_check", "a dog"],
+    "a gallery asked": ["search.py", "--index", "gallery", "--rebuild_index", "--correction", "nnn",
+                        "--tune_correction", "a dog"],
     "reranked": ["compute_results.py", "--model_path", "runs/scan/model_best.pth.tar",
                  "runs/regions/model_best.pth.tar", "--rerank", "3"],
 }
