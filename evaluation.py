@@ -29,6 +29,7 @@ from scan import SCAN, CrossAttention, Words, build, packed
 from word_ids import CAPTIONS_PER_IMAGE, five_each
 
 FOLDS = 5
+COCO_FOLD = 1000  # images
 BANK_IMAGES, BANK_REGION_IMAGES = 10_000, 1_000  # of a bank at most, unless told; the latter for cross attention
 
 
@@ -379,6 +380,9 @@ def embedded(loaded, split, fold5=False, check=None):
         testall = os.path.join(opt.data_path, opt.data_name, "testall_ims.npy")
         hint = "try --split testall" if split != "testall" and os.path.exists(testall) else "leave --fold5 out"
         raise InputError(f"--fold5 needs five equal folds, and split {split} has {n_images} images: {hint}")
+    if n_folds > 1 and n_images != n_folds * COCO_FOLD:
+        print(f"note: five folds of {n_images // n_folds} images each, where COCO's have {COCO_FOLD}: recalls among "
+              "fewer are higher", file=sys.stderr)
     if check:
         check(loaded, loader.dataset)
     images, captions = loaded.embed(loader)

@@ -23,10 +23,15 @@ from word_ids import number_words
 class Reranker:
     """Another model's scores of questions and some of a gallery's photos; k: how many it orders for a question."""
 
-    def __init__(self, gallery, model_path, k, precomp=None, device="auto"):
+    def __init__(self, gallery, model_path, k, precomp=None, device="auto", vocab_path=None):
         """model_path: of SCAN's checkpoint; precomp: folder of the regions, of the gallery's split and photos (default:
-        the features that the gallery was built from). Raises InputError where they do not go together."""
-        self.k, self.loaded = k, load_for_evaluation(argparse.Namespace(model_path=model_path, device=device))
+        the features that the gallery was built from); vocab_path: folder of the checkpoint's vocabulary (default: its
+        own words, or its own folder). Raises InputError where they do not go together."""
+        try:
+            self.k, self.loaded = k, load_for_evaluation(argparse.Namespace(model_path=model_path, device=device,
+                                                                            vocab_path=vocab_path))
+        except InputError as error:
+            raise InputError(str(error).replace("--vocab_path", "--rerank_vocab_path")) from error
         if not self.loaded.opt.cross_attn:
             raise InputError(f"--rerank_model {model_path} is not SCAN (trained with --cross_attn): name one that is, "
                              "or leave it out")

@@ -70,6 +70,8 @@ def add_question_flags(group):
                        help=f"--rerank_model: so many of each question's (default: {RERANKED})")
     group.add_argument("--rerank_precomp", metavar="FOLDER", help="--rerank_model: features of the same photos' "
                                                                   "regions (default: those of the gallery)")
+    group.add_argument("--rerank_vocab_path", metavar="FOLDER", help="--rerank_model: folder of its vocabulary "
+                                                                     "(default: its own words, or its own folder)")
     group.add_argument("--serve", action="store_true", help="answer in a browser")
     group.add_argument("--host", help=f"--serve: address to listen on (default: {HOST}, this machine only)")
     group.add_argument("--port", type=number(int, 0, 65535), help=f"--serve: its port (default: {PORT}; 0: a free one)")
@@ -149,7 +151,8 @@ def check_flags(options):
     bank = ["correction_bank", "correction_bank_images", "tune_correction"]
     for useless, flags, others in (
             (not options.serve, ["host", "port", "allow_host"], "without --serve"),
-            (options.rerank_model is None, ["rerank", "rerank_precomp"], "without --rerank_model"),
+            (options.rerank_model is None, ["rerank", "rerank_precomp", "rerank_vocab_path"],
+             "without --rerank_model"),
             (options.image is not None and options.question is options.batch is None and not options.serve,
              ["rerank_model"], "with --image alone: it orders what is found by words"),
             (options.precomp is None, ["split"], "without --precomp"),
@@ -281,7 +284,7 @@ def open_searcher(options):
     known, reranker = gallery.description["features"], None
     if options.rerank_model is not None:
         reranker = Reranker(gallery, options.rerank_model, options.rerank or RERANKED, options.rerank_precomp,
-                            options.device)
+                            options.device, options.rerank_vocab_path)
     return Searcher(loaded, gallery, lambda: build_gallery.photo_encoder(loaded, known, options)[0],
                     options.correction != "none", reranker)
 

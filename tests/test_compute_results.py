@@ -161,8 +161,9 @@ def test_hal_s_evalrank_prints_the_released_lines(as_trained, capsys, call):
     assert Path("out.csv").read_text() == EXPECTED["max"]["csv"] + "\n"
 
 
-def test_folds_leave_the_first_one_s_ranks(released):
+def test_folds_leave_the_first_one_s_ranks(released, capsys):
     compute_results.main([*flags_for("local"), "--fold5"])
+    assert "note: five folds of 12 images each, where COCO's have 1000" in capsys.readouterr().err
     recorded = np.load(RELEASED / "expected_local.npz")
     expected = loops.ranks(recorded["image_embeddings"][:12] @ recorded["caption_embeddings"][:60].T)
     ranks = torch.load(released / "ranks.pth.tar", weights_only=True)

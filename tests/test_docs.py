@@ -17,7 +17,7 @@ COMMAND = re.compile(r"(?:^|`)(?:python3|\S+/python) (\w+\.py\b[^`\n&#]*)", re.M
 COMMANDS = sorted({command.strip() for text in TEXTS.values() for command in COMMAND.findall(text)})
 RESULTS = [command for command in COMMANDS if "--page" in command]
 OTHERS = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_id", "--rdzv_backend", "--rdzv_endpoint", "--max",
-          "--nodes", "--ntasks", "--gpus", "--requeue", "--open", "--kill", "--signal", "--dist"}
+          "--nodes", "--ntasks", "--gpus", "--cpus", "--requeue", "--open", "--kill", "--signal", "--dist"}
 
 
 def anchors(text):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, captions_of, run_script, write_image
+from conftest import TINY, captions_of, load, run_script, write_image
 
 import build_gallery
 import data
@@ -319,6 +319,26 @@ def test_scan_orders_what_vse_finds(three_models, tmp_path, monkeypatch, capsys,
         assert all(scores[hit["item"]] == pytest.approx(hit["score"], abs=1e-5) for hit in answer["results"])
 
 
+def test_a_scan_model_without_words_takes_its_vocabulary_from_a_folder(three_models, tmp_path, monkeypatch, capsys):
+    shutil.copytree(three_models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    path, answers = f"runs/{SCAN_RUN}/model_best.pth.tar", []
+    flags = ["--model_path", f"runs/{VSE_RUN}/model_best.pth.tar", "--precomp", "data/vectors_precomp", "--index", "g",
+             "--correction", "none", "--json", "--rerank_model", path, "--rerank_precomp", "data/regions_precomp",
+             QUESTION]
+    ask(*flags)
+    answers.append(results(capsys))
+    content = load(path)
+    assert content.pop("vocabulary")
+    torch.save(content, path)
+    os.rename("vocab", "words")
+    with pytest.raises(InputError, match="carries no vocabulary.* by --rerank_vocab_path"):
+        ask(*flags)
+    ask(*flags, "--rerank_vocab_path", "words")
+    answers.append(results(capsys))
+    assert answers[0] == answers[1]
+
+
 def test_regions_of_other_photos_are_told_of(three_models, tmp_path, monkeypatch, capsys):
     shutil.copytree(three_models, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -338,6 +358,7 @@ def test_regions_of_other_photos_are_told_of(three_models, tmp_path, monkeypatch
 @pytest.mark.parametrize("flags, words", [
     (["--rerank_model", "VSE"], ["not SCAN"]), (["--rerank_model", "SCAN"], ["over regions"]),
     (["--rerank", "5"], ["--rerank", "--rerank_model"]),
+    (["--rerank_vocab_path", "vocab"], ["--rerank_vocab_path", "--rerank_model"]),
     (["--rerank_model", "SCAN", "--rerank_precomp", "nowhere"], ["nowhere"])])
 def test_what_cannot_be_reranked_is_said(three_models, tmp_path, monkeypatch, flags, words):
     shutil.copytree(three_models, tmp_path, dirs_exist_ok=True)
