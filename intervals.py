@@ -67,6 +67,17 @@ def differences(runs, figures, draws=2000, seed=0):
     return pairs
 
 
+def difference_over_seeds(runs_a, runs_b):
+    """The Interval of the first loss's mean figure less the second's, over seeds alone, the images being what they are.
+
+    For figures of a whole split that images drawn twice would change, such as hubness. runs_a, runs_b: {seed: figure},
+    of two seeds or more; the same seeds are taken in pairs, as in `difference`.
+    """
+    a, b = (np.array([own[key] for key in sorted(own)]) for own in (runs_a, runs_b))
+    groups = [a - b] if runs_a.keys() == runs_b.keys() else [a, -b]
+    return interval_of([np.tile(group, (3, 1)) for group in groups], 2)  # no image is drawn: every draw is as the first
+
+
 def recalls(runs, figure, weights):
     """A figure in percent under each row of images' weights, for each run: (draws, n_images) -> (draws, runs)."""
     total, ks = 0.0, FIGURES[figure]

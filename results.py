@@ -1,6 +1,7 @@
 """The results of a comparison by reproduce.py: tables, plots, and what they are of."""
 
 import io
+import itertools
 import json
 import os
 import statistics
@@ -10,6 +11,7 @@ import intervals
 from errors import InputError, replacing
 
 CURVES = {"rsum": "rsum", "i2t_n10_skewness": "i2t N10 skewness", "t2i_n10_skewness": "t2i N10 skewness"}
+HUBS = "i2t N10 skewness", "t2i N10 skewness", "i2t anti-hubs %", "t2i anti-hubs %"  # of FIGURES
 COMPARED = {"rsum": "rsum", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}  # of intervals.FIGURES
 FIGURES = {  # the table's columns, from compute_results.py's JSON
     **{f"{side} R@{k}": (lambda f, side=side, k=k: f[side][f"r{k}"]) for side in ("i2t", "t2i") for k in (1, 5, 10)},
@@ -49,6 +51,17 @@ def differences(folder, runs, test, corrected=False):
     pairs = intervals.differences(ranks, COMPARED) if len(ranks) > 1 else {}
     return {f"{a} - {b}": {figure: list(interval) for figure, interval in own.items()}
             for (a, b), own in pairs.items()}
+
+
+def hub_differences(runs, test):
+    """{"A - B": {figure of HUBS: its Interval over seeds, as a list}} of all pairs of models with three runs or more:
+    two tell too little of how seeds vary."""
+    figures = {model: {seed: own[test] for seed, own in seeds.items() if "failed" not in own}
+               for model, seeds in runs.items()}
+    several = [model for model, own in figures.items() if len(own) > 2]
+    return {f"{a} - {b}": {name: list(intervals.difference_over_seeds(*(
+        {seed: FIGURES[name](one) for seed, one in figures[model].items()} for model in (a, b)))) for name in HUBS}
+            for a, b in itertools.combinations(several, 2)}
 
 
 def mean_and_deviation(values):
@@ -98,14 +111,17 @@ def seeds_table(results, test):
     return table(["model", "seed", *names, "rsum, corrected", "s an epoch"], rows)
 
 
+def in_digits(interval, bold, digits=1):
+    """An interval as text, in bold where 0 lies outside, if asked for."""
+    estimate, low, high = (f"{value:+.{digits}f}" for value in interval)
+    text = f"{estimate} ({low} to {high})"
+    return f"**{text}**" if bold and not interval[1] <= 0 <= interval[2] else text
+
+
 def differences_table(plain, corrected, seeds_vary):
     """Every pair's differences with their 95 % intervals, in bold where 0 lies outside and seeds were drawn, too."""
-    def cell(interval):
-        estimate, low, high = interval
-        text = f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
-        return f"**{text}**" if seeds_vary and not low <= 0 <= high else text
-
-    rows = [[pair, *(cell(own[pair][figure]) for own in (plain, corrected) for figure in COMPARED)] for pair in plain]
+    rows = [[pair, *(in_digits(own[pair][figure], seeds_vary) for own in (plain, corrected) for figure in COMPARED)]
+            for pair in plain]
     return table(["difference", *COMPARED.values(), *(f"{name}, corrected" for name in COMPARED.values())], rows)
 
 
@@ -143,6 +159,12 @@ def markdown(results):
                       "where it is more than half its interval, which is {} (corrected: {}); a true one of just that "
                       "size is missed every second time, and smaller ones may be there unseen.".format(*told), "",
                       *differences_table(plain, corrected, seeds_vary)]
+        hubs = {pair: own for pair, own in results["hub_differences"][test].items() if pair in shown}
+        if hubs:
+            lines += [f"{test}, differences in hubs, as they are, with 95 % intervals over seeds alone (in bold where "
+                      "0 is outside): other images would move them, too.", "",
+                      *table(["difference", *HUBS], [[pair, *(in_digits(own[name], True, 2 if "skew" in name else 1)
+                                                              for name in HUBS)] for pair, own in hubs.items()])]
     return "\n".join(lines)
 
 
@@ -258,6 +280,7 @@ def write_results(folder, results):
             test: summary(runs, test, corrected) for test in dict.fromkeys(tests)}
         results["differences" + ending] = {
             test: differences(folder, runs, test, corrected) for test in dict.fromkeys(tests)}
+    results["hub_differences"] = {test: hub_differences(runs, test) for test in dict.fromkeys(tests)}
     with replacing(os.path.join(folder, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
     tables = markdown(results)

@@ -7,7 +7,7 @@ from contextlib import suppress
 import loops
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import norm, t, ttest_ind, ttest_rel
 
 import compute_results
 import intervals
@@ -123,6 +123,15 @@ def test_images_drawn_alone_make_the_interval_of_one_seed():
     hits = [100.0 * (a - b) for a, b in zip(runs_a[0][0] == 0, (runs_b[0][0] == 0).astype(int))]
     expected = t.ppf(0.975, 399) * statistics.pstdev(hits) / 20  # the standard error of a mean
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("other", [{0: 1.2, 1: 0.7, 2: 0.1}, {0: 1.2, 1: 0.7, 3: 0.1}, {0: 1.2, 5: 0.7}])
+def test_an_interval_over_seeds_is_student_s_or_welch_s(other):
+    one = {2: 3.1, 0: 2.5, 1: 2.7}
+    test = (ttest_rel([2.5, 2.7, 3.1], [1.2, 0.7, 0.1]) if other.keys() == one.keys()
+            else ttest_ind(list(one.values()), list(other.values()), equal_var=False))
+    expected = statistics.mean(one.values()) - statistics.mean(other.values()), *test.confidence_interval(0.95)
+    assert intervals.difference_over_seeds(one, other) == pytest.approx(expected)
 
 
 def test_the_smallest_differences_are_half_the_intervals():

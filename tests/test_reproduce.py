@@ -252,6 +252,25 @@ def test_every_pair_s_difference_has_its_interval(scripts):
     assert "| sum-margin - HAL | +0.0 (+0.0 to +0.0) |" in text and "| sum-margin - HAL+bank | **-" in text
 
 
+def test_differences_in_hubs_have_intervals_over_seeds(scripts):
+    path = os.path.join(reproduce.SCRIPTS, "compute_results.py")
+    test = open(path).read()
+    with open(path, "w") as file:  # HAL: 3.5, 5.5 and 8.5 less 0.1, 0.2, 0.6 by seed
+        file.write(test.replace('"skewness": 1.5 + seed', '"skewness": 1.5 + seed - ("/HAL/" in flags["--model_path"])'
+                                                          ' * {0: 0.1, 2: 0.2, 4: 0.6}[seed]'))
+    reproduce.main([*FAST, "--losses", "HAL", "sum-margin", "--seeds", "0", "2", "4"])
+    mean, deviation = 0.3, statistics.stdev([0.1, 0.2, 0.6])
+    half = 4.302653 * deviation / 3**0.5  # Student's t with 2 degrees of freedom, from a table
+    found = results()["hub_differences"]["test"]["sum-margin - HAL"]
+    assert found["i2t N10 skewness"] == pytest.approx([mean, mean - half, mean + half], abs=1e-5)
+    assert found["t2i anti-hubs %"] == [0, 0, 0]
+    text = open("runs/reproduce_smoke/results.md").read()
+    assert f"| sum-margin - HAL | {mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}) |" in text
+    reproduce.main([*FAST, "--losses", "HAL", "sum-margin", "--seeds", "0", "2"])
+    assert results()["hub_differences"]["test"] == {}
+    assert "differences in hubs" not in open("runs/reproduce_smoke/results.md").read()
+
+
 def test_an_ensemble_is_tested_with_its_models_or_where_it_is_named(scripts, rates, monkeypatch):
     preset = reproduce.PRESETS["smoke"]._replace(ensembles={"both": ("sum-margin", "max-margin")})
     monkeypatch.setitem(reproduce.PRESETS, "smoke", preset)
