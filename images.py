@@ -99,8 +99,9 @@ def _worker_options(workers):
 def _outlive_signals(worker):
     """A pre-empted job's processes all get the signal; workers give the main one time to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # killed by it, DataLoader would end the main process, too
+    if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # killed by it, it would take the main process along
 
 
 def open_photo(file):

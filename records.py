@@ -18,7 +18,7 @@ PLOTS = ("results.png", "epochs.png", "grid.png")
 
 
 def check_record(record, output):
-    """Raise InputError where `keep` would overwrite what is not a copy of the output folder's own."""
+    """Raise InputError where `keep` would overwrite files that the output folder does not have."""
     inside = os.path.join(os.path.realpath(record), "").startswith(os.path.join(os.path.realpath(output), ""))
     if inside:
         raise InputError(f"--record {record} lies in --output {output}, of which it is to be a copy: name a folder "
@@ -30,9 +30,10 @@ def check_record(record, output):
     for folder, _, names in os.walk(record):
         own = os.path.join(output, os.path.relpath(folder, record))
         for name in sorted(names):
-            if not os.path.exists(os.path.join(own, name)):
+            if name.endswith((".json", ".jsonl", ".npz")) and not os.path.exists(os.path.join(own, name)):
                 raise InputError(f"--record {record} has {os.path.relpath(os.path.join(folder, name), record)}, which "
-                                 f"{output} has not: copy it there first, to go on from it, or name another folder")
+                                 f"{output} has not: copy the record there first, to go on from it, delete this, if "
+                                 "it is to be made again, or name another folder")
 
 
 def keep(output, record):
@@ -48,15 +49,14 @@ def keep(output, record):
             why = {"why": gave_up(run)} if gave_up(run) else {}
             write_json(os.path.join(to, "run.json"), {**run, "options": _without_paths(run.get("options", {})),
                                                       "result": {**run["result"], **why}})
-            for name in names:
-                if name.startswith("trial_") and name.endswith(".json"):
-                    write_json(os.path.join(to, name), read_json(os.path.join(folder, name)))
             if "log.jsonl" in names:
                 with (open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as log,
                       replacing(os.path.join(to, "log.jsonl"), "w", encoding="utf-8") as file):
                     file.writelines(line for line in log if '"kind": "validation"' in line)
         for name in names:
             test = name.replace(".npz", ".json")
+            if name.startswith("trial_") and name.endswith(".json"):
+                write_json(os.path.join(to, name), read_json(os.path.join(folder, name)))
             if name.endswith(".npz") and test in names:
                 intervals.read_ranks(os.path.join(folder, name))  # says it where that can't be read
                 with np.load(os.path.join(folder, name)) as content:

@@ -383,7 +383,8 @@ class Comparison:
         """
         folder, flags = self.folder(model, trial, seed), self.flags(model, trial, seed, epochs)
         run, name = records.read_run(folder), f"{model}, {os.path.basename(folder)}"
-        if (run.get("result") or {}).get("epochs", -1) >= epochs and all(map(os.path.exists, needed)):
+        result = run.get("result") or {"outcome": "failed"}
+        if result["outcome"] != "failed" and result["epochs"] >= epochs and all(map(os.path.exists, needed)):
             return None
         if not records.gave_up(run):
             print(f"{name}: training to epoch {epochs}", file=sys.stderr)
@@ -457,12 +458,16 @@ class Comparison:
 
     def check_ensembles(self, chosen):
         """Raise InputError where one is yet to be tested and a member that need not be trained has no weights."""
-        for name, seed in itertools.product(self.opt.ensembles, self.opt.seeds):
-            folder, checkpoints = self.ensemble_of(name, chosen, seed)
-            for path in checkpoints if not self.tested(folder, checkpoints) else ():
-                if self.tested(os.path.dirname(path), [path]) and not os.path.exists(path):
-                    raise InputError(f"{name}, seed {seed}, needs {path}, which a record does not have: name --losses "
-                                     "without it, or delete that folder, and the run is made again")
+        ensembles = [self.ensemble_of(name, chosen, seed)
+                     for name, seed in itertools.product(self.opt.ensembles, self.opt.seeds)]
+        lacking = dict.fromkeys(
+            os.path.dirname(path) for folder, checkpoints in ensembles if not self.tested(folder, checkpoints)
+            and not any(records.gave_up(records.read_run(os.path.dirname(path))) for path in checkpoints)
+            for path in checkpoints if self.tested(os.path.dirname(path), [path]) and not os.path.exists(path))
+        if lacking:
+            raise InputError(f"{', '.join(self.opt.ensembles)}: there is no model_best.pth.tar in "
+                             f"{', '.join(lacking)}, as a record has none: name --losses without these ensembles, or "
+                             "delete these folders, and the runs are made again")
 
     def ensemble(self, name, chosen, seed):
         """As `run` gives it, of the ensemble of this seed's models, which have been trained."""
@@ -593,10 +598,11 @@ def run_all(opt, comparison):
 def cost(opt, comparison, finals):
     """Seconds an epoch of the final runs, hours of training in all, trials too, and what they were made on."""
     cells = [*finals, *((model, trial, opt.seeds[0]) for model in opt.models for trial in range(opt.trials))]
-    runs = {cell: read_json(os.path.join(comparison.folder(*cell), "run.json")) for cell in dict.fromkeys(cells)}
+    runs = {cell: records.read_run(comparison.folder(*cell)) for cell in dict.fromkeys(cells)}
+    runs = {cell: run for cell, run in runs.items() if run.get("result")}
     seconds = {cell: records.seconds_an_epoch(run) for cell, run in runs.items()}
     hours = sum((seconds[cell] or 0) * run["result"]["epochs"] for cell, run in runs.items()) / 3600
-    each = {model: {seed: seconds[model, trial, seed] for name, trial, seed in finals if name == model}
+    each = {model: {seed: seconds.get((model, trial, seed)) for name, trial, seed in finals if name == model}
             for model in opt.models}
     return {"seconds_an_epoch": each, "hours": hours, "made_on": sorted(set(map(records.made_on, runs.values())))}
 

@@ -77,10 +77,12 @@ def test_a_record_of_other_runs_is_not_overwritten(scripts):  # noqa: F811
     reproduce.main([*FAST, "--losses", "HAL", "--trials", "1", "--output", "b"])
     calls = scripts()
     for output, missing in (("b", r"HAL/lr\S*_seed2/log.jsonl"), ("new", "settings.json")):
-        with pytest.raises(InputError, match=f"--record record has {missing}, which .*{output} has not: copy it there"):
+        with pytest.raises(InputError, match=f"--record record has {missing}, which .*{output} has not: copy the"):
             reproduce.main([*flags, "--output", output])
-    with open("file", "w"):
-        pass
+    for name in ("file", "record/run.json.1.tmp", "record/README.md"):
+        with open(name, "w"):
+            pass
+    reproduce.main([*flags, "--output", "a"])
     with pytest.raises(InputError, match="--record file cannot be written"):
         reproduce.main([*FAST, "--record", "file"])
     assert scripts() == calls

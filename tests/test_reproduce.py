@@ -458,11 +458,38 @@ def test_what_a_test_is_of_having_been_trained_again_it_is_made_again(scripts, m
     shutil.copytree("record", "copy")
     reproduce.main([*flags, "--output", "copy"])
     shutil.rmtree("copy/both")
-    with pytest.raises(InputError, match=r"both, seed 0, needs .*copy/sum-margin/.*model_best.pth.tar, which a record"):
+    with pytest.raises(InputError, match=r"both: there is no model_best.pth.tar in .*copy/sum-margin/.*copy/max-mar"):
         reproduce.main([*flags, "--output", "copy"])
+    run, = (f"copy/sum-margin/{name}" for name in os.listdir("copy/sum-margin"))
+    with open(f"{run}/run.json", "w") as file:  # with one that collapsed there is nothing to test
+        json.dump({"options": {}, "result": {"outcome": "gave up", "epochs": 1, "steps": 9}, "end": ""}, file)
+    reproduce.main([*flags, "--output", "copy"])
+    assert results("copy/results.json")["runs"]["both"]["0"] == {"failed": "a member failed"}
 
 
-def test_a_stop_leaves_whole_seeds(scripts, monkeypatch):
+@pytest.mark.parametrize("result", [{"outcome": "failed", "epochs": 2, "steps": 9}, None])
+def test_a_run_that_ended_by_an_error_is_gone_on_with(scripts, result):
+    flags = [*FAST, "--losses", "HAL", "--trials", "1", "--seeds", "0"]
+    reproduce.main(flags)
+    path = "runs/reproduce_smoke/HAL/lr0.001_local_alpha60_local_ep0.7_seed0/run.json"
+    with open(path, "w") as file:  # its weights could not be written, say
+        json.dump({"options": {}, "result": result, "end": None}, file)
+    before = scripts()
+    reproduce.main(flags)
+    assert [call.split()[0] for call in scripts()[len(before):]] == ["train", "test"]
+
+
+def test_a_trial_that_was_killed_later_costs_no_results(scripts, rates):
+    reproduce.main([*FAST, "--losses", "sum-margin"])
+    path = "runs/reproduce_smoke/sum-margin/lr0.0005_seed0/run.json"  # as a finalist that was killed leaves it
+    with open(path, "w") as file:
+        json.dump({"options": {}, "result": None, "end": None}, file)
+    before = results()
+    reproduce.main([*FAST, "--losses", "sum-margin", "--record", "record"])
+    assert results() == before and os.listdir("record/sum-margin/lr0.0005_seed0") == ["trial_1.json"]
+
+
+def test_all_models_of_a_seed_come_before_the_next(scripts):
     reproduce.main([*FAST, "--trials", "1", "--seeds", "0", "3", "2"])
     tested = [call.split()[1] for call in scripts() if call.startswith("test")]
     assert tested == ["0"] * 4 + ["3"] * 4 + ["2"] * 4
