@@ -109,8 +109,8 @@ def regions(rates, alphas, epsilons, max_margin=()):
             if loss != "sum-margin"}
 
 
-def ablations(rate, alphas, epsilons, max_margin):
-    """HAL over its parameters, the bank over its own, the batch, and bf16: each model has one setting.
+def ablations(rate, alphas, epsilons):
+    """HAL over its parameters, the bank over its own, and the batch: each model has one setting.
 
     Alpha 30 and epsilon 0.3 are among those given.
     """
@@ -123,19 +123,21 @@ def ablations(rate, alphas, epsilons, max_margin):
     models |= {f"HAL+bank rate {share} k {k}": Model(tuple(BANK), hal(30, 0.3, mb_rate=share, mb_k=k))
                for share in (0.05, 0.2) for k in (50, 250)}
     models |= {f"HAL batch {size}": Model((), hal(30, 0.3, batch_size=size)) for size in (64, 256)}
-    margin = {"learning_rate": (rate,), "margin": (0.2,)}
-    models |= {"sum-margin": Model(("--sum_violation",), margin),
-               "max-margin": Model(("--max_violation", *max_margin), margin)}
-    halved = "sum-margin", "max-margin", "HAL alpha 30 epsilon 0.3", "HAL+bank rate 0.05 k 250"
-    return models | {f"{name} bf16": Model((*models[name].flags, "--amp", "bf16"), models[name].tried)
-                     for name in halved}
+    return models
 
 
 def ablation_pairs(models):
-    """HAL in the middle of the grid against all others, the bank's settings, and float32 against bf16."""
+    """HAL in the middle of the grid against all others, and the bank's settings among themselves."""
     middle, banks = "HAL alpha 30 epsilon 0.3", [name for name in models if name.startswith("HAL+bank rate")]
-    return (*((middle, name) for name in models if name != middle), *itertools.combinations(banks, 2),
-            *((name, f"{name} bf16") for name in models if f"{name} bf16" in models))
+    return *((middle, name) for name in models if name != middle), *itertools.combinations(banks, 2)
+
+
+def precisions(models):
+    """Each model at the first of its settings, in float32 and in bf16."""
+    models = {name: Model(flags, {flag: values[:1] for flag, values in tried.items()})
+              for name, (flags, tried) in models.items()}
+    return {f"{name}{words}": Model((*flags, *amp), tried) for name, (flags, tried) in models.items()
+            for words, amp in (("", ()), (" bf16", ("--amp", "bf16")))}
 
 
 COCO_TESTS = {"5K": ["--split", "testall"], "1K": ["--split", "testall", "--fold5"]}
@@ -145,14 +147,17 @@ COCO_HAL, F30K_HAL = ((30, 20, 45), (0.3, 0.2, 0.4)), ((60, 40, 30), (0.7, 0.5, 
 # On Flickr8k all need the learning rate's warm-up, and max-margin, which would stay at its trivial loss for epochs,
 # an epoch of sum-margin.
 WARM, FIRST_SUM = ("--lr_warmup_steps", "100"), ("--warmup_epochs", "1")
-F8K_ABLATIONS = ablations(0.004, (20, 30, 60), (0.2, 0.3, 0.4, 0.5, 0.7), FIRST_SUM)
+F8K_LOSSES = vse(F8K_RATES, *COCO_HAL, FIRST_SUM)
+F8K_ABLATIONS = ablations(0.004, (20, 30, 60), (0.2, 0.3, 0.4, 0.5, 0.7))
 PRESETS = {
     "coco": Preset("coco_precomp", vse(RATES, *COCO_HAL), batch_size=512, tests=COCO_TESTS),
     "f30k": Preset("f30k_precomp", vse(RATES, *F30K_HAL)),
-    "f8k": Preset("f8k_precomp", vse(F8K_RATES, *COCO_HAL, FIRST_SUM), num_epochs=8, lr_update=5, train=WARM,
+    "f8k": Preset("f8k_precomp", F8K_LOSSES, num_epochs=8, lr_update=5, train=WARM,
                   finalists=3, seeds=(0, 1, 2, 3, 4)),
     "ablations_f8k": Preset("f8k_precomp", F8K_ABLATIONS, num_epochs=8, lr_update=5, trials=1, seeds=(0, 1),
                             train=WARM, pairs=ablation_pairs(F8K_ABLATIONS)),
+    "bf16_f8k": Preset("f8k_precomp", precisions(F8K_LOSSES), num_epochs=8, lr_update=5, trials=1, seeds=(0, 1),
+                       train=WARM, pairs=tuple((name, f"{name} bf16") for name in F8K_LOSSES)),
     "scan_coco": Preset("coco_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=20, lr_update=10,
                         trials=4, tests=COCO_TESTS),
     "scan_f30k": Preset("f30k_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=30, lr_update=15,

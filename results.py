@@ -198,7 +198,10 @@ def plot_epochs(path, epochs):
         axis.set_title(f"dev: {title}", fontsize=10)
         axis.set_xlabel("epoch", fontsize=8)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=6)
+    if len(epochs) > 10:
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc="outside right upper")
+    else:
+        axes[0].legend(fontsize=6)
     save_plot(figure, path)
 
 

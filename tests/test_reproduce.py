@@ -215,17 +215,17 @@ def test_models_that_differ_in_alpha_and_epsilon_alone_make_a_heat_map(scripts, 
     train = open(path).read()
     with open(path, "w") as file:  # one of the four cannot be trained
         file.write(train.replace("lr > 0.001", '(flags["--local_alpha"], flags["--local_ep"]) == ("60", "0.3")'))
-    models = reproduce.ablations(0.001, (30, 60), (0.3, 0.7), ())
+    models = reproduce.ablations(0.001, (30, 60), (0.3, 0.7))
     grid = [f"HAL alpha {alpha} epsilon {epsilon}" for alpha in (30, 60) for epsilon in (0.3, 0.7)]
     monkeypatch.setitem(reproduce.PRESETS, "smoke", reproduce.PRESETS["smoke"]._replace(
         models=models, trials=1, pairs=reproduce.ablation_pairs(models)))
-    reproduce.main([*FAST, "--losses", *grid, f"{grid[0]} bf16", "--seeds", "0", "2"])
+    reproduce.main([*FAST, "--losses", *grid, "HAL batch 64", "--seeds", "0", "2"])
     assert open("runs/reproduce_smoke/grid.png", "rb").read(4) == b"\x89PNG"
     assert drawn[:4] == [(0, 0, "111.0"), (1, 0, "111.0"), (0, 1, "failed"), (1, 1, "111.0")]
     text = open("runs/reproduce_smoke/results.md").read()
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.partition("| difference |")[2].splitlines()[2:]]
     assert [row for row in rows if row] == [f"{grid[0]} - {grid[1]}", f"{grid[0]} - {grid[3]}",
-                                            f"{grid[0]} - {grid[0]} bf16"]
+                                            f"{grid[0]} - HAL batch 64"]
     assert len(results()["differences"]["test"]) == 6
     drawn.clear()
     with open(path, "w") as file:
