@@ -517,6 +517,8 @@ def check_sizes(options):
         raise InputError(f"--eval_images must be multiples of {FOLDS}, for the folds")
     if options.images * options.captions_per_image < (largest := max(options.batch_size, options.step_batch)):
         raise InputError(f"--images {options.images} do not fill a batch of {largest}: give more")
+    if options.search_folder and not os.path.isdir(options.search_folder):
+        raise InputError(f"--search_folder {options.search_folder} is not there: make it, or name another")
 
 
 def measure(options, timer):

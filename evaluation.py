@@ -437,7 +437,7 @@ def write_results(opt_eval, split, result, more=None):
     """Write `ranks.pth.tar` (of the first fold) into the current folder, as the released code does, and what
     opt_eval's save_json and save_embeddings ask for; more: further entries of the JSON file.
     """
-    ranks = {name: (ranking.ranks.cpu(), ranking.top1.cpu())
+    ranks = {name: (ranking.ranks.cpu(), ranking.top1.cpu().clone())  # not the storage of all items that came first
              for name, ranking in zip(("rt", "rti"), result.rankings[0])}
     folds = result.folds if len(result.folds) > 1 else []
     try:

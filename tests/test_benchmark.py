@@ -60,7 +60,8 @@ def test_ranks_that_differ_from_the_reference_are_noticed():
 
 
 @pytest.mark.parametrize("flags, named", [(["--eval_images", "11"], "--eval_images"), (["--images", "1"], "--images"),
-                                          (["--repeats", "0"], "--repeats")])
+                                          (["--repeats", "0"], "--repeats"),
+                                          (["--search_folder", "nowhere"], "--search_folder nowhere is not there")])
 def test_sizes_that_cannot_be_are_refused(flags, named):
     with pytest.raises(InputError, match=named):
         benchmark.parse_args([*TINY, *flags])

@@ -170,6 +170,12 @@ def test_folds_leave_the_first_one_s_ranks(released, capsys):
     assert [ranks["rt"][0].tolist(), ranks["rti"][0].tolist()] == list(expected)
 
 
+def test_saved_ranks_hold_no_more_than_they_show(released):
+    compute_results.main([*flags_for("local"), "--save_ranks", "all.npz"])  # which asks for ten items a query
+    for ranks, first in torch.load(released / "ranks.pth.tar", weights_only=True).values():
+        assert first.untyped_storage().nbytes() == 8 * len(first) == 8 * len(ranks)
+
+
 def test_json_holds_every_fold_and_the_mean_at_full_precision(released, folds):
     compute_results.main([*flags_for("local"), "--fold5", "--save_json", "deep/out.json"])
     content = json.loads((released / "deep" / "out.json").read_text())
