@@ -381,8 +381,8 @@ def embedded(loaded, split, fold5=False, check=None):
         hint = "try --split testall" if split != "testall" and os.path.exists(testall) else "leave --fold5 out"
         raise InputError(f"--fold5 needs five equal folds, and split {split} has {n_images} images: {hint}")
     if n_folds > 1 and n_images != n_folds * COCO_FOLD:
-        print(f"note: five folds of {n_images // n_folds} images each, where COCO's have {COCO_FOLD}: recalls among "
-              "fewer are higher", file=sys.stderr)
+        print(f"note: five folds of {n_images // n_folds} images each, where COCO's have {COCO_FOLD}: their recalls "
+              "do not compare", file=sys.stderr)
     if check:
         check(loaded, loader.dataset)
     images, captions = loaded.embed(loader)

@@ -19,8 +19,7 @@ PLOTS = ("results.png", "epochs.png", "grid.png")
 
 def check_record(record, output):
     """Raise InputError where `keep` would overwrite files that the output folder does not have."""
-    inside = os.path.join(os.path.realpath(record), "").startswith(os.path.join(os.path.realpath(output), ""))
-    if inside:
+    if os.path.join(os.path.realpath(record), "").startswith(os.path.join(os.path.realpath(output), "")):
         raise InputError(f"--record {record} lies in --output {output}, of which it is to be a copy: name a folder "
                          "outside")
     try:

@@ -369,7 +369,7 @@ class Comparison:
         """A run's best checkpoint."""
         return os.path.join(self.folder(model, trial, seed), "model_best.pth.tar")
 
-    def flags(self, model, trial, seed, epochs):
+    def checked_flags(self, model, trial, seed, epochs):
         """train.py's of a run up to `epochs`; raises InputError where its folder holds a run of others."""
         opt, preset, folder = self.opt, self.preset, self.folder(model, trial, seed)
         flags = {"data_path": os.path.abspath(opt.data_path), "vocab_path": os.path.abspath(opt.vocab_path),
@@ -386,7 +386,7 @@ class Comparison:
 
         A run that has ended there, well or not, is not trained again unless one of the files `needed` is missing.
         """
-        folder, flags = self.folder(model, trial, seed), self.flags(model, trial, seed, epochs)
+        folder, flags = self.folder(model, trial, seed), self.checked_flags(model, trial, seed, epochs)
         run, name = records.read_run(folder), f"{model}, {os.path.basename(folder)}"
         result = run.get("result") or {"outcome": "failed"}
         if result["outcome"] != "failed" and result["epochs"] >= epochs and all(map(os.path.exists, needed)):
@@ -409,7 +409,7 @@ class Comparison:
         """
         seed = self.opt.seeds[0]
         path = os.path.join(self.folder(model, trial, seed), f"trial_{epochs}.json")
-        self.flags(model, trial, seed, epochs)
+        self.checked_flags(model, trial, seed, epochs)
         if not os.path.exists(path):
             failed = self.train(model, trial, seed, epochs)
             rsum = None if failed else max(after["rsum"] for after in self.epochs(model, trial, seed)[:epochs])
