@@ -7,12 +7,14 @@ taking percentiles would make the interval of few seeds too short: S of them, dr
 as much as they should, and percentiles know nothing of Student's t (with three seeds 4.3 standard errors, not 2). So
 what drawn seeds come to in the limit, but for that factor, is taken in closed form, and the interval is
 
-    estimate +- sqrt(t(S - 1)^2 s^2 / S + t(N - 1)^2 max(0, V_images - V_both))
+    estimate +- sqrt(max(t(S - 1)^2 s^2 / S + t(N - 1)^2 max(0, V_images - V_both), t(N - 1)^2 V_images))
 
 with s^2 the sample variance of the S seeds' figures on all N images, V_images the bootstrap's variance of their mean,
-and V_both the part of it in which seeds go apart from draw to draw, which s^2 / S holds already. With the same seeds
-on both sides, differences are taken seed by seed; else each side has a variance over seeds of its own, and their sum
-Welch's degrees of freedom. On made ranks it covered the truth in 94 to 98 % of 500 draws, with two to five seeds.
+and V_both the part of it in which seeds go apart from draw to draw, which s^2 / S holds already. Few seeds agree by
+chance now and then, and s^2 / S is near 0: the second term of the maximum, the images alone with these very seeds, is
+what is left to vary then. With the same seeds on both sides, differences are taken seed by seed; else each side has a
+variance over seeds of its own, and their sum Welch's degrees of freedom. On made ranks it covered the truth in 94 to
+98 % of 500 draws, with two to five seeds.
 """
 
 import itertools
@@ -111,7 +113,7 @@ def interval_of(groups, n_images):
     seeds = sum(part for part, _ in of_seeds)
     freedom = seeds**2 / sum(part**2 / degrees for part, degrees in of_seeds) if seeds else 1
     quantiles = t.ppf((1 + CONFIDENCE) / 2, [freedom, n_images - 1])
-    half = np.sqrt(quantiles**2 @ [seeds, max(images - both, 0)])
+    half = np.sqrt(max(quantiles**2 @ [seeds, max(images - both, 0)], quantiles[1]**2 * images))
     return Interval(float(estimate), float(estimate - half), float(estimate + half))
 
 

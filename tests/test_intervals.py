@@ -64,7 +64,8 @@ def looped(runs_a, runs_b, draws, seed, paired):
     both = sum(statistics.mean(statistics.variance([x - y for x, y in zip(draw[side], whole[side])])
                                for draw in drawn) / size for side, size in enumerate(sizes))
     freedom = sum(parts)**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes))
-    half = (t.ppf(0.975, freedom)**2 * sum(parts) + t.ppf(0.975, n - 1)**2 * max(0, images - both))**0.5
+    of_image = t.ppf(0.975, n - 1)**2
+    half = max(t.ppf(0.975, freedom)**2 * sum(parts) + of_image * max(0, images - both), of_image * images)**0.5
     centre = sum(statistics.mean(group) for group in whole)
     return centre, centre - half, centre + half
 
@@ -122,6 +123,18 @@ def test_images_drawn_alone_make_the_interval_of_one_seed():
     found = intervals.difference(runs_a, runs_b, "i2t_r1", draws=4000)
     hits = [100.0 * (a - b) for a, b in zip(runs_a[0][0] == 0, (runs_b[0][0] == 0).astype(int))]
     expected = t.ppf(0.975, 399) * statistics.pstdev(hits) / 20  # the standard error of a mean
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.05)
+
+
+def test_seeds_that_agree_by_chance_leave_the_interval_of_the_images():
+    rng, none = np.random.default_rng(4), 99
+    image_of = np.arange(400)
+    hits = rng.random((2, 400)) < 0.5
+    hits[1] = rng.permutation(hits[0])  # the same recall on other images
+    runs = {seed: (np.where(hit, 0, none), np.full(400, none), image_of) for seed, hit in enumerate(hits)}
+    nothing = {seed: (np.full(400, none), np.full(400, none), image_of) for seed in runs}
+    found = intervals.difference(runs, nothing, "i2t_r1", draws=4000)
+    expected = t.ppf(0.975, 399) * 100 * statistics.pstdev(hits.mean(0).tolist()) / 20
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.05)
 
 
