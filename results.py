@@ -125,13 +125,19 @@ def differences_table(plain, corrected, seeds_vary):
     return table(["difference", *COMPARED.values(), *(f"{name}, corrected" for name in COMPARED.values())], rows)
 
 
+def machines(made_on):
+    """Sorted texts of records.made_on as one, with the commits of one machine side by side."""
+    own = [list(group) for _, group in itertools.groupby(made_on, lambda made: made.partition(", commit ")[0])]
+    return "; ".join(", ".join([first, *(made.partition(", commit ")[2] for made in others)]) for first, *others in own)
+
+
 def markdown(results):
     """The tables of a comparison, and what they are of."""
     settings, seeds, cost = results["settings"], results["seeds"], results["cost"]
     finals = (f"; the best {results['finalists']} of them then to the end, to choose the best there"
               if results["finalists"] > 1 else "")
     lines = [f"{results['data_name']}, {settings['num_epochs']} epochs, seeds {', '.join(map(str, seeds))}, amp "
-             f"{settings['amp']}; {cost['hours']:.1f} hours of training on {'; '.join(cost['made_on'])}.", "",
+             f"{settings['amp']}; {cost['hours']:.1f} hours of training on {machines(cost['made_on'])}.", "",
              f"Settings tried of each model: {settings['trials']}, for {settings['pilot_epochs']} epochs with seed "
              f"{settings['first_seed']}{finals}.", "", *trials_table(results)]
     for test in results["summary"]:

@@ -21,6 +21,7 @@ import reproduce
 import train
 from errors import InputError
 from intervals import difference, read_ranks
+from results import machines
 from run_record import lock
 
 TRAIN = '''
@@ -284,6 +285,11 @@ def test_an_ensemble_is_tested_with_its_models_or_where_it_is_named(scripts, rat
         reproduce.main([*FAST, "--losses", "sum-margin", "both"])
     reproduce.main(FAST)
     assert list(results()["runs"]) == ["sum-margin", "max-margin", "HAL", "HAL+bank", "both"]
+
+
+def test_a_machine_is_named_once_with_its_commits():
+    made_on = ["cpu (x), torch 2.9, commit 0123456", "cpu (x), torch 2.9, commit 89abcde", "cuda, torch 2.9"]
+    assert machines(made_on) == "cpu (x), torch 2.9, commit 0123456, 89abcde; cuda, torch 2.9"
 
 
 def test_every_row_has_the_mean_and_sample_deviation_over_the_seeds(scripts):
