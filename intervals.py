@@ -14,7 +14,7 @@ and V_both the part of it in which seeds go apart from draw to draw, which s^2 /
 chance now and then, and s^2 / S is near 0: the second term of the maximum, the images alone with these very seeds, is
 what is left to vary then. With the same seeds on both sides, differences are taken seed by seed; else each side has a
 variance over seeds of its own, and their sum Welch's degrees of freedom. On made ranks it covered the truth in 94 to
-98 % of 500 draws, with two to five seeds.
+98 % of 500 draws, with two to five seeds, and in 99 % where two seeds hardly vary.
 """
 
 import itertools
