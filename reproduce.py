@@ -345,6 +345,11 @@ class Calls:
             raise
 
 
+def say(words):
+    """A line for people, in one write: of two threads' print, one may end the other's line."""
+    print(words + "\n", end="", file=sys.stderr)
+
+
 def last_error(path, start):
     """The last sentence that a script gave up with in what it wrote after byte `start`, or where to look."""
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -392,14 +397,14 @@ class Comparison:
         if result["outcome"] != "failed" and result["epochs"] >= epochs and all(map(os.path.exists, needed)):
             return None
         if not records.gave_up(run):
-            print(f"{name}: training to epoch {epochs}", file=sys.stderr)
+            say(f"{name}: training to epoch {epochs}")
             status, why = self.calls.script("train.py", flags, folder, "train.log")
             if status == 0:
                 return None
             run = records.read_run(folder)
             if not records.gave_up(run):  # not the loss' fault
                 raise InputError(f"{name}: {why}")
-            print(f"{name}: {why}", file=sys.stderr)
+            say(f"{name}: {why}")
         return records.gave_up(run)
 
     def trial(self, model, trial, epochs):
@@ -498,7 +503,7 @@ class Comparison:
                     raise InputError(f"{name}: {why}")
             figures[test] = {**read_json(path, "i2t", "t2i", "rsum", "hubness", "corrections"),
                              "ranks": os.path.relpath(ranks, self.opt.output)}
-        print(f"{name}: " + ", ".join(f"{test} rsum {f['rsum']:.1f}" for test, f in figures.items()), file=sys.stderr)
+        say(f"{name}: " + ", ".join(f"{test} rsum {f['rsum']:.1f}" for test, f in figures.items()))
         return figures
 
 
