@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import statistics
+import textwrap
 from contextlib import suppress
 
 import intervals
@@ -101,7 +102,8 @@ def seeds_table(results, test):
     for model, seeds in runs.items():
         for seed, figures in seeds.items():
             if "failed" in figures:
-                rows.append([model, str(seed), figures["failed"], *[""] * (len(names) + 1)])
+                why = textwrap.shorten(figures["failed"], 72, placeholder=" ...")
+                rows.append([model, str(seed), why, *[""] * (len(names) + 1)])
                 continue
             figures = figures[test]
             best, taken = best_correction(figures), seconds.get(model, {}).get(seed)
