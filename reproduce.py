@@ -535,13 +535,11 @@ def check_settings(opt):
                   or not isinstance(found["models"], dict)):
         raise InputError(f"{opt.output} holds results of an older layout, whose models had other trials: name another "
                          "--output, or delete it")
-    other = {name: found[name] for name in wanted if found and found.get(name) != wanted[name]}
-    other |= {model: found["models"][model] for model in own if found and found["models"].get(model, own[model])
-              != own[model]}
-    if other:
-        raise InputError(f"{opt.output} holds runs with other {', '.join(other)} ("
-                         + ", ".join(f"{then}, not {wanted.get(name, own.get(name))}" for name, then in other.items())
-                         + "): give the same, or another --output")
+    other = [f"{name} ({found[name]}, not {value})" for name, value in wanted.items() if found and found[name] != value]
+    models = [model for model in own if found and found["models"].get(model, own[model]) != own[model]]
+    if other or models:
+        other = ", ".join(other) or "settings of " + ", ".join(models)
+        raise InputError(f"{opt.output} holds runs with other {other}: give the same, or another --output")
     wanted["models"] = {**found.get("models", {}), **own}
     if found != wanted:
         with replacing(path, "w", encoding="utf-8") as file:

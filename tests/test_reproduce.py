@@ -582,7 +582,8 @@ def test_the_same_seed_or_rate_twice_counts_once():
 @pytest.mark.parametrize("flags, named", [(["--num_epochs", "3"], "num_epochs"),
                                           (["--", "--embed_size", "9"], "train_flags"),
                                           (["--seeds", "7"], "first_seed"), (["--amp", "bf16"], "amp"),
-                                          (["--trials", "1"], "trials"), (["--learning_rates", "1", "2"], "HAL")])
+                                          (["--trials", "1"], r"trials \(2, not 1\): give"),
+                                          (["--learning_rates", "1", "2"], "settings of HAL: give")])
 def test_runs_made_otherwise_are_not_mixed(scripts, flags, named):
     reproduce.main([*FAST, "--losses", "HAL"])
     before = scripts()
