@@ -109,21 +109,29 @@ def regions(rates, alphas, epsilons, max_margin=()):
             if loss != "sum-margin"}
 
 
+def hal(rate, alpha, epsilon, **more):
+    """What HAL tries where it has one setting alone."""
+    setting = {"learning_rate": rate, "local_alpha": alpha, "local_ep": epsilon, **more}
+    return {name: (value,) for name, value in setting.items()}
+
+
 def ablations(rate, alphas, epsilons):
     """HAL over its parameters, the bank over its own, and the batch: each model has one setting.
 
     Alpha 30 and epsilon 0.3 are among those given.
     """
-    def hal(alpha, epsilon, **more):
-        return {"learning_rate": (rate,), "local_alpha": (alpha,), "local_ep": (epsilon,),
-                **{name: (value,) for name, value in more.items()}}
-
-    models = {f"HAL alpha {alpha} epsilon {epsilon}": Model((), hal(alpha, epsilon))
+    models = {f"HAL alpha {alpha} epsilon {epsilon}": Model((), hal(rate, alpha, epsilon))
               for alpha in alphas for epsilon in epsilons}
-    models |= {f"HAL+bank rate {share} k {k}": Model(tuple(BANK), hal(30, 0.3, mb_rate=share, mb_k=k))
+    models |= {f"HAL+bank rate {share} k {k}": Model(tuple(BANK), hal(rate, 30, 0.3, mb_rate=share, mb_k=k))
                for share in (0.05, 0.2) for k in (50, 250)}
-    models |= {f"HAL batch {size}": Model((), hal(30, 0.3, batch_size=size)) for size in (64, 256)}
+    models |= {f"HAL batch {size}": Model((), hal(rate, 30, 0.3, batch_size=size)) for size in (64, 256)}
     return models
+
+
+def bank_or_not(rate, alpha, epsilons, **bank):
+    """HAL without and with the bank, of one setting, at each epsilon."""
+    return {f"{name} epsilon {epsilon}": Model(flags, hal(rate, alpha, epsilon, **more)) for epsilon in epsilons
+            for name, flags, more in (("HAL", (), {}), ("HAL+bank", tuple(BANK), bank))}
 
 
 def ablation_pairs(models):
@@ -156,6 +164,9 @@ PRESETS = {
                   finalists=3, seeds=(0, 1, 2, 3, 4)),
     "ablations_f8k": Preset("f8k_precomp", F8K_ABLATIONS, num_epochs=8, lr_update=5, trials=1, seeds=(0, 1),
                             train=WARM, pairs=ablation_pairs(F8K_ABLATIONS)),
+    # Epsilons of 0.3, COCO's, and 0.7, with which HAL does best on dev, as does the bank with this rate and k.
+    "bank_f8k": Preset("f8k_precomp", bank_or_not(0.004, 30, (0.3, 0.7), mb_rate=0.2, mb_k=250), num_epochs=8,
+                       lr_update=5, trials=1, seeds=(0, 1, 2, 3, 4), train=WARM),
     "bf16_f8k": Preset("f8k_precomp", precisions(F8K_LOSSES), num_epochs=8, lr_update=5, trials=1, seeds=(0, 1),
                        train=WARM, pairs=tuple((name, f"{name} bf16") for name in F8K_LOSSES)),
     "scan_coco": Preset("coco_precomp", scan(SCAN_RATES, *COCO_HAL), SCAN_ENSEMBLES, num_epochs=20, lr_update=10,
