@@ -215,7 +215,7 @@ def plot_epochs(path, epochs):
 
 def plot_grid(path, results):
     """Heat maps over HAL's alpha and epsilon, of the models that differ in these alone: the best dev rsum, and the
-    skewness in that epoch, the mean over seeds that were trained. Nothing where no two models do."""
+    skewness in that epoch, the mean over seeds that were trained. Nothing where these do not both vary."""
     cells = {}
     for model, setting in results["chosen"].items():
         flags = tuple(results["settings"]["models"][model]["flags"])
@@ -225,11 +225,11 @@ def plot_grid(path, results):
             cells.setdefault((flags, others), {})[setting["local_alpha"], setting["local_ep"]] = {
                 **{name: statistics.mean(one[name] for one in best) for name in CURVES if best}, "seeds": len(best)}
     grid = max(cells.values(), key=len, default={})
-    if len(grid) < 2:
+    alphas, epsilons = (sorted({key[place] for key in grid}) for place in (0, 1))
+    if len(alphas) < 2 or len(epsilons) < 2:
         with suppress(FileNotFoundError):
             os.unlink(path)
         return
-    alphas, epsilons = (sorted({key[place] for key in grid}) for place in (0, 1))
     pyplot = pyplot_without_screen()
     figure, axes = pyplot.subplots(1, len(CURVES), figsize=(12, 3.2), layout="constrained")
     for axis, (name, title) in zip(axes, CURVES.items()):

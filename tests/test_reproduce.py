@@ -234,7 +234,7 @@ def test_models_that_differ_in_alpha_and_epsilon_alone_make_a_heat_map(scripts, 
         file.write(train.replace('kind == "HAL" and lr > 0.001', "seed == 3"))
     reproduce.main([*FAST, "--losses", grid[0], grid[3], "--seeds", "0", "3"])
     assert drawn[:4] == [(0, 0, "111.0\n1 of 2"), (1, 0, ""), (0, 1, ""), (1, 1, "111.0\n1 of 2")]
-    reproduce.main([*FAST, "--losses", grid[0], "--seeds", "0"])
+    reproduce.main([*FAST, "--losses", grid[0], grid[2], "--seeds", "0"])  # of one epsilon
     assert not os.path.exists("runs/reproduce_smoke/grid.png")
     reproduce.main([*FAST, "--losses", grid[1], grid[3], "--seeds", "0"])  # neither is in a pair
     assert f"| {grid[1]} - {grid[3]} |" in open("runs/reproduce_smoke/results.md").read()
