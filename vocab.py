@@ -159,8 +159,11 @@ def build_vocab(data_path, data_name, jsons=None, threshold=4):
 
 # Files ------------------------------------------------------------------------------------------
 
-class _VocabularyUnpickler(pickle.Unpickler):
-    """Admits the vocabulary class and nothing else: a pickle from a stranger can never run code."""
+class _VocabularyUnpickler(pickle._Unpickler):
+    """Admits the vocabulary class and nothing else: a pickle from a stranger can never run code.
+
+    pickle.Unpickler, written in C, would take gigabytes for one damaged number of its memo.
+    """
 
     class Record:
         """Takes the pickled attributes; has no behaviour of its own."""
