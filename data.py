@@ -1,69 +1,113 @@
-"""Images with their captions, and how batches are made of them.
+"""The data sets, and how batches are made of them.
 
-A batch of precomputed features is one gather from the captions' flat array of word ids and one from
-the features, on the device where they live. The order of an epoch follows from the seed and the
-epoch's number alone.
+A batch of precomputed features is one gather from the captions' flat array of word ids and one
+from the features, on the device that holds them. The order of an epoch depends only on the seed
+and the epoch's number.
 
-Every data set has `n_images` and `image_of`: for each caption its image's number, (C,) int64 on the CPU.
+Every data set has `n_images` and `image_of`: each caption's image number, (C,) int64 on the CPU.
 """
 
+import contextlib
+import io
 import os
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from caption_files import ASCII_SPACE, flickr_json_name, is_precomputed, read_captions
-from device import to_device
-from errors import InputError, check_regular
-from images import (  # noqa: F401 (handed on: the family imports them from here)
-    CocoDataset,
-    FlickrDataset,
-    ImageDataset,
-    coco_dataset,
-    collate_fn,
-    image_transform,
+from features.files import map_array, open_features, read_ids, rows_at_a_time
+from features.layout import caption_layout, first_of, image_by_image, within_cap
+from inputs.augmentation import drop_regions, drop_words, kept_regions
+from inputs.captions import (
+    COCO_ANNOTATIONS,
+    SPLITS,
+    flickr_json_name,
+    is_precomputed,
+    read_captions,
+    read_json,
+    read_karpathy,
+    refuse_features,
 )
-from pooling import drop_regions, kept_regions, region_lengths
+from inputs.decoding import decode_image
+from inputs.photos import (
+    _tell_of_restval,
+    image_path,
+    image_transform,  # noqa: F401 (re-exported)
+)
+from inputs.word_ids import by_length, number_words
+from layers.pooling import region_lengths
+from runtime.device import to_device
+from runtime.errors import InputError
+from runtime.seeds import seed_for
 from vocab import MASK
-from word_ids import CAPTIONS_PER_IMAGE, DEV_CAPTIONS, by_length, drop_words, five_each, number_words, seed_for
 
-FULL_IMG_DIM = 4096  # the released default, without effect on raw images
-LARGEST = 1e15  # number in features: the squares of larger ones overflow where they are added up
-CHECKED_BYTES = 2**26  # of a feature file, looked at at a time
-WORD_DRAW, REGION_DRAW = 3, 4  # of size augmentation, beside the orders' 0 to 2
-
+FULL_IMG_DIM = 4096  # the released code's default; unused with raw images
+WORD_DRAW, REGION_DRAW = 3, 4  # seed size augmentation; 0 to 2 seed the orders (Loader.batches)
+WORKER_GRACE = 20  # seconds that a worker outlives SIGTERM
+DEV_CAPTIONS = 5000  # the released code's cap on the dev split
 
 # Data sets --------------------------------------------------------------------------------------
 
-class PrecompDataset:
-    """Precomputed features: `<data_path>/<split>_ims.npy` (n_images, img_dim) or, of regions, (n_images, regions,
-    img_dim), and `<split>_caps.txt`.
 
-    Which captions belong to which image tells `caption_layout`. Features stay memory-mapped unless `place` moves
-    them. Raises InputError if a file is missing or broken, they do not match, or the width is not `img_dim`.
+class PrecompDataset:
+    """Precomputed features `<data_path>/<split>_ims.npy` with captions `<split>_caps.txt`.
+
+    Features are (n_images, img_dim), or (n_images, regions, img_dim). They stay memory-mapped
+    unless `place` moves them. `features.layout.caption_layout` finds out which captions belong to
+    an image.
+
+    img_dim: the expected width (default: any).
+    cache_dir: see `inputs.word_ids.number_words`.
+    together: order captions image by image, instead of as in the file.
+    Attributes: names, the images' names or None; lines, the captions' positions in the file.
+    Raises InputError if a file is missing or broken, the files do not fit each other, or the width
+    is not `img_dim`.
     """
 
-    def __init__(self, data_path, data_split, vocab, reading="text", img_dim=None, cache_dir=None):
+    def __init__(
+        self,
+        data_path,
+        data_split,
+        vocab,
+        reading="text",
+        img_dim=None,
+        cache_dir=None,
+        together=False,
+    ):
         caption_file = os.path.join(data_path, f"{data_split}_caps.txt")
         feature_file = os.path.join(data_path, f"{data_split}_ims.npy")
         if not os.path.isdir(data_path):
-            raise InputError(f"data folder {data_path} is not there: check --data_path and --data_name")
-        self.captions = read_captions(caption_file)
+            raise InputError(
+                f"data folder {data_path} is not there: check --data_path and --data_name"
+            )
+        captions = read_captions(caption_file)
         self.images = open_features(feature_file)
         ids_file = os.path.join(data_path, f"{data_split}_ids.txt")
-        self.image_of, self.row_of = caption_layout(self.images, len(self.captions), feature_file, ids_file)
+        ids = read_ids(ids_file) if os.path.exists(ids_file) else None
+        with _blank_end_named(captions, caption_file):
+            found = caption_layout(self.images, len(captions), feature_file, ids_file, ids)
         if img_dim is not None and self.images.shape[-1] != img_dim:
-            raise InputError(f"{feature_file} has features of width {self.images.shape[-1]}, but {img_dim} was "
-                             "expected: check --img_dim, or the checkpoint against the data")
-        if data_split == "dev" and len(self.captions) > DEV_CAPTIONS:
-            cap = DEV_CAPTIONS
-            if not five_each(self.image_of):  # not through an image's captions, but where all are of one image
-                cap = int((self.image_of < self.image_of[cap]).sum()) or cap
-            self.captions, self.image_of, self.row_of = (
-                x[:cap] for x in (self.captions, self.image_of, self.row_of))
-        self.n_images = int(self.image_of[-1]) + 1
-        self.word_ids = self.placed_word_ids = number_words(self.captions, vocab, reading, cache_dir)
+            raise InputError(
+                f"{feature_file} has features of width {self.images.shape[-1]}, but {img_dim} was "
+                "expected: check --img_dim, or the checkpoint against the data"
+            )
+        self.lines = within_cap(
+            found.image_of, DEV_CAPTIONS if data_split == "dev" else len(captions)
+        )
+        if together:
+            self.lines = self.lines[image_by_image(found.image_of[self.lines])]
+        self.left_out = len(captions) - len(self.lines)
+        self.captions = [captions[line] for line in self.lines.tolist()]
+        self.image_of, self.row_of = found.image_of[self.lines], found.row_of[self.lines]
+        self.n_images = int(self.image_of.max()) + 1
+        self.names = found.names and found.names[: self.n_images]
+        self.word_ids = self.placed_word_ids = number_words(
+            self.captions, vocab, reading, cache_dir
+        )
         self.lengths = self.word_ids.lengths
         self.device, self.placed_row_of = torch.device("cpu"), self.row_of
         self.drops_words = self.drops_regions = self.region_counts = None
@@ -72,13 +116,21 @@ class PrecompDataset:
         return len(self.word_ids)
 
     def __getitem__(self, index):
-        """(image (img_dim,) or (regions, img_dim), word ids (T,), caption index, image index) of one caption."""
-        return self.images[self.row_of[index]].float(), self.word_ids[index], index, int(self.image_of[index])
+        """One caption: (image, word ids (T,), caption index, image index).
+
+        The image is (img_dim,) or (regions, img_dim).
+        """
+        return (
+            self.images[self.row_of[index]].float(),
+            self.word_ids[index],
+            index,
+            int(self.image_of[index]),
+        )
 
     def place(self, device, features_on_device=None):
-        """Batches come on `device` from now on: word ids move there, and features if told to.
+        """Let batches come on `device`: word ids move there, and the features if asked for.
 
-        features_on_device: None moves them to a CUDA device where they fit in half of its free memory.
+        features_on_device: None moves them to a CUDA device if they fit in half of its free memory.
         """
         self.device, self.placed_word_ids = device, self.word_ids.to(device)
         if features_on_device is None and device.type == "cuda":
@@ -89,45 +141,66 @@ class PrecompDataset:
         self.placed_row_of = self.row_of.to(self.images.device)
 
     def augment(self, drop_words, drop_regions, vocab, seed):
-        """From now on `load` leaves out words and regions at these rates where it is told to (VSE-infinity's size
-        augmentation); what is left out follows from seed and epoch alone. Raises InputError for a vocabulary that lacks
-        the word of what is left out."""
+        """From now on, `load` can leave out words and regions at these rates.
+
+        This is VSE-infinity's size augmentation; what is left out depends only on seed and epoch.
+        Raises InputError if the vocabulary has no word to stand for masked ones.
+        """
         if drop_words:
             if MASK not in vocab.word2idx:
-                raise InputError(f"--drop_words needs the word {MASK}, and the model to start from has no place for "
-                                 "it: leave it out, or start from a model that was trained with it")
+                raise InputError(
+                    f"--drop_words needs the word {MASK}, but the model to start from was trained "
+                    "without it: leave the flag out, or start from a model that was trained with "
+                    "it"
+                )
             self.drops_words = drop_words, len(vocab), vocab(MASK), seed
         if drop_regions:
             self.drops_regions = drop_regions, seed
-            self.region_counts = torch.cat([region_lengths(block) for block in self.images.split(_block(self.images))])
+            blocks = self.images.split(rows_at_a_time(self.images))
+            self.region_counts = torch.cat([region_lengths(block) for block in blocks])
 
     def epoch_words(self, epoch, augmented):
-        """(WordIds on the CPU, the same on the device) of an epoch."""
+        """An epoch's WordIds: (on the CPU, on the device)."""
         if not augmented or not self.drops_words:
             return self.word_ids, self.placed_word_ids
         *how, seed = self.drops_words
-        words = drop_words(self.word_ids, *how, torch.Generator().manual_seed(seed_for(seed, epoch, WORD_DRAW)))
+        words = drop_words(
+            self.word_ids, *how, torch.Generator().manual_seed(seed_for(seed, epoch, WORD_DRAW))
+        )
         return words, words.to(self.device)
 
     def _region_draws(self, epoch, augmented):
-        """(captions, regions) of an epoch, uniform in [0, 1), or None."""
+        """An epoch's draws, uniform in [0, 1): (captions, regions); None if none are dropped."""
         if not augmented or not self.drops_regions:
             return None
-        generator = torch.Generator().manual_seed(seed_for(self.drops_regions[1], epoch, REGION_DRAW))
+        generator = torch.Generator().manual_seed(
+            seed_for(self.drops_regions[1], epoch, REGION_DRAW)
+        )
         return torch.rand(len(self), self.images.shape[1], generator=generator)
 
     def regions_left(self, batches, epoch):
-        """For each batch of caption indices the most regions that an image is left with; None: none are dropped."""
+        """The most regions that an image of each batch keeps; None for each if none are dropped.
+
+        batches: tensors of caption indices.
+        """
         draws = self._region_draws(epoch, True)
         if draws is None:
             return [None] * len(batches)
-        return [int(kept_regions(self.region_counts[self.row_of[batch]], self.drops_regions[0], draws[batch])
-                    .sum(1).max()) for batch in batches]
+        return [
+            int(
+                kept_regions(
+                    self.region_counts[self.row_of[batch]], self.drops_regions[0], draws[batch]
+                )
+                .sum(1)
+                .max()
+            )
+            for batch in batches
+        ]
 
     def _rows(self, rows, counts=None, draws=None):
-        """Feature rows (float32) on the device; from the feature file through pinned memory, without waiting.
+        """Feature rows, float32, on the device; to a GPU through pinned memory, without waiting.
 
-        counts and draws: of these rows, where regions are to be left out.
+        counts, draws: of these rows, if regions are to be dropped.
         """
         features = self.images.index_select(0, to_device(rows, self.images.device))
         if draws is not None:
@@ -137,188 +210,152 @@ class PrecompDataset:
         return to_device(features, self.device).float()
 
     def load(self, batches, workers=0, epoch=0, augmented=False):
-        """For each (B,) tensor of caption indices: images, captions, lengths, ids, indices, longest caption first.
+        """Yield images, captions, lengths, ids and indices for each (B,) tensor of caption indices.
 
-        lengths stay on the CPU, the others are on the data set's device. augmented: whether to do what `augment` set.
+        Each batch has its longest caption first. lengths stay on the CPU; the others are on the
+        data set's device. augmented: whether to drop what `augment` said.
         """
         if not len(batches):
             return
-        (words, placed_words), draws = self.epoch_words(epoch, augmented), self._region_draws(epoch, augmented)
+        words, placed_words = self.epoch_words(epoch, augmented)
+        draws = self._region_draws(epoch, augmented)
         all_lengths = words.lengths
         batches = [indices[by_length(all_lengths[indices])] for indices in batches]
-        placed = torch.cat(batches).to(self.device)  # at once: a copy a step would wait for the GPU each time
+        # In one copy: a copy per step would wait for the GPU each time.
+        placed = torch.cat(batches).to(self.device)
         for indices, there in zip(batches, placed.split([len(indices) for indices in batches])):
             lengths = all_lengths[indices]
             rows = self.placed_row_of[indices if self.images.device.type == "cpu" else there]
-            dropped = () if draws is None else (self.region_counts[self.row_of[indices]], draws[indices])
-            yield self._rows(rows, *dropped), placed_words.padded(there, int(lengths[0])), lengths, there, there
+            dropped = (
+                () if draws is None else (self.region_counts[self.row_of[indices]], draws[indices])
+            )
+            yield (
+                self._rows(rows, *dropped),
+                placed_words.padded(there, int(lengths[0])),
+                lengths,
+                there,
+                there,
+            )
 
     def load_images(self, batch_size, workers=0, stride=1, part=(0, 1)):
-        """The features of each image (each so manieth, with a stride) once, in order, in batches; part: (the first
-        batch, the distance to the next), where other processes load the others."""
-        first = torch.searchsorted(self.image_of, torch.arange(0, self.n_images, stride))
-        for batch in self.row_of[first].split(batch_size)[part[0]::part[1]]:
+        """Yield batches of the features of each image, once and in order.
+
+        stride: only every `stride`-th image is embedded.
+        part: (first batch, step to the next), if other processes load the others.
+        """
+        rows = self.row_of[first_of(self.image_of)[::stride]]
+        for batch in rows.split(batch_size)[part[0] :: part[1]]:
             yield self._rows(batch)
 
 
-def caption_layout(features, n_captions, feature_file, ids_file):
-    """Which image and which feature row each caption belongs to: two (C,) int64 tensors.
-
-    With as many lines in `ids_file` as captions, equal neighbours are one image, and features have a row an image or
-    a caption. Otherwise (the file is not there, or has a line a row) features have a row for five captions in turn;
-    or a row a caption, which is five equal rows an image (VSE++'s habit), else one caption an image.
-    Raises InputError where the numbers do not fit.
-    """
-    rows, each = len(features), torch.arange(n_captions)
-    ids = read_ids(ids_file) if os.path.exists(ids_file) else None
-    if ids is not None and len(ids) not in (rows, n_captions):
-        raise InputError(f"{ids_file} has {len(ids)} lines for {rows} feature rows and {n_captions} captions: it needs "
-                         "one for each row, or for each caption; mend it, or remove it where captions are "
-                         f"{CAPTIONS_PER_IMAGE} an image in turn")
-    if ids is not None and len(ids) == n_captions:
-        image_of = torch.tensor([False, *(a != b for a, b in zip(ids, ids[1:]))]).cumsum(0)
-        n_images, hint = int(image_of[-1]) + 1, f", of which {ids_file} makes {int(image_of[-1]) + 1} images"
-    else:
-        image_of, hint = each // CAPTIONS_PER_IMAGE, ""
-        n_images = -(-n_captions // CAPTIONS_PER_IMAGE)
-        if rows == n_captions and not _five_equal(features):
-            image_of, n_images = each, rows
-        elif rows != n_captions and rows * CAPTIONS_PER_IMAGE != n_captions:
-            n_images = None
-    if rows not in (n_images, n_captions):
-        raise InputError(f"{feature_file} has {rows} rows for {n_captions} captions{hint}: there must be a row an "
-                         f"image, with {CAPTIONS_PER_IMAGE} captions each unless {ids_file} has a line a caption, or a "
-                         "row a caption")
-    return image_of, image_of if rows == n_images else each
-
-
-def _five_equal(features):
-    """Whether rows come in fives that are equal."""
-    if len(features) % CAPTIONS_PER_IMAGE:
-        return False
-    return all(bool((five == five[:1]).all()) for five in features.split(CAPTIONS_PER_IMAGE))
-
-
-def read_ids(path):
-    """The lines of an ids file, a name or number each, as str; bytes that are no UTF-8 stay what they are."""
-    check_regular(path)
+@contextlib.contextmanager
+def _blank_end_named(captions, caption_file):
+    """Let an InputError of the block mention a blank last caption, which is its likely cause."""
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            return [line.strip(ASCII_SPACE) for line in file.read().rstrip("\n").split("\n")]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def image_names(dataset, ids_file):
-    """The names of a data set's N images, str: raw images' file names, else what the ids file has, a name or number
-    for each feature row or each caption. Raises InputError where it can't be read."""
-    if hasattr(dataset, "image_files"):
-        return [os.path.basename(path) for path in dataset.image_files]
-    names, first = read_ids(ids_file), torch.searchsorted(dataset.image_of, torch.arange(dataset.n_images))
-    return [names[place] for place in (dataset.row_of[first] if len(names) == len(dataset.images) else first)]
-
-
-def open_features(path):
-    """The (n, width) or (n, regions, width) features in a .npy file as a memory-mapped tensor, checked to be finite
-    numbers. Of regions, a few images of nothing but zeros are counted in one line, a file of them is refused."""
-    check_regular(path)
-    try:
-        features = np.load(path, mmap_mode="c", allow_pickle=False)  # private pages: the file is never written to
-    except OSError as error:
-        raise InputError(f"feature file {path} cannot be read ({error.strerror or error}): check --data_path and "
-                         "--data_name") from error
-    except Exception as error:  # a torn header may raise anything
-        raise InputError(f"feature file {path} is not a whole .npy array of numbers ({error}): fetch or make it "
-                         "again") from error
-    if not isinstance(features, np.ndarray) or features.dtype.kind not in "fiu":
-        kind = features.dtype if isinstance(features, np.ndarray) else type(features).__name__
-        raise InputError(f"feature file {path} holds {kind}, not numbers: save float16 or float32 features")
-    if features.ndim not in (2, 3) or 0 in features.shape:
-        raise InputError(f"feature file {path} has shape {features.shape}: it must be (images, feature width) or "
-                         "(images, regions, feature width)")
-    if features.dtype not in (np.float16, np.float32):
-        with np.errstate(over="ignore"):
-            features = features.astype(np.float32)  # other kinds are rare enough to be held in memory
-    _check_numbers(features, path)
-    return torch.from_numpy(features)
-
-
-def _block(features):
-    """How many rows of features to look at at a time."""
-    return max(1, CHECKED_BYTES * len(features) // features.nbytes)
-
-
-def _check_numbers(features, path):
-    """Raise InputError where features are not finite, or so large that lengths are not, or regions all zeros."""
-    block, axes, empty = _block(features), tuple(range(1, features.ndim)), 0
-    largest = min(LARGEST, float(np.finfo(features.dtype).max))
-    for start in range(0, len(features), block):
-        rows = features[start:start + block]
-        whole = (np.abs(rows) <= largest).all(axis=axes)  # so NaN is not
-        if not whole.all():
-            raise InputError(f"feature file {path} has NaN, infinity or a number beyond {LARGEST:g} in row "
-                             f"{start + int(whole.argmin())}: make the features again")
-        if features.ndim == 3:
-            empty += int(np.count_nonzero(~rows.any(axis=axes)))
-    if empty == len(features):
-        raise InputError(f"feature file {path} holds nothing but zeros: make the features again")
-    if empty:
-        print(f"Warning: {path} has {empty} images whose regions are all zero", file=sys.stderr)
+        yield
+    except InputError as error:
+        if captions[-1]:
+            raise
+        raise InputError(
+            f"caption file {caption_file}, line {len(captions)}: the last line is "
+            f"blank, and counts as a caption: remove it (with it, {error})"
+        ) from error
 
 
 # Loaders ----------------------------------------------------------------------------------------
 
+
 class Loader:
-    """Batches of a data set; `epoch` and the seed decide a shuffled order, whatever came before."""
+    """Batches of a data set; seed and epoch alone decide the order if it is shuffled.
+
+    Each pass over a shuffled loader is the next epoch, from 0, and augmented if the data set is.
+    Once `epoch` is set, each pass is that epoch.
+    """
 
     def __init__(self, dataset, batch_size, shuffle=False, workers=0, seed=0):
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
-        self.workers, self.seed, self.epoch = workers, seed, 0
+        self.workers, self.seed, self.epoch, self.passes = workers, seed, None, 0
 
     def __len__(self):
         return -(-len(self.dataset) // self.batch_size)
 
-    def batches(self, draw=0):
-        """This epoch's caption indices, batch by batch; another `draw` is another order."""
+    def batches(self, draw=0, epoch=None):
+        """An epoch's caption indices, batch by batch; another `draw` gives another order.
+
+        epoch: None means the one that was set, or 0.
+        """
         if not self.shuffle:
             return torch.arange(len(self.dataset)).split(self.batch_size)
-        generator = torch.Generator().manual_seed(seed_for(self.seed, self.epoch, draw))
+        epoch = (self.epoch or 0) if epoch is None else epoch
+        generator = torch.Generator().manual_seed(seed_for(self.seed, epoch, draw))
         return torch.randperm(len(self.dataset), generator=generator).split(self.batch_size)
 
-    def load(self, batches, **options):
-        """Iterate over the batches of the given caption indices; options: for the data set's `load`."""
-        return self.dataset.load(batches, self.workers, self.epoch, **options)
+    def load(self, batches, epoch=None, **options):
+        """Iterate over the batches of these caption indices.
+
+        epoch: as for `batches`; options: for the data set's `load`.
+        """
+        epoch = (self.epoch or 0) if epoch is None else epoch
+        return self.dataset.load(batches, self.workers, epoch, **options)
 
     def __iter__(self):
-        return self.load(self.batches())
+        epoch = self.epoch
+        if epoch is None:
+            epoch, self.passes = self.passes, self.passes + 1
+        return self.load(self.batches(epoch=epoch), epoch, augmented=self.shuffle)
 
 
-def get_dataset(split, data_name, vocab, crop_size, opt):
-    """One split of a data set; opt: data_path and, where there, use_restval, img_dim, caption_reading, cache_dir, seed.
+def get_dataset(split, data_name, vocab, crop_size, opt, together=False):
+    """One split of a data set: train, dev, test or testall; val means dev.
 
-    train, dev, test, testall; the JSON sets call dev val, and COCO's test is all of its test.
+    opt: data_path and, if they are there, use_restval, img_dim, caption_reading, cache_dir, seed
+    and skip_broken_images.
+    together: order captions image by image, instead of as in the file.
+    For COCO's photos, testall is test.
     """
-    folder = os.path.join(opt.data_path, data_name)
-    options = {"reading": getattr(opt, "caption_reading", None) or "text", "cache_dir": getattr(opt, "cache_dir", None)}
+    folder, split = os.path.join(opt.data_path, data_name), "dev" if split == "val" else split
+    options = {
+        "reading": getattr(opt, "caption_reading", None) or "text",
+        "cache_dir": getattr(opt, "cache_dir", None),
+        "together": together,
+    }
     if is_precomputed(data_name):
-        return PrecompDataset(folder, "dev" if split == "val" else split, vocab, img_dim=getattr(opt, "img_dim", None),
-                              **options)
-    options |= {"seed": getattr(opt, "seed", 0), "skip_broken": getattr(opt, "skip_broken_images", False)}
+        return PrecompDataset(
+            folder,
+            split,
+            vocab,
+            img_dim=getattr(opt, "img_dim", None),
+            **options,
+        )
+    options |= {
+        "seed": getattr(opt, "seed", 0),
+        "skip_broken": getattr(opt, "skip_broken_images", False),
+    }
     transform = image_transform(split == "train", crop_size)
     if not os.path.isdir(folder):
         raise InputError(f"data folder {folder} is not there: check --data_path and --data_name")
+    refuse_features(folder, data_name)
     if data_name == "coco":
-        split = {"val": "dev", "testall": "test"}.get(split, split)
-        return coco_dataset(folder, split, vocab, transform, getattr(opt, "use_restval", False), **options)
-    split = {"dev": "val"}.get(split, split)
-    return FlickrDataset(os.path.join(folder, "images"), os.path.join(folder, flickr_json_name(data_name)), split,
-                         vocab, transform, **options)
+        split = "test" if split == "testall" else split
+        return coco_dataset(
+            folder, split, vocab, transform, getattr(opt, "use_restval", False), **options
+        )
+    return FlickrDataset(
+        os.path.join(folder, "images"),
+        os.path.join(folder, flickr_json_name(data_name)),
+        split,
+        vocab,
+        transform,
+        getattr(opt, "use_restval", False),
+        **options,
+    )
 
 
 def get_loaders(data_name, vocab, crop_size, batch_size, workers, opt):
     """The shuffled training loader and the dev loader.
 
-    Sets opt.img_dim and, for regions, opt.image_pooling where they are None, and opt.regions to their number.
+    Sets opt.img_dim and, for regions, opt.image_pooling if they are None, and opt.regions to the
+    number of regions.
     """
     train = get_dataset("train", data_name, vocab, crop_size, opt)
     precomputed = is_precomputed(data_name)
@@ -331,37 +368,368 @@ def get_loaders(data_name, vocab, crop_size, batch_size, workers, opt):
     check_form(train, opt)
     if getattr(opt, "drop_words", 0) or getattr(opt, "drop_regions", 0):
         if not precomputed:
-            raise InputError(f"--drop_words and --drop_regions are for precomputed features, and {data_name} holds "
-                             "photos: leave them out")
+            raise InputError(
+                f"--drop_words and --drop_regions are for precomputed features, and {data_name} "
+                "holds photos: leave them out"
+            )
         train.augment(opt.drop_words, opt.drop_regions, vocab, opt.seed)
-    return (Loader(train, batch_size, shuffle=True, workers=workers, seed=getattr(opt, "seed", 0)),
-            get_test_loader("dev", data_name, vocab, crop_size, batch_size, workers, opt))
+    return (
+        Loader(train, batch_size, shuffle=True, workers=workers, seed=getattr(opt, "seed", 0)),
+        get_test_loader("dev", data_name, vocab, crop_size, batch_size, workers, opt),
+    )
 
 
 def check_form(dataset, opt):
-    """Raise InputError where a data set has regions and the model that the options describe has none, or other ones."""
-    shape, expected = getattr(getattr(dataset, "images", None), "shape", ()), getattr(opt, "regions", None)
-    over_regions = (bool(getattr(opt, "image_pooling", None) or getattr(opt, "cross_attn", None))
-                    or getattr(opt, "precomp_enc_type", "basic") == "mlp")
+    """Raise InputError if the data set's features are not of the form that the model takes.
+
+    The options describe the model: over vectors, or over a number of regions.
+    """
+    shape = getattr(getattr(dataset, "images", None), "shape", ())
+    expected = getattr(opt, "regions", None)
+    over_regions = (
+        bool(getattr(opt, "image_pooling", None) or getattr(opt, "cross_attn", None))
+        or getattr(opt, "precomp_enc_type", "basic") == "mlp"
+    )
     if len(shape) == 3 and not over_regions:
-        raise InputError(f"the model is over vectors, and the features are {shape[1]} regions an image, of shape "
-                         f"{tuple(shape)}: evaluate it on those that it was trained on")
+        raise InputError(
+            f"the model works over vectors, but the features are {shape[1]} regions per image, of "
+            f"shape {tuple(shape)}: evaluate it on features like those of its training"
+        )
     if len(shape) != 3 and (over_regions or getattr(opt, "drop_regions", 0)):
-        raise InputError("the model is over regions (--image_pooling, --precomp_enc_type mlp, --drop_regions or "
-                         f"--cross_attn), and the features are of shape {tuple(shape)}: it needs (images, regions, "
-                         "width)")
+        raise InputError(
+            "the model works over regions (--image_pooling, --precomp_enc_type mlp, "
+            f"--drop_regions or --cross_attn), but the features are of shape {tuple(shape)}: it "
+            "needs (images, regions, width)"
+        )
     if len(shape) == 3 and expected not in (None, shape[1]):
-        raise InputError(f"the features have {shape[1]} regions an image, and the model was trained on {expected}: "
-                         "evaluate it on those that it was trained on")
+        raise InputError(
+            f"the features have {shape[1]} regions per image, but the model was trained on "
+            f"{expected}: evaluate it on features like those of its training"
+        )
 
 
 def get_test_loader(split_name, data_name, vocab, crop_size, batch_size, workers, opt):
-    """A loader of one split in its own order, an image's captions together."""
-    dataset = get_dataset(split_name, data_name, vocab, crop_size, opt)
-    if (dataset.image_of.diff() < 0).any():
-        raise InputError(f"split {split_name} of {data_name} does not have the captions of an image together, as "
-                         "evaluation needs them: sort its caption ids by image")
+    """An unshuffled loader of one split, with the captions image by image."""
+    dataset = get_dataset(split_name, data_name, vocab, crop_size, opt, together=True)
     check_form(dataset, opt)
     if isinstance(dataset, ImageDataset):
-        dataset.transform = image_transform(False, crop_size)  # the training split's, too, is not augmented here
+        # Evaluation of the training split is not augmented either.
+        dataset.transform = image_transform(False, crop_size)
     return Loader(dataset, batch_size, workers=workers)
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Image files and their captions, decoded and transformed on request.
+
+    image_files: (n_images,) paths; captions: list of str; image_of: each caption's image.
+    together: order captions image by image, instead of as given.
+    most: keep this many captions at most, of whole images.
+    Attribute: lines, the captions' positions among those given.
+    """
+
+    def __init__(
+        self,
+        image_files,
+        captions,
+        image_of,
+        vocab,
+        transform=None,
+        reading="text",
+        seed=0,
+        cache_dir=None,
+        skip_broken=False,
+        together=False,
+        most=None,
+    ):
+        if not captions:
+            raise InputError(
+                "no captions for this split were found: check the annotation file and --data_name"
+            )
+        image_of = torch.as_tensor(image_of)
+        if most is not None:
+            kept = within_cap(image_of, most)
+            captions, image_of = [captions[place] for place in kept.tolist()], image_of[kept]
+            image_files = image_files[: int(image_of.max()) + 1]
+        if skip_broken:
+            image_files, captions, image_of = _without_broken(
+                image_files, captions, image_of.tolist()
+            )
+            image_of = torch.as_tensor(image_of)
+        self.lines = image_by_image(image_of) if together else torch.arange(len(captions))
+        self.captions = [captions[line] for line in self.lines.tolist()]
+        self.image_of = image_of[self.lines]
+        self.image_files, self.n_images = image_files, len(image_files)
+        self.names = [os.path.basename(path) for path in image_files]
+        self.word_ids = number_words(self.captions, vocab, reading, cache_dir)
+        self.transform, self.seed, self.epoch = transform, seed, None
+        # In shared memory, so that the workers' requests count.
+        self.asked = torch.zeros(len(captions), dtype=torch.int32).share_memory_()
+
+    def __len__(self):
+        return len(self.word_ids)
+
+    def __getitem__(self, index):
+        """One caption: (image (3, H, W), word ids (T,), caption index, image index).
+
+        Random transforms draw from the seed, the epoch and the caption, so that the number of
+        workers does not matter. Until `epoch` is set, it is how often the caption was requested
+        before: in a loop written elsewhere, the pass over the data.
+        """
+        epoch = self.epoch
+        if epoch is None:
+            epoch = int(self.asked[index])
+            self.asked[index] += 1
+        with torch.random.fork_rng(devices=[]):
+            # The CPU's generator only: torch.manual_seed would touch the GPU's.
+            torch.default_generator.manual_seed(seed_for(self.seed, epoch, index))
+            image = self.image(int(self.image_of[index]))
+        return image, self.word_ids[index], index, int(self.image_of[index])
+
+    def place(self, device, features_on_device=None):
+        """Move nothing: images are decoded on the CPU, and go to the device batch by batch."""
+
+    def image(self, number):
+        """One image, decoded and transformed. Raises InputError if it cannot be decoded."""
+        picture = decode_image(self.image_files[number])
+        return self.transform(picture) if self.transform else picture
+
+    def load(self, batches, workers=0, epoch=0, augmented=False):
+        """Yield a batch from `collate_fn` for each (B,) tensor of caption indices.
+
+        augmented: ignored, since the photos' transform decides.
+        """
+        self.epoch = epoch
+        return _from_workers(
+            torch.utils.data.DataLoader(
+                self,
+                batch_sampler=[batch.tolist() for batch in batches],
+                collate_fn=collate_fn,
+                pin_memory=torch.cuda.is_initialized(),
+                **_worker_options(workers),
+            )
+        )
+
+    def load_images(self, batch_size, workers=0, stride=1, part=(0, 1)):
+        """Yield batches (B, 3, H, W) of each image, once and in order.
+
+        stride, part: as in `PrecompDataset.load_images`.
+        """
+        batches = torch.arange(0, len(self.image_files), stride).split(batch_size)[
+            part[0] :: part[1]
+        ]
+        return _from_workers(
+            torch.utils.data.DataLoader(
+                _Images(self),
+                batch_sampler=[batch.tolist() for batch in batches],
+                **_worker_options(workers),
+            )
+        )
+
+
+def _from_workers(loader):
+    """Yield the loader's batches; a worker's InputError loses DataLoader's traceback."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    except InputError as error:
+        raise InputError(str(error).split("errors.InputError: ")[-1]) from None
+    finally:
+        # Otherwise exiting waits for the workers, as the error still refers to them.
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
+
+
+def _worker_options(workers):
+    """DataLoader's options: it does not touch the run's random state, and leaves signals alone."""
+    return {
+        "num_workers": workers,
+        "generator": torch.Generator(),
+        "worker_init_fn": _outlive_signals,
+    }
+
+
+def _outlive_signals(worker):
+    """Let a worker outlive a signal that all processes of a pre-empted job receive.
+
+    The main process needs its workers until it has finished its step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+        # Exit normally: DataLoader ends the main process if a worker is killed.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+
+
+def _is_whole(path):
+    try:
+        decode_image(path)
+        return True
+    except InputError:
+        return False
+
+
+def _without_broken(image_files, captions, image_of):
+    """Drop the images that cannot be decoded, with their captions, and print how many."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+        done = pool.map(_is_whole, image_files)
+        whole = list(tqdm(done, "Checking images", len(image_files), leave=False, disable=None))
+    if not any(whole):
+        raise InputError(
+            f"none of {len(image_files)} images can be read, such as {image_files[0]}: check the "
+            "folder"
+        )
+    if all(whole):
+        return image_files, captions, image_of
+    first_broken = image_files[whole.index(False)]
+    tqdm.write(
+        f"{whole.count(False)} broken images left out, such as {first_broken}", file=sys.stderr
+    )
+    renumbered = np.cumsum(whole) - 1
+    kept = [place for place, image in enumerate(image_of) if whole[image]]
+    return (
+        [path for path, good in zip(image_files, whole) if good],
+        [captions[place] for place in kept],
+        [int(renumbered[image_of[place]]) for place in kept],
+    )
+
+
+class _Images(torch.utils.data.Dataset):
+    """The images of an ImageDataset, one by one, without their captions."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset.image_files)
+
+    def __getitem__(self, number):
+        return self.dataset.image(number)
+
+
+class FlickrDataset(ImageDataset):
+    """One split of a Karpathy-layout JSON file (Flickr8k, Flickr30k, own photos).
+
+    root: the folder of the images, or of the folders that `filepath` names.
+    use_restval: add the photos of restval to train; otherwise a note says how many they are.
+    Raises InputError if the split has no image with a caption.
+    """
+
+    def __init__(self, root, json, split, vocab, transform=None, use_restval=False, **options):
+        photos = [photo for photo in read_karpathy(json, root) if photo.captions]
+        split = SPLITS.get(split, split)
+        wanted = [split]
+        if split == "train" and use_restval:
+            wanted.append("restval")
+        chosen = [photo for photo in photos if photo.split in wanted]
+        if not chosen:
+            raise InputError(f"{json} has no image of split {split!r} with a caption")
+        if split == "train" and not use_restval:
+            _tell_of_restval(photos, json)
+        files = [image_path(root, photo.name, json) for photo in chosen]
+        captions = [caption for photo in chosen for caption in photo.captions]
+        image_of = [number for number, photo in enumerate(chosen) for _ in photo.captions]
+        super().__init__(files, captions, image_of, vocab, transform, **options)
+
+
+class CocoDataset(ImageDataset):
+    """COCO captions by their ids, in the order of the ids.
+
+    root, json, ids: may be tuples, to join several sources.
+    """
+
+    def __init__(self, root, json, vocab, transform=None, ids=None, **options):
+        sources = zip(root, json, ids) if isinstance(root, (list, tuple)) else [(root, json, ids)]
+        captions, image_of, numbers = [], [], {}
+        for folder, annotation_file, caption_ids in sources:
+            annotations, names = _read_coco(annotation_file)
+            for caption_id in annotations if caption_ids is None else caption_ids.tolist():
+                if caption_id not in annotations:
+                    raise InputError(
+                        f"caption id {caption_id} is not in {annotation_file}: the id arrays "
+                        "belong to other annotations"
+                    )
+                caption, image_id = annotations[caption_id]
+                if image_id not in names:
+                    raise InputError(
+                        f"{annotation_file} has no image {image_id} for caption {caption_id}"
+                    )
+                path = image_path(folder, names[image_id], annotation_file)
+                image_of.append(numbers.setdefault(path, len(numbers)))
+                captions.append(caption)
+        super().__init__(list(numbers), captions, image_of, vocab, transform, **options)
+
+
+def _read_coco(path):
+    """Read a COCO caption file: {caption id: (caption, image id)} and {image id: file name}."""
+    from pycocotools.coco import COCO
+
+    content = read_json(path)
+    try:
+        with redirect_stdout(io.StringIO()):
+            coco = COCO()  # given a path, it would read in the locale's encoding
+            coco.dataset = content
+            coco.createIndex()
+        for kind, numbered in (("annotations", coco.anns), ("images", coco.imgs)):
+            if len(numbered) < len(content[kind]):
+                raise ValueError(f"two of its {kind} have one id")
+        annotations = {
+            number: (str(entry["caption"]), entry["image_id"])
+            for number, entry in coco.anns.items()
+        }
+        return annotations, {number: str(entry["file_name"]) for number, entry in coco.imgs.items()}
+    except Exception as error:  # COCO checks nothing, so a wrong file may raise anything
+        raise InputError(
+            f"{path} is not a COCO caption file ({type(error).__name__}: {error})"
+        ) from error
+
+
+def collate_fn(samples):
+    """Make a batch of samples (image, word ids, caption index, image index), longest caption first.
+
+    Returns images, captions (B, T) padded with 0, lengths (B,), ids (B,) and indices (B,). The last
+    two are the same, the captions' positions in their file.
+    """
+    lengths = torch.tensor([len(words) for _, words, _, _ in samples])
+    order = by_length(lengths)
+    images, words, indices, _ = zip(*[samples[number] for number in order.tolist()])
+    captions = torch.nn.utils.rnn.pad_sequence(words, batch_first=True)
+    indices = torch.tensor(indices)
+    return torch.stack(images), captions, lengths[order], indices, indices
+
+
+def _coco_ids(folder, split):
+    path = os.path.join(folder, "annotations", f"coco_{split}_ids.npy")
+    ids = map_array(path, "caption ids", "--data_path")
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"caption ids {path} hold {ids.dtype}, not integers")
+    return ids.ravel()
+
+
+def coco_dataset(folder, split, vocab, transform, use_restval, **options):
+    """The CocoDataset of a split below `folder`.
+
+    use_restval: add the restval captions to train; otherwise a note says how many they are.
+    """
+    source = {"train": "train"}.get(split, "val")
+    parts = [(source, _coco_ids(folder, split))]
+    if split == "dev":
+        options["most"] = DEV_CAPTIONS
+    if split == "train" and use_restval:
+        parts.append(("val", _coco_ids(folder, "restval")))
+    elif split == "train" and os.path.exists(f"{folder}/annotations/coco_restval_ids.npy"):
+        print(
+            f"note: {len(_coco_ids(folder, 'restval'))} captions of split restval of {folder} are "
+            "left out: --use_restval trains on them, too",
+            file=sys.stderr,
+        )
+    roots, jsons, ids = zip(
+        *[
+            (
+                os.path.join(folder, "images", f"{part}2014"),
+                os.path.join(folder, COCO_ANNOTATIONS[part]),
+                part_ids,
+            )
+            for part, part_ids in parts
+        ]
+    )
+    return CocoDataset(roots, jsons, vocab, transform, ids, **options)

@@ -1,24 +1,55 @@
-"""The model: an image encoder and a GRU text encoder that meet in one embedding space.
+"""The models: VSE, with one vector for an image and for a caption, and SCAN, with many.
 
-VSE++ (Faghri et al., BMVC 2018), as HAL (Liu et al., AAAI 2020) trains it; over regions, too, up to
-VSE-infinity (Chen et al., CVPR 2021: MLP, bi-directional GRU and GPO). State names and the order of
-random draws are those of the released code, so that its checkpoints load here, ours load there, and
-one seed gives the same initial weights.
+VSE is VSE++ (Faghri et al., BMVC 2018) as HAL (Liu et al., AAAI 2020) trains it. With regions it
+goes up to VSE-infinity (Chen et al., CVPR 2021: MLP, bi-directional GRU and GPO). SCAN (Lee et al.,
+ECCV 2018) keeps a vector for each region and word. State names and the order of random draws are
+those of the released codes: their checkpoints load here, ours load there, and one seed gives the
+same initial weights.
 """
 
 import math
+import re
 from collections import OrderedDict
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from caption_files import is_precomputed
-from device import to_device
-from errors import InputError, check_choice
-from gru import last_states, word_states
-from loss import ContrastiveLoss, cosine_sim, order_sim  # noqa: F401 (handed on: the family imports them from here)
-from pooling import GPO, POOLINGS, mean_pool, region_lengths
+from inputs.captions import is_precomputed
+from layers.cross_attention import (
+    EPS,
+    choice,
+    func_attention,
+    shard_xattn_i2t,
+    shard_xattn_t2i,
+    xattn_score_i2t,
+    xattn_score_t2i,
+)
+from layers.gru import last_states, word_states
+from layers.pooling import GPO, POOLINGS, mean_pool, positional_encoding, region_lengths
+from layers.pretrained import _build_cnn
+from loss import ContrastiveLoss, cosine_sim, order_sim
+from runtime.device import to_device
+from runtime.errors import InputError, check_choice
+
+# What code around VSE++, HAL and SCAN imports from its model.py; those not defined below are
+# re-exported.
+__all__ = [
+    "SCAN",
+    "VSE",
+    "ContrastiveLoss",
+    "EncoderImage",
+    "EncoderText",
+    "cosine_sim",
+    "func_attention",
+    "l2norm",
+    "order_sim",
+    "shard_xattn_i2t",
+    "shard_xattn_t2i",
+    "xattn_score_i2t",
+    "xattn_score_t2i",
+]
 
 IMAGE_POOLINGS = (*POOLINGS, "gpo")
 TEXT_POOLINGS = ("last", *IMAGE_POOLINGS)
@@ -27,14 +58,17 @@ GPO_WIDTHS = 32, 32  # positional encoding and GRU, as VSE-infinity fixes them
 NORM_EPSILON = 1e-8  # VSE-infinity adds it to the length
 
 
-def l2norm(X, epsilon=0.0):
-    """(n, D) rows divided by their length + epsilon; a zero row stays zero, with a gradient that stays finite."""
-    lengths = torch.linalg.vector_norm(X, dim=1, keepdim=True)
+def l2norm(X, dim=-1, epsilon=0.0):
+    """Vectors along `dim` divided by their length + epsilon.
+
+    A zero vector stays zero, and its gradient stays finite.
+    """
+    lengths = torch.linalg.vector_norm(X, dim=dim, keepdim=True)
     return X / (lengths.masked_fill(lengths == 0, 1) + epsilon)
 
 
 def _init_fc(fc):
-    """Draw a linear layer as the released code does: uniform within sqrt(6 / (in + out)), no bias."""
+    """Draw a linear layer as the released code does: uniform in +-sqrt(6 / (in + out)), bias 0."""
     bound = math.sqrt(6.0) / math.sqrt(fc.in_features + fc.out_features)
     with torch.no_grad():
         fc.weight.uniform_(-bound, bound)
@@ -42,7 +76,7 @@ def _init_fc(fc):
 
 
 def _pool(encoder, pooling, features, lengths):
-    """(B, K, D), (B,) -> (B, D) by a pooling's name, in float32 under autocast, too."""
+    """(B, K, D), (B,) -> (B, D) by a pooling's name; GPO in float32, under autocast too."""
     if pooling != "gpo":
         return POOLINGS[pooling](features, lengths)
     with torch.autocast(features.device.type, enabled=False):
@@ -52,8 +86,8 @@ def _pool(encoder, pooling, features, lengths):
 class _RegionMLP(nn.Module):
     """VSE-infinity's second way from a region to the embedding: W2 relu(bn(W1 r + b1)) + b2.
 
-    In training, batch norm's statistics are over all B * K rows, padding included, as in the released code. Its
-    bns.1 has no use but its place in the state.
+    In training, batch norm's statistics cover all B * K rows, padding included, as in the released
+    code. bns.1 is unused; it is there because released checkpoints have it.
     """
 
     def __init__(self, img_dim, embed_size):
@@ -63,11 +97,14 @@ class _RegionMLP(nn.Module):
         self.bns = nn.ModuleList([nn.BatchNorm1d(hidden), nn.BatchNorm1d(embed_size)])
 
     def forward(self, regions):
-        """(B, K, img_dim) -> (B, K, embed_size). Raises InputError for a training batch of a single region."""
-        alone = type(self.bns[0]) is nn.BatchNorm1d  # and not over other processes' regions, too
+        """(B, K, img_dim) -> (B, K, embed_size); InputError for a training batch of one region."""
+        # Under torchrun, batch norm also covers the other processes' regions.
+        alone = type(self.bns[0]) is nn.BatchNorm1d
         if self.training and alone and regions.shape[:2].numel() == 1:
-            raise InputError("a training batch of one image with one region has no variance for the MLP's batch norm: "
-                             "give a larger --batch_size")
+            raise InputError(
+                "a training batch of one image with one region has no variance for the MLP's batch "
+                "norm: give a larger --batch_size"
+            )
         hidden = self.layers[0](regions.flatten(0, 1)).to(self.bns[0].weight.dtype)
         return self.layers[1](self.bns[0](hidden).relu()).unflatten(0, regions.shape[:2])
 
@@ -75,94 +112,98 @@ class _RegionMLP(nn.Module):
 class EncoderImagePrecomp(nn.Module):
     """Precomputed features (B, img_dim), or regions (B, K, img_dim), -> embeddings (B, embed_size).
 
-    image_pooling: mean, max, kmax or gpo, for regions only (mean unless given). precomp_enc_type: basic, each region
-    through one linear layer; mlp, VSE-infinity's encoder (whose checkpoints call it basic, and pool by gpo).
+    image_pooling: mean, max, kmax or gpo, for regions only; None is the mean.
+    precomp_enc_type: basic, one linear layer for each vector; mlp, VSE-infinity's encoder (its
+        own checkpoints call that basic, and pool by gpo).
     """
 
-    def __init__(self, img_dim, embed_size, use_abs=False, no_imgnorm=False, image_pooling=None,
-                 precomp_enc_type="basic"):
+    def __init__(
+        self,
+        img_dim,
+        embed_size,
+        use_abs=False,
+        no_imgnorm=False,
+        image_pooling=None,
+        precomp_enc_type="basic",
+    ):
         super().__init__()
         self.use_abs, self.no_imgnorm, self.image_pooling = use_abs, no_imgnorm, image_pooling
         self.fc = nn.Linear(img_dim, embed_size)
         self.mlp = _RegionMLP(img_dim, embed_size) if precomp_enc_type == "mlp" else None
         if image_pooling == "gpo":
             self.gpool = GPO(*GPO_WIDTHS)
-        _init_fc(self.fc)  # after the others, whose draws stand in between in the released code
+        _init_fc(self.fc)  # last, as in the released code: the order of draws decides the weights
 
     def forward(self, images):
-        """images: (B, img_dim), (B, K, img_dim), padded with zero rows, or whatever `features` takes."""
+        """Embeddings (B, embed_size) of images (B, img_dim) or (B, K, img_dim), or of photos.
+
+        Missing regions are rows of zeros. Photos: what the subclass's `features` takes.
+        """
         features = self.features(images)
         if features.dim() == 3:
             embeddings = self._pooled(features)
         elif self.image_pooling or self.mlp:
-            raise InputError(f"the model is over regions, but its images come as {tuple(features.shape)}: give "
-                             "features of shape (images, regions, width)")
+            raise InputError(
+                f"the model takes regions, but its images come as {tuple(features.shape)}: give "
+                "features of shape (images, regions, width)"
+            )
         else:
             embeddings = self.fc(features)
         embeddings = embeddings.to(self.fc.weight.dtype)  # autocast's products may be in bf16
         if not self.no_imgnorm:
-            embeddings = l2norm(embeddings, NORM_EPSILON if self.mlp else 0)
+            embeddings = l2norm(embeddings, epsilon=NORM_EPSILON if self.mlp else 0)
         return embeddings.abs() if self.use_abs else embeddings
 
     def _pooled(self, regions):
-        """Each region embedded, and all of an image pooled: (B, K, img_dim) -> (B, embed_size)."""
+        """Embed each region and pool those of an image: (B, K, img_dim) -> (B, embed_size)."""
         pooling, lengths = self.image_pooling or "mean", region_lengths(regions)
-        if pooling == "mean" and not self.mlp:  # the mean of linear functions is that of the mean, at 1 / K of the cost
+        # A linear layer commutes with the mean: pooled first, it costs 1 / K.
+        if pooling == "mean" and not self.mlp:
             return self.fc(mean_pool(regions, lengths))
         embedded = self.fc(regions).to(self.fc.weight.dtype)
         if self.mlp:
             embedded = embedded + self.mlp(regions)
-        if not len(regions):  # a process without a pair, which batch norm has gone through
+        if not len(regions):  # this process has no pair, but had to take part in batch norm
             return embedded.sum(1)
         return _pool(self, pooling, embedded, lengths)
 
     def features(self, images):
-        """What `fc` sees: here the images themselves."""
+        """The input of `fc`: here the images themselves."""
         return images
 
     def load_state_dict(self, state_dict, strict=True):
         """Load the state, ignoring keys that this encoder does not have (those of a full model)."""
         own = self.state_dict()
-        return super().load_state_dict({name: value for name, value in state_dict.items() if name in own}, strict)
+        return super().load_state_dict(
+            {name: value for name, value in state_dict.items() if name in own}, strict
+        )
 
 
 def _as_data_parallel(module):
-    """The module in one whose state names carry the `module.` of the released code's DataParallel."""
+    """Wrap a module so that its state names begin with `module.`, as the released code's do.
+
+    There, DataParallel puts the prefix.
+    """
     return nn.Sequential(OrderedDict(module=module))
 
 
-def cnn_types():
-    """The names that --cnn_type takes: every VGG and ResNet of torchvision."""
-    from torchvision import models
-    return models.list_models(module=models, include=["vgg*", "resnet*", "resnext*", "wide_resnet*"])
-
-
-def _build_cnn(cnn_type, weights):
-    """A torchvision CNN with its last linear layer, with ImageNet weights, a file's, or random ones."""
-    from torchvision import models
-    check_choice("cnn_type", cnn_type, cnn_types())
-    if weights == "imagenet":
-        try:
-            return models.get_model(cnn_type, weights="IMAGENET1K_V1")
-        except (OSError, RuntimeError) as error:  # no network, a full disk, a download cut short
-            raise InputError(f"the ImageNet weights of {cnn_type} could not be fetched ({error}): give a file with "
-                             "--cnn_weights FILE, or random ones with --cnn_weights none") from error
-    cnn = models.get_model(cnn_type, weights=None)
-    if weights != "none":
-        from features import load_state
-        load_state(cnn, weights, cnn_type, ["classifier.6" if cnn_type.startswith("vgg") else "fc"], "--cnn_weights")
-    return cnn
-
-
 class EncoderImageFull(EncoderImagePrecomp):
-    """Images (B, 3, H, W), ImageNet-normalised -> embeddings (B, embed_size), through a torchvision CNN.
+    """Photos (B, 3, H, W), ImageNet-normalised -> embeddings (B, embed_size), by a torchvision CNN.
 
     Only the CNN's last linear layer is removed: VGG keeps its classifier's ReLU and dropout.
-    The CNN is frozen unless `finetune`; even so it follows train and eval mode, as in the released code.
+    The CNN's weights are frozen unless `finetune` is set. Frozen or not, it follows train and eval
+    mode, so that dropout and batch norm act in training, as in the released code.
     """
 
-    def __init__(self, embed_size, finetune=False, cnn_type="vgg19", use_abs=False, no_imgnorm=False,
-                 cnn_weights="imagenet"):
+    def __init__(
+        self,
+        embed_size,
+        finetune=False,
+        cnn_type="vgg19",
+        use_abs=False,
+        no_imgnorm=False,
+        cnn_weights="imagenet",
+    ):
         cnn = _build_cnn(cnn_type, cnn_weights)
         if cnn_type.startswith("vgg"):
             feature_size = cnn.classifier[-1].in_features
@@ -176,51 +217,87 @@ class EncoderImageFull(EncoderImagePrecomp):
         self.cnn = cnn.requires_grad_(finetune)
 
     def features(self, images):
-        """The CNN's features, L2-normalised: (B, feature_size). Raises InputError where batch norm has one number."""
+        """The CNN's features, L2-normalised: (B, feature_size).
+
+        Raises InputError if batch norm sees a single value for each channel, in training.
+        """
         try:
             return l2norm(self.cnn(images))
         except ValueError as error:
             if "more than 1 value" not in str(error):
                 raise
-            raise InputError(f"a training batch of one photo of {images.shape[-1]} pixels has no variance for the "
-                             "CNN's batch norm: give a larger --crop_size, or another --batch_size or --micro_batch"
-                             ) from error
+            raise InputError(
+                f"a training batch of one photo of {images.shape[-1]} pixels has no variance for "
+                "the CNN's batch norm: give a larger --crop_size, or another --batch_size or "
+                "--micro_batch"
+            ) from error
 
     def load_state_dict(self, state_dict, strict=True):
-        """Load the state, also from before torchvision's VGG classifier lost its first dropout."""
-        old_names = {"cnn.classifier.1.": "cnn.classifier.0.", "cnn.classifier.4.": "cnn.classifier.3."}
+        """Load the state, also one with the names of an older torchvision's VGG classifier."""
+        old_names = {
+            "cnn.classifier.1.": "cnn.classifier.0.",
+            "cnn.classifier.4.": "cnn.classifier.3.",
+        }
         renamed = {}
         for name, value in state_dict.items():
-            prefix = name[:len("cnn.classifier.0.")]
-            renamed[old_names.get(prefix, prefix) + name[len(prefix):]] = value
+            prefix = name[: len("cnn.classifier.0.")]
+            renamed[old_names.get(prefix, prefix) + name[len(prefix) :]] = value
         return super().load_state_dict(renamed, strict)
 
 
-def EncoderImage(data_name, img_dim, embed_size, finetune=False, cnn_type="vgg19", use_abs=False, no_imgnorm=False,
-                 cnn_weights="imagenet", *, image_pooling=None, precomp_enc_type="basic"):
-    """The image encoder of a data set: precomputed features where its name ends in `precomp`, else a full CNN.
+def EncoderImage(
+    data_name,
+    img_dim,
+    embed_size,
+    finetune=False,
+    cnn_type="vgg19",
+    use_abs=False,
+    no_imgnorm=False,
+    cnn_weights="imagenet",
+    *,
+    image_pooling=None,
+    precomp_enc_type="basic",
+):
+    """The image encoder for a data set, with VSE++'s name and arguments.
 
-    Raises InputError for a choice that is none, or that does not go with photos.
+    It takes precomputed features if data_name ends in `precomp`, else photos, through a CNN.
+    Raises InputError for an unknown choice, and for one that does not go with photos.
     """
     check_choice("image_pooling", image_pooling or "mean", IMAGE_POOLINGS)
     check_choice("precomp_enc_type", precomp_enc_type, ENC_TYPES)
     if is_precomputed(data_name):
-        return EncoderImagePrecomp(img_dim, embed_size, use_abs, no_imgnorm, image_pooling, precomp_enc_type)
+        return EncoderImagePrecomp(
+            img_dim, embed_size, use_abs, no_imgnorm, image_pooling, precomp_enc_type
+        )
     if image_pooling or precomp_enc_type == "mlp":
-        raise InputError("--image_pooling and --precomp_enc_type mlp are for precomputed regions, but "
-                         f"{data_name} holds photos: leave them out")
+        raise InputError(
+            "--image_pooling and --precomp_enc_type mlp are for precomputed regions, but "
+            f"{data_name} holds photos: leave them out"
+        )
     return EncoderImageFull(embed_size, finetune, cnn_type, use_abs, no_imgnorm, cnn_weights)
 
 
 class EncoderText(nn.Module):
-    """Word ids -> L2-normalised embeddings: the GRU's top layer at each caption's last word, or pooled over its words.
+    """Word ids -> L2-normalised embeddings, by a GRU.
 
-    text_pooling: last, mean, max, kmax or gpo. bi_gru: the mean of both directions' states at each word (last: of
-    the forward state at the last word and the backward state at the first). VSE-infinity's is gpo with bi_gru.
+    text_pooling: last takes the top layer's state at a caption's last word; mean, max, kmax and gpo
+        pool the states at all words.
+    bi_gru: the mean of both directions' states at each word (with last, of the forward state at the
+        last word and the backward state at the first). VSE-infinity's encoder is gpo with bi_gru.
     """
 
-    def __init__(self, vocab_size, word_dim, embed_size, num_layers, use_abs=False, *, text_pooling="last",
-                 bi_gru=False, no_txtnorm=False):
+    def __init__(
+        self,
+        vocab_size,
+        word_dim,
+        embed_size,
+        num_layers,
+        use_abs=False,
+        *,
+        text_pooling="last",
+        bi_gru=False,
+        no_txtnorm=False,
+    ):
         super().__init__()
         check_choice("text_pooling", text_pooling, TEXT_POOLINGS)
         self.use_abs, self.no_txtnorm, self.text_pooling = use_abs, no_txtnorm, text_pooling
@@ -231,35 +308,73 @@ class EncoderText(nn.Module):
         with torch.no_grad():
             self.embed.weight.uniform_(-0.1, 0.1)
 
+    @property
+    def width(self):
+        """Width of an embedding."""
+        return self.rnn.hidden_size
+
+    @property
+    def dtype(self):
+        """Type of the weights and embeddings."""
+        return self.embed.weight.dtype
+
+    @property
+    def device(self):
+        """Where the weights live."""
+        return self.embed.weight.device
+
+    @staticmethod
+    def sizes(state):
+        """{option: size} as a state's shapes show them; KeyError for another encoder's state."""
+        vocab_size, word_dim = state["embed.weight"].shape
+        layers = sum(bool(re.fullmatch(r"rnn\.weight_ih_l\d+", str(name))) for name in state)
+        return {
+            "vocab_size": vocab_size,
+            "word_dim": word_dim,
+            "num_layers": layers,
+            "embed_size": state["rnn.weight_hh_l0"].shape[1],
+        }
+
     def forward(self, x, lengths):
         """x: (B, T) word ids, longest caption first; lengths: (B,) -> (B, embed_size)."""
-        embeddings = self._by(self._last if self.text_pooling == "last" else self._pooled, x, lengths)
+        embeddings = self._by(
+            self._last if self.text_pooling == "last" else self._pooled, x, lengths
+        )
         if not self.no_txtnorm:
-            embeddings = l2norm(embeddings, 0 if self.text_pooling == "last" else NORM_EPSILON)
+            embeddings = l2norm(
+                embeddings, epsilon=0 if self.text_pooling == "last" else NORM_EPSILON
+            )
         return embeddings.abs() if self.use_abs else embeddings
 
     def _by(self, encode, captions, lengths):
-        """encode(captions, lengths, the products' type), in the weights' type."""
+        """encode(captions, lengths, dtype of the products), returned in the weights' dtype."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        with torch.autocast("cpu", enabled=False):  # gru.py casts what it multiplies, and nothing else
-            return encode(captions, torch.as_tensor(lengths).cpu(), dtype).to(self.embed.weight.dtype)
+        # layers/gru.py itself casts what it multiplies, and nothing else.
+        with torch.autocast("cpu", enabled=False):
+            return encode(captions, torch.as_tensor(lengths).cpu(), dtype).to(
+                self.embed.weight.dtype
+            )
 
     def _packed(self, captions, lengths):
         return self.rnn(pack_padded_sequence(self.embed(captions), lengths, batch_first=True))
 
     def _last(self, captions, lengths, dtype):
-        """(B, T) -> (B, embed_size): where the GRU ends, in each of its directions."""
+        """(B, T) -> (B, embed_size): the final state; of two directions, the mean."""
         if captions.device.type == "cpu":
             return last_states(self.rnn, self.embed, captions, lengths, dtype)
         ends = self._packed(captions, lengths)[1]
         return (ends[-2] + ends[-1]) / 2 if self.rnn.bidirectional else ends[-1]
 
     def _states(self, captions, lengths, dtype):
-        """(B, T) -> (B, T, embed_size): the state at every word, of both directions the mean, 0 past the lengths."""
+        """(B, T) -> (B, T, embed_size): the state at every word, 0 past a caption's end.
+
+        Of two directions, the mean.
+        """
         if captions.device.type == "cpu":
             return word_states(self.rnn, self.embed, captions, lengths, dtype)
-        states, _ = pad_packed_sequence(self._packed(captions, lengths)[0], batch_first=True,
-                                        total_length=captions.shape[1])
+        states, _ = pad_packed_sequence(
+            self._packed(captions, lengths)[0], batch_first=True, total_length=captions.shape[1]
+        )
         states = states.to(self.embed.weight.dtype)
         return states.unflatten(2, (2, -1)).mean(2) if self.rnn.bidirectional else states
 
@@ -268,35 +383,145 @@ class EncoderText(nn.Module):
         return _pool(self, self.text_pooling, self._states(captions, lengths, dtype), lengths)
 
 
-def no_embeddings(model):
-    """No embeddings, (0, D), of a model's kind."""
-    return torch.empty(0, model.txt_enc.rnn.hidden_size, device=model.device, dtype=model.txt_enc.embed.weight.dtype)
+class TransformerText(nn.Module):
+    """Embeddings (B, embed_size) of word ids by a small transformer (Vaswani et al., 2017).
+
+    The worked example of another text encoder: it is entered in `TEXT_ENCODERS`, and this class
+    holds all that the rest of the code asks of one (`width`, `dtype`, `device`, `sizes`). Word
+    embeddings plus sinusoidal positions pass through `num_layers` of PyTorch's encoder layers, with
+    dropout and normalisation first. Then a linear layer maps the state at the last word
+    (text_pooling "last"), or all states pooled, to the embedding.
+    """
+
+    HEADS, WIDENING = 8, 4  # most heads; width of the feed-forward part, in multiples of word_dim
+
+    def __init__(
+        self,
+        vocab_size,
+        word_dim,
+        embed_size,
+        num_layers,
+        use_abs=False,
+        *,
+        text_pooling="last",
+        bi_gru=False,
+        no_txtnorm=False,
+    ):
+        super().__init__()
+        check_choice("text_pooling", text_pooling, TEXT_POOLINGS)
+        if bi_gru or word_dim % 2:
+            raise InputError(
+                "--text_encoder transformer needs an even --word_dim, and does not go with --bi_gru"
+            )
+        self.use_abs, self.no_txtnorm, self.text_pooling = use_abs, no_txtnorm, text_pooling
+        self.embed = nn.Embedding(vocab_size, word_dim)
+        layer = nn.TransformerEncoderLayer(
+            word_dim,
+            math.gcd(self.HEADS, word_dim),
+            self.WIDENING * word_dim,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, num_layers, nn.LayerNorm(word_dim), enable_nested_tensor=False
+        )
+        if text_pooling == "gpo":
+            self.gpool = GPO(*GPO_WIDTHS)
+        self.fc = nn.Linear(word_dim, embed_size)
+
+    width = property(lambda self: self.fc.out_features)
+    dtype = property(lambda self: self.fc.weight.dtype)
+    device = property(lambda self: self.fc.weight.device)
+
+    @staticmethod
+    def sizes(state):
+        """{option: size} as a state's shapes show them; KeyError for another encoder's state."""
+        vocab_size, word_dim = state["embed.weight"].shape
+        layers = {
+            str(name).split(".")[2] for name in state if str(name).startswith("layers.layers.")
+        }
+        return {
+            "vocab_size": vocab_size,
+            "word_dim": word_dim,
+            "num_layers": len(layers),
+            "embed_size": state["fc.weight"].shape[0],
+        }
+
+    def forward(self, captions, lengths):
+        """captions: (B, T) word ids, padded with 0; lengths: (B,) -> (B, embed_size)."""
+        lengths = torch.as_tensor(lengths)
+        longest = captions.shape[1]
+        positions = positional_encoding(longest, self.embed.embedding_dim)
+        words = self.embed(captions) + to_device(positions.to(self.dtype), captions.device)
+        beyond = to_device(torch.arange(longest) >= lengths.cpu().unsqueeze(1), captions.device)
+        states = self.layers(words, src_key_padding_mask=beyond).to(self.dtype)
+        if self.text_pooling == "last":
+            last = (
+                to_device(lengths.cpu() - 1, captions.device)
+                .view(-1, 1, 1)
+                .expand(-1, 1, states.shape[2])
+            )
+            pooled = states.gather(1, last).squeeze(1)
+        else:
+            pooled = _pool(
+                self, self.text_pooling, states.masked_fill(beyond.unsqueeze(2), 0), lengths
+            )
+        embeddings = self.fc(pooled).to(self.dtype)
+        if not self.no_txtnorm:
+            embeddings = l2norm(embeddings)
+        return embeddings.abs() if self.use_abs else embeddings
+
+
+TEXT_ENCODERS = {"gru": EncoderText, "transformer": TransformerText}
 
 
 class VSE(nn.Module):
-    """Both encoders: `img_enc` and `txt_enc`.
+    """An image encoder `img_enc` and a text encoder `txt_enc` with one joint embedding space.
 
-    opt needs what builds them: data_name, img_dim, embed_size, finetune, cnn_type, use_abs,
-    no_imgnorm, vocab_size, word_dim, num_layers; and has defaults for cnn_weights (imagenet), image_pooling (None:
-    vectors, or the mean of regions), precomp_enc_type (basic), text_pooling (last), bi_gru and no_txtnorm (off). With
-    amp "bf16" the encoders' matrix products are in bf16; weights, reductions and the loss stay in float32.
+    opt: needs data_name, img_dim, embed_size, finetune, cnn_type, use_abs, no_imgnorm, vocab_size,
+        word_dim and num_layers. Optional, with their defaults: cnn_weights (imagenet),
+        image_pooling (None: vectors, or the mean of regions), precomp_enc_type (basic),
+        text_encoder (gru), text_pooling (last), bi_gru, no_txtnorm and amp (off). With amp "bf16"
+        the encoders' matrix products are in bf16; weights, reductions and loss stay in float32.
     """
 
     def __init__(self, opt):
         super().__init__()
         self.amp = getattr(opt, "amp", "off") == "bf16"
-        self.img_enc = EncoderImage(opt.data_name, opt.img_dim, opt.embed_size, opt.finetune, opt.cnn_type,
-                                    opt.use_abs, opt.no_imgnorm, getattr(opt, "cnn_weights", "imagenet"),
-                                    image_pooling=getattr(opt, "image_pooling", None),
-                                    precomp_enc_type=getattr(opt, "precomp_enc_type", "basic"))
-        self.txt_enc = EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.use_abs,
-                                   text_pooling=getattr(opt, "text_pooling", "last"),
-                                   bi_gru=getattr(opt, "bi_gru", False), no_txtnorm=getattr(opt, "no_txtnorm", False))
+        self.img_enc = EncoderImage(
+            opt.data_name,
+            opt.img_dim,
+            opt.embed_size,
+            opt.finetune,
+            opt.cnn_type,
+            opt.use_abs,
+            opt.no_imgnorm,
+            getattr(opt, "cnn_weights", "imagenet"),
+            image_pooling=getattr(opt, "image_pooling", None),
+            precomp_enc_type=getattr(opt, "precomp_enc_type", "basic"),
+        )
+        text_encoder = TEXT_ENCODERS[getattr(opt, "text_encoder", "gru")]
+        self.txt_enc = text_encoder(
+            opt.vocab_size,
+            opt.word_dim,
+            opt.embed_size,
+            opt.num_layers,
+            opt.use_abs,
+            text_pooling=getattr(opt, "text_pooling", "last"),
+            bi_gru=getattr(opt, "bi_gru", False),
+            no_txtnorm=getattr(opt, "no_txtnorm", False),
+        )
+
+    attends = False  # True if there is a vector for each region and word, as in SCAN
 
     @property
     def device(self):
-        """Where the weights live, and inputs are taken to."""
-        return self.txt_enc.embed.weight.device
+        """Where the weights are, and inputs are moved."""
+        return self.txt_enc.device
+
+    def no_embeddings(self):
+        """An empty tensor (0, D) of embeddings, with this model's width, dtype and device."""
+        return torch.empty(0, self.txt_enc.width, device=self.device, dtype=self.txt_enc.dtype)
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -314,7 +539,8 @@ class VSE(nn.Module):
     def forward_emb(self, images, captions, lengths, *rest, volatile=False):
         """A batch, longest caption first -> image and caption embeddings, each (B, embed_size).
 
-        rest: a batch's ids and indices, which the encoders have no use for; volatile: without gradients (VSE++).
+        rest: a batch's ids and indices, which are ignored; volatile: without gradients (VSE++'s
+        name for it).
         """
         images, captions = (to_device(x, self.device) for x in (images, captions))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile), self._autocast():
@@ -331,9 +557,111 @@ class VSE(nn.Module):
         self.eval()
 
     def load_state_dict(self, state_dict, strict=True):
-        """Load a state dict of this module, or the released code's list [image state, text state]."""
+        """Load this module's state dict, or the released code's [image state, text state]."""
         if not isinstance(state_dict, (list, tuple)):
             return super().load_state_dict(state_dict, strict)
         image_state, text_state = state_dict
         self.img_enc.load_state_dict(image_state, strict)
         self.txt_enc.load_state_dict(text_state, strict)
+
+
+class _WeightNormLinear(nn.Module):
+    """A linear layer with the weight g V / |V|, and SCAN's state names.
+
+    |V| is the norm of the whole matrix.
+    """
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        drawn = nn.Linear(in_features, out_features)
+        self.bias, self.weight_g = drawn.bias, nn.Parameter(drawn.weight.detach().norm())
+        self.weight_v = drawn.weight
+
+    def forward(self, X):
+        return linear(X, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+
+
+class RegionEncoder(EncoderImagePrecomp):
+    """Region features (B, R, img_dim) -> region embeddings (B, R, embed_size).
+
+    precomp_enc_type: basic or weight_norm.
+    """
+
+    def __init__(self, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False):
+        nn.Module.__init__(self)
+        self.no_imgnorm = no_imgnorm
+        self.fc = {"basic": nn.Linear, "weight_norm": _WeightNormLinear}[precomp_enc_type](
+            img_dim, embed_size
+        )
+        if precomp_enc_type == "basic":
+            _init_fc(self.fc)
+
+    def load_state_dict(self, state_dict, strict=True):
+        """Load the state; in PyTorch 0.3's files, weight_norm's scalar has the shape (1,)."""
+        scalar = {
+            name: value.reshape(()) for name, value in state_dict.items() if name == "fc.weight_g"
+        }
+        return super().load_state_dict({**state_dict, **scalar}, strict)
+
+    def forward(self, images):
+        """images: (B, R, img_dim); a region of zeros is mapped like any other."""
+        regions = self.fc(images)
+        regions = regions.to(self.fc.bias.dtype)  # autocast's products may be in bf16
+        return regions if self.no_imgnorm else l2norm(regions, epsilon=EPS)
+
+
+class WordEncoder(EncoderText):
+    """Word ids -> the state of the GRU's top layer at every word.
+
+    bi_gru: the mean of both directions.
+    """
+
+    def __init__(
+        self, vocab_size, word_dim, embed_size, num_layers, bi_gru=False, no_txtnorm=False
+    ):
+        super().__init__(
+            vocab_size, word_dim, embed_size, num_layers, bi_gru=bi_gru, no_txtnorm=no_txtnorm
+        )
+
+    def forward(self, captions, lengths):
+        """(B, T) word ids, longest caption first, (B,) lengths -> (B, T, embed_size).
+
+        Past a caption's end, states are 0.
+        """
+        states = self._by(self._states, captions, lengths)
+        return states if self.no_txtnorm else l2norm(states, epsilon=EPS)
+
+
+class SCAN(VSE):
+    """SCAN (Lee et al., ECCV 2018): `img_enc` embeds every region, `txt_enc` every word.
+
+    opt: needs img_dim, embed_size, precomp_enc_type, no_imgnorm, vocab_size, word_dim, num_layers,
+        bi_gru and no_txtnorm; amp is optional, as in `VSE`.
+    Raises InputError for an unknown precomp_enc_type.
+    """
+
+    attends = True
+
+    def __init__(self, opt):
+        nn.Module.__init__(self)
+        self.amp = getattr(opt, "amp", "off") == "bf16"
+        self.img_enc = RegionEncoder(
+            opt.img_dim,
+            opt.embed_size,
+            choice(opt, "precomp_enc_type", ("basic", "weight_norm")),
+            opt.no_imgnorm,
+        )
+        self.txt_enc = WordEncoder(
+            opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
+        )
+
+    def forward_emb(self, images, captions, lengths, *rest, volatile=False):
+        """A batch, longest caption first -> (regions (B, R, D), words (B, T, D), lengths)."""
+        return *super().forward_emb(images, captions, lengths, *rest, volatile=volatile), lengths
+
+    forward = forward_emb
+
+
+def build(opt):
+    """The model that the options describe: SCAN if cross_attn is set, else VSE."""
+    return (SCAN if getattr(opt, "cross_attn", None) else VSE)(opt)

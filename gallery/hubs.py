@@ -1,6 +1,6 @@
-"""Hubs of a gallery: the correction that its index carries, chosen by dev, and who the hubs are.
+"""Hubs of a gallery: the correction that its index carries, and which photos are hubs.
 
-What is taken off a photo's scores is that of `compute_results.py --correction`: the same bank, the same parameters.
+Shifts are those of `compute_results.py --correction`: same bank, same parameters.
 """
 
 import sys
@@ -8,28 +8,30 @@ from typing import Any, NamedTuple
 
 import torch
 
-import corrections
-import index
-from errors import InputError
-from evaluation import bank_stride, embed, embed_texts, recall_of
-from hubness import k_occurrence
-from ranking import rank_shifted
+from evaluation import bank_stride, embed, embed_texts
+from gallery import index
+from retrieval import corrections
+from retrieval.hubness import k_occurrence
+from retrieval.metrics import recall_of
+from retrieval.ranking import rank_shifted
+from runtime.errors import InputError
 
-SHIFTS = ("nnn", "csls", "inverted_softmax")  # corrections that are a shift of each target, whatever the query
-HUB_QUERIES, HUB_DEPTH = 10_000, 10  # at most so many questions tell the hubs, by N_10
+# Corrections that are one shift per target, whatever the query: an index can carry these.
+SHIFTS = ("nnn", "csls", "inverted_softmax")
+HUB_QUERIES, HUB_DEPTH = 10_000, 10  # hubs are counted by N_10 over at most 10,000 questions
 
 
 class Correction(NamedTuple):
-    """A correction of hubs for questions in words, and the bank that it goes by."""
+    """A hub correction for questions in words, with its bank."""
 
     method: str = "none"
     parameters: dict = {}
-    bank: Any = None  # (B, D) embeddings of captions, or None where there is none at hand
+    bank: Any = None  # (B, D) embeddings of captions, or None if they are not available
     bank_split: str = "train"
-    bank_images: int | None = None  # at most, as --correction_bank_images says it
+    bank_images: int | None = None  # as --correction_bank_images
 
     def shift(self, loaded, rows):
-        """(m, D) embeddings of photos -> (m,) what is taken off their scores."""
+        """(m,): what is subtracted from the scores of photos with embeddings `rows` (m, D)."""
         if self.method == "none" or not len(rows):
             return rows.new_zeros(len(rows))
         source = loaded.similarities(rows.to(self.bank), self.bank)
@@ -37,72 +39,94 @@ class Correction(NamedTuple):
 
 
 def load_bank(loaded, split, limit):
-    """(B, D) embeddings of the captions of a split of the checkpoint's data, of as many images as the limit allows."""
+    """(B, D) embeddings of a split's captions, of at most `limit` images (see `bank_stride`)."""
     dataset = loaded.loader(split).dataset
     chosen = dataset.image_of % bank_stride(loaded.opt, dataset.n_images, limit) == 0
     return embed_texts(loaded.model, dataset.word_ids, loaded.opt.batch_size, chosen)
 
 
 def choose_correction(options, loaded):
-    """The Correction that the options ask for, or, where they do not, the best on dev if its data is at hand."""
+    """The Correction that the options name, or else the best on dev, if its data is available."""
     if options.correction == "none":
         return Correction()
-    given = {name: getattr(options, f"correction_{name}") for name in corrections.ADJUSTABLE}
-    found = Correction("none", {}, None, options.correction_bank or "train", options.correction_bank_images)
+    given = corrections.given_by(options)
+    found = Correction(
+        "none", {}, None, options.correction_bank or "train", options.correction_bank_images
+    )
     try:
         found = found._replace(bank=load_bank(loaded, found.bank_split, found.bank_images))
         if options.correction is None or options.tune_correction:
             names = SHIFTS if options.correction is None else [options.correction]
-            return found._replace(**best_on_dev(loaded, names, given, found.bank, options.correction is None))
+            return found._replace(
+                **best_on_dev(loaded, names, given, found.bank, options.correction is None)
+            )
     except InputError as error:
         if options.correction is not None:
             raise
-        print(f"Hubs are not corrected, since the data to choose a correction by is not at hand: {error}",
-              file=sys.stderr)
+        print(
+            "Hubs are not corrected, because the data to choose a correction by is not available: "
+            f"{error}",
+            file=sys.stderr,
+        )
         return found
-    return found._replace(method=options.correction,
-                          parameters=corrections.parameters_of(options.correction, **given))
+    return found._replace(
+        method=options.correction, parameters=corrections.parameters_of(options.correction, **given)
+    )
 
 
 def best_on_dev(loaded, names, given, bank, may_be_none):
-    """{method, parameters} with the best sum of text-to-image recalls on the dev split; says what it was."""
+    """{"method", "parameters"} with the best sum of text-to-image recalls on dev; prints it."""
     loader = loaded.loader("dev")
     source = loaded.similarities(*embed(loaded.model, loader))
     wanted = corrections.candidates(names, given)
     shifts = corrections.corrections_of("t2i", loaded.similarities(source.images, bank), wanted)
     nothing = shifts[0].shift.new_zeros(source.n_captions)
-    rankings = rank_shifted(source, [None, *((nothing, one.shift) for one in shifts)], 0, loader.dataset.image_of)
+    rankings = rank_shifted(
+        source, [None, *((nothing, one.shift) for one in shifts)], 0, loader.dataset.image_of
+    )
     sums = [sum(recall_of(t2i.ranks)[:3]) for _, t2i in rankings]
     best = max(range(0 if may_be_none else 1, len(sums)), key=sums.__getitem__)
     method, parameters = [("none", {}), *wanted][best]
     words = " ".join([method, *(f"{name}={value}" for name, value in parameters.items())])
-    print(f"Correction of hubs, the best on dev: {words} (text to image R@1 + R@5 + R@10: {sums[0]:.1f} without, "
-         f"{sums[best]:.1f} with it)", file=sys.stderr)
+    print(
+        f"Correction of hubs, the best on dev: {words} (text to image R@1 + R@5 + R@10: "
+        f"{sums[0]:.1f} without, {sums[best]:.1f} with it)",
+        file=sys.stderr,
+    )
     return {"method": method, "parameters": parameters}
 
 
 def correction_of(found, loaded):
-    """The Correction that a Gallery has, with its bank if it needs that or has no captions that tell hubs."""
+    """A Gallery's Correction, with its bank; without one, the bank is None if not available."""
     said = found.description["correction"]
-    own = Correction(said["method"], said["parameters"], None, said["bank_split"], said["bank_images"])
+    own = Correction(
+        said["method"], said["parameters"], None, said["bank_split"], said["bank_images"]
+    )
     try:
         return own._replace(bank=load_bank(loaded, own.bank_split, own.bank_images))
     except InputError as error:
         if own.method == "none":
             return own
-        raise InputError(f"the bank of the gallery's correction is not at hand ({error}): name its folder with "
-                         "--data_path, or build without a correction with --rebuild_index --correction none"
-                         ) from error
+        raise InputError(
+            f"the bank of the gallery's correction is not available ({error}): name its folder "
+            "with --data_path, or build without a correction with --rebuild_index --correction "
+            "none"
+        ) from error
 
 
 def count_hubs(search, captions, bank, n):
-    """(N_10 of n photos (n,) or None, in words which questions they are over): the gallery's own captions, or a bank's.
+    """N_10 of n photos (n,), and in words which questions it is counted over; or (None, None).
 
-    search: of an index; captions and bank: (q, D) embeddings or None.
+    search: of an index
+    captions, bank: (q, D) embeddings or None; the gallery's own captions are preferred
     """
     if captions is None and bank is None:
         return None, None
-    queries, words = (bank, "captions of the correction's bank") if captions is None else (captions, "its own captions")
+    queries, words = (
+        (bank, "captions of the correction's bank")
+        if captions is None
+        else (captions, "its own captions")
+    )
     queries = index.spread(queries.float().cpu(), HUB_QUERIES)
     numbers = search(torch.cat([queries, queries.new_zeros(len(queries), 1)], 1), HUB_DEPTH)[1]
     return k_occurrence(numbers[numbers >= 0], n).numpy(), f"{len(queries)} of {words}"

@@ -1,34 +1,40 @@
-"""Indexes of embeddings: the nearest rows of a matrix by inner product.
+"""Indexes of embeddings: find the nearest rows of a matrix by inner product.
 
-`exact` goes through all rows, a block at a time; the others are FAISS's and find nearly all of the nearest in a small
-part of the time. `ivf_sq8`: rows in lists around centres, of which a few are looked through, 8 bits a number.
-`opq_ivf_pq64`: rotated (Ge et al., "Optimized Product Quantization", CVPR 2013) and kept in 64 bytes a row. What
-FAISS finds is ranked again by the exact rows.
+exact           goes through all rows, block by block
+ivf_sq8         FAISS: rows lie in lists around centres, 8 bits per number; few lists are searched
+opq_ivf_pq64    FAISS: as before, but rows are rotated (Ge et al., "Optimized Product Quantization",
+                CVPR 2013) and stored in 64 bytes each
 
-The last number of a row is a correction's shift (see `gallery`). A product quantizer whose parts mix it with others
-spends its codes on a number that is the same in all questions, so here it has a part of its own.
+FAISS's indexes find nearly all of the nearest in a small part of the time. What they find is ranked
+again by the exact rows.
+
+The last number of a row is a correction's shift (see `gallery.store`). The product quantizer gives
+it a separate part: mixed with other numbers, it would use up codes, although questions have the
+same number there.
 """
-
 
 from functools import partial
 
 import numpy as np
 import torch
 
-from errors import InputError, check_regular
-from ranking import Best
+from model import l2norm
+from retrieval.ranking import Best
+from runtime.errors import InputError
+from runtime.files import check_regular
 
 EXACT, IVF, PQ = TYPES = ("exact", "ivf_sq8", "opq_ivf_pq64")
-EXACT_MOST, IVF_MOST = 200_000, 5_000_000  # rows, up to which these are the types to take
+EXACT_MOST, IVF_MOST = 200_000, 5_000_000  # most rows for which these are the usual types
 BLOCK_ROWS, BLOCK_QUERIES = 16_384, 256  # of one product
-AGAIN = 100  # of what FAISS finds are ranked exactly, at least
-AGAIN_QUERIES = 32  # at a time
-DEPTH, WANTED_RECALL = 10, 0.98  # what decides how much is looked through
-LISTS = 4  # times the square root of the number of rows, about: fewer leave groups of rows without a centre near them
-TRAINED_ON, ITERATIONS = 40, 10  # rows a centre, and rounds, that FAISS's centres are trained on and in
-CODE_ROWS, CODES = 16_384, 256  # rows that a product quantizer is trained on, and codes of each of its parts
+AGAIN = 100  # at least so many of FAISS's finds are ranked exactly
+AGAIN_QUERIES = 32  # ranked exactly at a time
+DEPTH, WANTED_RECALL = 10, 0.98  # recall@10 that decides how many lists are searched
+# Lists per square root of the number of rows. With fewer, groups of rows have no centre nearby.
+LISTS = 4
+TRAINED_ON, ITERATIONS = 40, 10  # training of FAISS's centres: rows per centre, rounds
+CODE_ROWS, CODES = 16_384, 256  # product quantizer: rows it is trained on, codes per part
 ROTATION_ROUNDS = 8
-PARTS = 64  # of a product quantizer, beside the shift's own
+PARTS = 64  # of a product quantizer, not counting the shift's
 
 
 def usual_type(n):
@@ -36,12 +42,19 @@ def usual_type(n):
     return EXACT if n <= EXACT_MOST else IVF if n <= IVF_MOST else PQ
 
 
-def exact(embeddings, queries, top):
-    """(n, D) embeddings, which may be memory-mapped, and (q, D) queries -> scores and numbers of the `top` best rows of
-    each query (all, if fewer), best first: (q, top) float32 and int64."""
+def exact(embeddings, queries, top, cosine=False):
+    """Scores and numbers of each query's `top` best rows, best first: (q, top) float32 and int64.
+
+    embeddings: (n, D), may be memory-mapped
+    queries: (q, D)
+    top: all rows, if there are fewer
+    cosine: scores are cosines instead of products; a row of zeros has 0
+    """
+    queries = l2norm(queries) if cosine else queries
     best = Best(len(queries), min(top, len(embeddings)), queries)
     for start in range(0, len(embeddings), BLOCK_ROWS):
-        rows = embeddings[start:start + BLOCK_ROWS].t()
+        rows = embeddings[start : start + BLOCK_ROWS]
+        rows = (l2norm(rows) if cosine else rows).t()
         for first in range(0, len(queries), BLOCK_QUERIES):
             some = slice(first, first + BLOCK_QUERIES)
             best.update(some, torch.mm(queries[some], rows), 1, start)
@@ -54,62 +67,82 @@ def recall(found, wanted):
 
 
 def spread(rows, most):
-    """At most so many of the rows, evenly spread."""
+    """At most `most` of the rows, evenly spaced."""
     return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), dtype=torch.float64).long()]
 
 
 # FAISS ------------------------------------------------------------------------------------------
 
+
 def check_count(kind, n):
-    """Raise InputError where n rows are too few for a type of index."""
+    """Raise InputError if n rows are too few for a type of index."""
     if kind in (IVF, PQ) and n < CODES:
-        raise InputError(f"--index_type {kind} needs at least {CODES} photos to learn its codes from, and there are "
-                         f"{n}: take exact")
+        raise InputError(
+            f"--index_type {kind} needs at least {CODES} photos to learn its codes from, and there "
+            f"are {n}: take exact"
+        )
 
 
 def build(kind, embeddings, queries, path):
-    """Write FAISS's index of (n, D + 1) embeddings, of type `kind`.
+    """Write FAISS's index of (n, D + 1) embeddings, of type `kind`, into the file `path`.
 
-    queries: (q, D + 1) of the kind that it will be asked. So many lists are looked through that these find
-    WANTED_RECALL of their ten nearest. Raises InputError for too few rows, and where the file cannot be written.
+    Raises InputError for too few rows, or if the file cannot be written.
+
+    queries: (q, D + 1), like those that will be asked; as many lists are searched as these need to
+        find WANTED_RECALL of their ten nearest
     """
     import faiss
+
     n, width = embeddings.shape
     check_count(kind, n)
-    lists = 2**round(np.log2(LISTS * n**0.5))
+    lists = 2 ** round(np.log2(LISTS * n**0.5))
     sample = spread(embeddings, max(TRAINED_ON * lists, CODE_ROWS * (kind == PQ)))
     found = (_scalar if kind == IVF else _product)(faiss, sample.numpy(), width, lists)
     found.train(sample.numpy())
     for start in range(0, n, BLOCK_ROWS):
-        found.add(embeddings[start:start + BLOCK_ROWS].numpy())
+        found.add(embeddings[start : start + BLOCK_ROWS].numpy())
     _choose_probes(Approximate(found, embeddings), queries)
     try:
         faiss.write_index(found, path)
     except RuntimeError as error:
-        raise InputError(f"{path} could not be written ({_reason(error)}): free some space or name another folder"
-                         ) from error
+        raise InputError(
+            f"{path} could not be written ({_reason(error)}): free some space or name another "
+            "folder"
+        ) from error
 
 
 def _scalar(faiss, sample, width, lists):
     """An empty ivf_sq8."""
-    found = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(width), width, lists, faiss.ScalarQuantizer.QT_8bit,
-                                          faiss.METRIC_INNER_PRODUCT)
+    found = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(width),
+        width,
+        lists,
+        faiss.ScalarQuantizer.QT_8bit,
+        faiss.METRIC_INNER_PRODUCT,
+    )
     _set_rounds(found.cp)
     return found
 
 
 def _set_rounds(clustering):
-    """Set the rounds of a clustering, and that it takes few points without a warning for each centre's lack of them."""
+    """Set a clustering's rounds, and silence its warning about centres with few points."""
     clustering.niter, clustering.min_points_per_centroid = ITERATIONS, 1
 
 
 def _product(faiss, sample, width, lists):
-    """An empty opq_ivf_pq64: all numbers but the last are rotated into parts, the last one is a part, with zeros."""
+    """An empty opq_ivf_pq64. All numbers but the last are rotated into parts.
+
+    The last number, padded with zeros, is a part by itself.
+    """
     width -= 1
     parts = min(PARTS, width)
     each = width // parts
     rotation = faiss.OPQMatrix(width, parts, parts * each)
-    rotation.niter, rotation.niter_pq_0, rotation.max_train_points = ROTATION_ROUNDS, ITERATIONS, CODE_ROWS
+    rotation.niter, rotation.niter_pq_0, rotation.max_train_points = (
+        ROTATION_ROUNDS,
+        ITERATIONS,
+        CODE_ROWS,
+    )
     quantizer = faiss.ProductQuantizer(parts * each, parts, 8)
     _set_rounds(quantizer.cp)
     rotation.pq = quantizer
@@ -120,15 +153,16 @@ def _product(faiss, sample, width, lists):
     turned = faiss.LinearTransform(width + 1, len(matrix))
     faiss.copy_array_to_vector(matrix.ravel(), turned.A)
     turned.is_trained = True
-    inner = faiss.IndexIVFPQ(faiss.IndexFlatIP(len(matrix)), len(matrix), lists, parts + 1, 8,
-                             faiss.METRIC_INNER_PRODUCT)
+    inner = faiss.IndexIVFPQ(
+        faiss.IndexFlatIP(len(matrix)), len(matrix), lists, parts + 1, 8, faiss.METRIC_INNER_PRODUCT
+    )
     _set_rounds(inner.cp)
     _set_rounds(inner.pq.cp)
     return faiss.IndexPreTransform(turned, inner)
 
 
 def _choose_probes(found, queries):
-    """Set in how few lists, in powers of two, the queries find WANTED_RECALL of their ten nearest."""
+    """Set the fewest lists, a power of two, that find WANTED_RECALL of the queries' ten nearest."""
     wanted = exact(found.embeddings, queries, DEPTH)[1]
     probes = 1
     while probes < found.lists.nlist:
@@ -140,54 +174,72 @@ def _choose_probes(found, queries):
 
 
 class Approximate:
-    """FAISS's index of (n, D + 1) embeddings, which are looked at again for exact scores."""
+    """FAISS's index of (n, D + 1) embeddings, with exact scores from the embeddings."""
 
     def __init__(self, found, embeddings):
         import faiss
+
         self.faiss, self.embeddings = found, embeddings
         self.lists = faiss.downcast_index(faiss.extract_index_ivf(found))
 
     def search(self, queries, top):
-        """As `exact`; where what is looked through holds fewer, numbers of -1 with scores of minus infinity follow."""
+        """As `exact`. If the searched lists hold fewer than `top`, -1 with score -inf follows."""
         n, count = len(self.embeddings), max(AGAIN, top)
         probes = self.lists.nprobe
-        self.lists.nprobe = min(self.lists.nlist, max(probes, -(-2 * count * self.lists.nlist // n)))
+        self.lists.nprobe = min(
+            self.lists.nlist, max(probes, -(-2 * count * self.lists.nlist // n))
+        )
         numbers = torch.from_numpy(self.faiss.search(queries.numpy(), min(count, n))[1])
         self.lists.nprobe = probes
-        found = [self._again(*pair, min(top, n)) for pair in zip(queries.split(AGAIN_QUERIES),
-                                                                 numbers.split(AGAIN_QUERIES))]
+        found = [
+            self._again(*pair, min(top, n))
+            for pair in zip(queries.split(AGAIN_QUERIES), numbers.split(AGAIN_QUERIES))
+        ]
         return tuple(torch.cat(parts) for parts in zip(*found))
 
     def _again(self, queries, numbers, top):
         """The best of the rows `numbers` (q, count) by their exact scores."""
         rows = self.embeddings[numbers.clamp(min=0).flatten()].unflatten(0, numbers.shape)
-        scores = torch.bmm(rows, queries.unsqueeze(2)).squeeze(2).masked_fill_(numbers < 0, -torch.inf)
+        scores = (
+            torch.bmm(rows, queries.unsqueeze(2)).squeeze(2).masked_fill_(numbers < 0, -torch.inf)
+        )
         scores, places = scores.topk(top, 1)
         return scores, numbers.gather(1, places)
 
 
 def read(kind, path, embeddings):
-    """The search, a function like `exact` of queries and top alone, of the index of type `kind` of such embeddings.
+    """The search function of an index: `exact` with only queries and top as arguments.
 
-    FAISS's stay in their file where it can leave them there. Raises InputError where the file is torn, or another's.
+    FAISS's indexes are memory-mapped if they can be.
+    Raises InputError if the file is damaged or does not belong to these embeddings.
     """
     if kind == EXACT:
         return partial(exact, embeddings)
     import faiss
+
     check_regular(path)
     try:
-        found = Approximate(faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY), embeddings)
+        found = Approximate(
+            faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY), embeddings
+        )
     except RuntimeError as error:
-        raise InputError(f"{path} is not a whole FAISS index ({_reason(error)}): make it again with --rebuild_index"
-                         ) from error
+        raise InputError(
+            f"{path} is not a whole FAISS index ({_reason(error)}): make it again with "
+            "--rebuild_index"
+        ) from error
     own = faiss.IndexIVFScalarQuantizer if kind == IVF else faiss.IndexIVFPQ
-    if not isinstance(found.lists, own) or found.faiss.metric_type != faiss.METRIC_INNER_PRODUCT or (
-            found.faiss.ntotal, found.faiss.d) != tuple(embeddings.shape):
-        raise InputError(f"{path} is not the {kind} index of this gallery: make it again with --rebuild_index")
+    if (
+        not isinstance(found.lists, own)
+        or found.faiss.metric_type != faiss.METRIC_INNER_PRODUCT
+        or (found.faiss.ntotal, found.faiss.d) != tuple(embeddings.shape)
+    ):
+        raise InputError(
+            f"{path} is not the {kind} index of this gallery: make it again with --rebuild_index"
+        )
     return found.search
 
 
 def _reason(error):
-    """FAISS's error without its own source's places."""
+    """FAISS's error without the places in its source."""
     lines = str(error).splitlines()
     return lines[-1] if lines else type(error).__name__

@@ -1,13 +1,13 @@
-"""Draws the sample data set, so that `python train.py` has something to train on before any download.
+"""Draw the sample data set, so that `python3 train.py` has something to train on at once.
 
-Small pictures of coloured things on a ground, each with five captions that tell a part of it. The paper has
-nothing like it: recalls on it show that training works, not what HAL reaches on photographs.
+It consists of small pictures of coloured things on a ground, each with five captions that describe
+a part of it. It is not in the paper: recalls on it show that training works, not what HAL reaches
+on photographs.
 
-    python sample_data.py --data_path data
-
-writes `data/sample_precomp/` (features and captions, laid out like `coco_precomp`) and `data/sample/` (fewer,
-raw images and Karpathy's JSON, laid out like `f8k`). The seed alone decides what is drawn: every random draw
-comes from one `random.Random`, and pixels and features are computed so that machines agree to the bit.
+`draw("data")` writes `data/sample_precomp/` (features and captions, laid out like `coco_precomp`)
+and `data/sample/` (fewer pictures with Karpathy's JSON, laid out like `f8k`). The seed alone
+decides what is drawn: all random draws come from one `random.Random`, and pixels and features are
+computed such that they are identical on every machine.
 """
 
 import hashlib
@@ -24,24 +24,24 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from errors import ArgumentParser, InputError, number, run_script
+from runtime.errors import InputError
 
 SEED = 2020
 SPLIT_IMAGES = {"train": 500, "dev": 200, "test": 200}
-RAW_IMAGES = {"train": 60, "dev": 20, "test": 20}  # the first so many of each split
+RAW_IMAGES = {"train": 60, "dev": 20, "test": 20}  # the first of each split
 KARPATHY_SPLITS = {"train": "train", "dev": "val", "test": "test"}
-
 GRID = 3  # a picture has GRID x GRID cells, each with room for one thing
 CELL = 32  # pixels
 SIDE = GRID * CELL
-SHAPE_SIDE = 24  # the square that shapes are given in, in units of their own
-LEVELS = 3  # that features tell apart in a colour channel
+SHAPE_SIDE = 24  # shapes are defined in a square of this side
+LEVELS = 3  # of a colour channel that features distinguish
 COLOURS = LEVELS**3
-LEAST_DEVIATION = 3  # a part of the description that varies less over the training split is no feature
-MOST_DEVIATIONS = 3  # features are clipped there, lest rare ones drown the rest
+# A part of the description that varies less over the training split is no feature.
+LEAST_DEVIATION = 3
+MOST_DEVIATIONS = 3  # features are clipped there, or rare ones would dominate
 
-# What a thing is, another name for it, and the parts of its shape: outlines as corner points x,y and discs as
-# x,y,radius. Where two parts overlap there is a hole.
+# What a thing is, another name for it, and the parts of its shape: outlines as corner points x,y
+# and discs as x,y,radius. Where two parts overlap there is a hole.
 KINDS = {
     "arrow": ("arrow", "0,8 13,8 13,1 24,12 13,23 13,16 0,16"),
     "ball": ("round ball", "12,12,12"),
@@ -57,6 +57,7 @@ KINDS = {
     "tree": ("fir tree", "12,0 18,8 15,8 22,18 14,18 14,24 10,24 10,18 2,18 9,8 6,8"),
 }
 PLURALS = {"box": "boxes", "fish": "fish"}  # the others end in s
+
 PAINTS = {  # red, green, blue, and the words for it
     "red": ((213, 42, 42), ("red", "red", "bright red")),
     "orange": ((235, 128, 30), ("orange",)),
@@ -70,6 +71,7 @@ PAINTS = {  # red, green, blue, and the words for it
     "brown": ((120, 65, 30), ("brown",)),
 }
 PAINT_SHADES = 12  # a group's paint is lighter or darker by up to this much
+
 SIZES = {  # pixels, and the words for it
     "small": (14, ("small", "little", "tiny")),
     "medium": (20, ("",)),
@@ -82,7 +84,7 @@ class Ground(NamedTuple):
     mark_colour: tuple
     mark_size: tuple  # height and width in pixels
     marks: int  # how many are strewn over it
-    hides: tuple  # paints that could not be told from it
+    hides: tuple  # paints too similar to it
     settings: tuple  # phrases: what it is
     on: tuple  # phrases: where things on it are
 
@@ -99,7 +101,8 @@ GROUNDS = {
     "snow": Ground((232, 238, 244), (150, 190, 215), (2, 2), 30, ("white",),
                    ("a snowy field", "a winter scene"), ("in the snow", "on the snow")),
     "floor": Ground((165, 115, 60), (110, 70, 30), (1, SIDE), 9, ("brown", "orange"),
-                    ("a wooden floor", "a floor of bare planks"), ("on the floor", "on the planks")),
+                    ("a wooden floor", "a floor of bare planks"),
+                    ("on the floor", "on the planks")),
     "street": Ground((128, 128, 128), (225, 225, 225), (2, 12), 12, ("white",),
                      ("a grey street", "a long road"), ("on the street", "on the road")),
     "wall": Ground((210, 190, 180), (150, 60, 50), (4, 10), 110, ("red", "brown", "white"),
@@ -117,6 +120,7 @@ CELL_PLACES = {  # (row, column) of a single thing
     (2, 1): ("at the bottom", "near the bottom edge"),
     (2, 2): ("in the lower right", "at the bottom right"),
 }
+
 LINE_PLACES = {  # cells of three things in a line
     ((0, 0), (0, 1), (0, 2)): ("in a row at the top", "along the top"),
     ((1, 0), (1, 1), (1, 2)): ("in a row in the middle", "side by side in the middle"),
@@ -143,9 +147,11 @@ PATTERNS = {
              "{number} {noun}. They're {colour}."),
     "alone": ("Nothing but {thing} {on}.", "{setting}, empty except for {thing}.",
               "{thing} and nothing else.", "{thing} {place}, nothing more."),
-    "together": ("{thing} {relation} {other}.", "{thing} and {other} {on}.", "{thing}, and {other} too.",
+    "together": ("{thing} {relation} {other}.", "{thing} and {other} {on}.",
+                 "{thing}, and {other} too.",
                  "The {colour} {noun} {are} {relation} {other}."),
-    "ground": ("{setting}. {something} {are} {place}.", "It's {setting}, and the {noun} {are} {colour}.",
+    "ground": ("{setting}. {something} {are} {place}.",
+               "It's {setting}, and the {noun} {are} {colour}.",
                "{something} {on}.", "Don't miss the {noun} {on}."),
 }  # fmt: skip
 
@@ -173,6 +179,7 @@ class Example(NamedTuple):
 
 
 def draw_scene(rng):
+    """Draw a Scene of one to four groups of different kinds and paints."""
     ground = rng.choice(list(GROUNDS))
     count = rng.choice((1, 1, 1, 2, 2, 2, 2, 3, 3, 4))
     kinds = rng.sample(list(KINDS), count)
@@ -187,7 +194,7 @@ def draw_scene(rng):
 
 
 def draw_cells(free, spare, rng):
-    """Cells for a group, and phrases for where they are. Of the free cells, at least `spare` stay free."""
+    """Draw cells for a group, with phrases for where they are; `spare` free cells stay free."""
     lines = [line for line in LINE_PLACES if set(line) <= set(free)]
     most = min(len(NUMBERS) - 1, len(free) - spare)
     arrangement = rng.choice(("single", "single", "line", "scattered"))
@@ -203,12 +210,15 @@ def draw_cells(free, spare, rng):
 
 @cache
 def stencil(kind, side):
-    """(side, side) bool: the pixels whose centres lie in the shape, by the even-odd rule."""
-    centres = (2 * np.arange(side) + 1) * SHAPE_SIDE  # in units that also make corner points integers
+    """The pixels whose centres lie in the shape, by the even-odd rule: (side, side) bool."""
+    # In units in which corner points are integers as well.
+    centres = (2 * np.arange(side) + 1) * SHAPE_SIDE
     x, y = centres[None, :], centres[:, None]
     inside = np.zeros((side, side), bool)
     for part in KINDS[kind][1].split(";"):
-        points = [tuple(2 * side * int(number) for number in point.split(",")) for point in part.split()]
+        points = [
+            tuple(2 * side * int(number) for number in point.split(",")) for point in part.split()
+        ]
         if len(points) == 1:
             disc_x, disc_y, radius = points[0]
             inside ^= (x - disc_x) ** 2 + (y - disc_y) ** 2 <= radius**2
@@ -220,7 +230,7 @@ def stencil(kind, side):
 
 
 def paint_scene(scene, rng):
-    """(SIDE, SIDE, 3) uint8 pixels."""
+    """The scene's pixels, (SIDE, SIDE, 3) uint8."""
     ground = GROUNDS[scene.ground]
     pixels = np.empty((SIDE, SIDE, 3), np.uint8)
     pixels[:] = ground.colour
@@ -244,7 +254,7 @@ def noun(group, rng):
 
 
 def describe(group, rng):
-    """Such as "a large red star", "two stars" or "some tiny boxes"."""
+    """A phrase such as "a large red star", "two stars" or "some tiny boxes"."""
     count = len(group.cells)
     size = rng.choice(SIZES[group.size][1]) if rng.random() < TELLS_SIZE else ""
     colour = rng.choice(PAINTS[group.paint][1]) if rng.random() < TELLS_COLOUR else ""
@@ -271,7 +281,7 @@ def relation(group, other, rng):
 
 
 def phrases(group, scene, rng):
-    """What the fields of PATTERNS stand for in one caption, which is mostly about the group."""
+    """The fields of PATTERNS for one caption, which is mostly about the group."""
     colour = rng.choice(PAINTS[group.paint][1])
     several = len(group.cells) > 1
     fields = {
@@ -312,28 +322,38 @@ def write_captions(scene, rng):
 
 
 def draw_examples(seed):
-    """Every example of every split. No two have the same kinds, paints and numbers on the same ground."""
+    """Draw all examples of all splits.
+
+    No two have the same kinds, paints and numbers on the same ground.
+    """
     rng = random.Random(seed)
     examples, gists = [], set()
     for split, images in SPLIT_IMAGES.items():
         for _ in range(images):
             while True:
                 scene = draw_scene(rng)
-                gist = scene.ground, frozenset((g.kind, g.paint, len(g.cells)) for g in scene.groups)
+                gist = (
+                    scene.ground,
+                    frozenset((g.kind, g.paint, len(g.cells)) for g in scene.groups),
+                )
                 if gist not in gists:
                     break
             gists.add(gist)
             filename = f"sample_{len(examples):04d}.png"
-            examples.append(Example(split, filename, paint_scene(scene, rng), write_captions(scene, rng)))
+            examples.append(
+                Example(split, filename, paint_scene(scene, rng), write_captions(scene, rng))
+            )
     return examples
 
 
 def describe_pixels(pixels):
-    """(GRID * GRID * COLOURS + COLOURS * 14,) integers: where the colours are, and the shapes they have.
+    """Integers that describe where a picture's colours are, and what shapes they have.
 
-    pixels: (SIDE, SIDE, 3) uint8. First, for each cell and colour, the square root of the colour's area, in
-    hundredths. Then, for each colour, how its edge divides into the 14 ways in which a patch of two by two
-    pixels can have it in part, in thousandths: lines, slopes and corners, from which shapes can be told.
+    pixels: (SIDE, SIDE, 3) uint8; returns (GRID * GRID * COLOURS + COLOURS * 14,).
+
+    First, for each cell and colour, the square root of the colour's area, in hundredths. Then, for
+    each colour, how its edge divides into the 14 ways in which a colour can partly fill a patch of
+    two by two pixels, in thousandths: lines, slopes and corners, which differ between shapes.
     """
     red, green, blue = np.moveaxis(pixels.astype(np.int64) * LEVELS // 256, 2, 0)
     colours = (red * LEVELS + green) * LEVELS + blue
@@ -344,17 +364,20 @@ def describe_pixels(pixels):
     index = np.arange(COLOURS)[:, None, None]
     has = (colours == index).astype(np.int16)  # (COLOURS, SIDE, SIDE)
     patches = has[:, :-1, :-1] + 2 * has[:, :-1, 1:] + 4 * has[:, 1:, :-1] + 8 * has[:, 1:, 1:]
-    counts = np.bincount((16 * index + patches).ravel(), minlength=16 * COLOURS).reshape(COLOURS, 16)
+    counts = np.bincount((16 * index + patches).ravel(), minlength=16 * COLOURS).reshape(
+        COLOURS, 16
+    )
     edges = counts[:, 1:15]  # patches without the colour, and full of it, are left out
     shares = 1000 * edges // np.maximum(edges.sum(axis=1, keepdims=True), 1)
     return np.concatenate([np.rint(100 * np.sqrt(areas)).astype(np.int64), shares.ravel()])
 
 
 def compute_features(examples):
-    """(n_examples, width) float32, rows of length one: descriptions, standardised over the training split; and by what.
+    """Features (n_examples, width) float32, rows of length one, and the `standard` behind them.
 
-    Uncentred, all pictures would look alike to a new model, and HAL does not draw a pair together whose
-    similarity is negative. Sums are taken over integers only, so that their order does not matter.
+    They are descriptions, standardised over the training split. Without centring, all pictures
+    would look alike to a new model, and HAL does not pull together a pair whose similarity is
+    negative. Only integers are summed, so the order of the sums does not matter.
     """
     descriptions = np.stack([describe_pixels(example.pixels) for example in examples])
     own = standard(descriptions[[example.split == "train" for example in examples]])
@@ -362,13 +385,16 @@ def compute_features(examples):
 
 
 def standard(descriptions):
-    """The centre and the deviation, (width,) each, of the training split's descriptions (n, width)."""
+    """The centre and deviation, (width,) each, of the training split's descriptions (n, width)."""
     centre = descriptions.sum(axis=0) // len(descriptions)
     return centre, np.sqrt(((descriptions - centre) ** 2).sum(axis=0) / len(descriptions))
 
 
 def standardise(descriptions, standard):
-    """Descriptions (n, width) -> features (n, width of what varies) float32, rows of length one."""
+    """Features, float32 with rows of length one, from descriptions (n, width).
+
+    Parts of the description that hardly vary are left out.
+    """
     centre, deviation = standard
     varies = deviation > LEAST_DEVIATION
     # in hundredths of a deviation
@@ -378,12 +404,26 @@ def standardise(descriptions, standard):
 
 
 def describe_features(standard):
-    """What features.json (see `features`) says of features that were standardised by `standard`."""
+    """The features.json (see features/description.py) of features standardised by `standard`."""
     digest = hashlib.sha256(b"".join(part.tobytes() for part in standard)).hexdigest()
-    return {"format": 1, "encoder": "sample", "weights": "none", "weights_sha256": digest, "pooling": "pooled",
-            "regions": None, "normalised": False, "resize": SIDE, "size": SIDE, "interpolation": "bicubic",
-            "mean": [], "std": [], "width": int((standard[1] > LEAST_DEVIATION).sum()),
-            "versions": {package: importlib.metadata.version(package) for package in ("numpy", "pillow")}}
+    return {
+        "format": 1,
+        "encoder": "sample",
+        "weights": "none",
+        "weights_sha256": digest,
+        "pooling": "pooled",
+        "regions": None,
+        "normalised": False,
+        "resize": SIDE,
+        "size": SIDE,
+        "interpolation": "bicubic",
+        "mean": [],
+        "std": [],
+        "width": int((standard[1] > LEAST_DEVIATION).sum()),
+        "versions": {
+            package: importlib.metadata.version(package) for package in ("numpy", "pillow")
+        },
+    }
 
 
 def save_images(folder, examples):
@@ -393,7 +433,7 @@ def save_images(folder, examples):
 
 
 def write_precomp(folder, examples):
-    """The pictures, what made their features and, for each split, features, captions and file names."""
+    """Write pictures, features.json and, for each split, features, captions and file names."""
     save_images(folder, examples)
     features, own = compute_features(examples)
     description = {**describe_features(own), "dtype": str(features.dtype), "amp": "off"}
@@ -411,8 +451,10 @@ def write_lines(path, lines):
 
 
 def write_raw(folder, examples):
-    """A few of the pictures, and their captions as Karpathy's JSON has them."""
-    splits = {split: [example for example in examples if example.split == split] for split in RAW_IMAGES}
+    """Write a few of the pictures, with their captions in Karpathy's JSON."""
+    splits = {
+        split: [example for example in examples if example.split == split] for split in RAW_IMAGES
+    }
     chosen = [example for split, images in RAW_IMAGES.items() for example in splits[split][:images]]
     save_images(folder, chosen)
     images, sentence_ids = [], itertools.count()
@@ -423,30 +465,36 @@ def write_raw(folder, examples):
             for caption in example.captions
         ]  # fmt: skip
         images.append({
-            "filename": example.filename, "split": KARPATHY_SPLITS[example.split], "imgid": image_id,
+            "filename": example.filename, "split": KARPATHY_SPLITS[example.split],
+            "imgid": image_id,
             "sentids": [sentence["sentid"] for sentence in sentences], "sentences": sentences,
         })  # fmt: skip
-    write_lines(folder / "dataset_sample.json", [json.dumps({"dataset": "sample", "images": images})])
+    write_lines(
+        folder / "dataset_sample.json", [json.dumps({"dataset": "sample", "images": images})]
+    )
 
 
 WRITERS = {"sample_precomp": write_precomp, "sample": write_raw}
 
 
 def draw(data_path, seed=SEED):
-    """Draws into data_path those folders of WRITERS that are not there; returns their paths.
+    """Draw those folders of WRITERS that data_path lacks; return their paths.
 
-    Each appears whole or not at all: it is written to a scratch folder beside its place and then moved.
-    Raises InputError where data_path cannot be written.
+    Each appears whole or not at all: it is written to a scratch folder beside it and then moved.
+    Raises InputError if data_path cannot be written.
     """
     try:
         return draw_missing(Path(data_path), seed)
     except OSError as error:
-        raise InputError(f"the sample data cannot be drawn into --data_path {data_path} ({error.strerror or error}): "
-                         "name a folder that can be written and has a few megabytes of space") from error
+        raise InputError(
+            f"the sample data cannot be drawn into --data_path {data_path} "
+            f"({error.strerror or error}): name a writable folder with a few megabytes of free "
+            "space"
+        ) from error
 
 
 def draw_missing(data_path, seed):
-    """As `draw`; raises OSError."""
+    """As `draw`, but raises OSError."""
     missing = [name for name in WRITERS if not (data_path / name).exists()]
     if not missing:
         return []
@@ -460,25 +508,7 @@ def draw_missing(data_path, seed):
             try:
                 folder.rename(data_path / name)
             except OSError:
-                if not (data_path / name).is_dir():  # if it is, another process was faster: drop ours
+                # If it exists, another process was faster: drop ours.
+                if not (data_path / name).is_dir():
                     raise
     return [data_path / name for name in missing]
-
-
-def parse_args(argv=None):
-    parser = ArgumentParser("Draw the sample data set, unless it is there.")
-    parser.add_argument("--data_path", default="data", help="folder that gets sample_precomp/ and sample/")
-    parser.add_argument("--seed", default=SEED, type=number(int, 0), help="other seeds draw other pictures")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    drawn = draw(args.data_path, seed=args.seed)
-    for name in WRITERS:
-        path = Path(args.data_path) / name
-        print(f"{path}: {'drawn' if path in drawn else 'was there already, left alone'}")
-
-
-if __name__ == "__main__":
-    run_script(main)

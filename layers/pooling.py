@@ -1,9 +1,12 @@
-"""Regions or words -> one vector: mean, max, k-max, and the generalized pooling of VSE-infinity.
+"""Pool regions or words into one vector: mean, max, k-max, or VSE-infinity's learned pooling.
 
-Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021, section 3. Features
-are (B, K, D), of which item b has the first lengths[b] rows; what stands behind them never matters. lengths (B,)
-are whole numbers from 1 to K, on the CPU, or where the features are: on a GPU nothing waits to look at them,
-so that they are not checked there, and nothing is cut to the longest.
+Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021,
+section 3.
+
+Everywhere here features are (B, K, D) and lengths (B,): item b has the first lengths[b] rows, and
+the rows behind them never influence the result. lengths are integers from 1 to K, on the CPU or
+on the features' device. On a GPU they are neither checked nor used to cut the features to the
+longest item, because reading them would make the CPU wait for the GPU.
 """
 
 import math
@@ -12,54 +15,36 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from device import to_device
+from runtime.device import to_device
 
-K_LARGEST = 5  # values of each feature that k-max pooling takes the mean of
+K_LARGEST = 5  # k-max pooling averages this many values of each feature
 TEMPERATURE = 0.1  # of GPO's softmax
 
 
 def region_lengths(images):
-    """(B, K, D) regions -> (B,) their number, on the images' device: zero rows at the end are padding.
+    """Count each image's regions: (B, K, D) -> (B,) on the same device.
 
-    An image of nothing but zeros counts as one region, of zeros.
+    Zero rows at the end are padding. An image of zeros only counts as one region.
     """
     places = torch.arange(1, images.shape[1] + 1, device=images.device)
     return (images.any(2) * places).amax(1).clamp(min=1)
 
 
-def kept_regions(lengths, rate, draws):
-    """Which regions `drop_regions` keeps: (B, K) bool."""
-    draws = draws.masked_fill(torch.arange(draws.shape[1]) >= lengths.unsqueeze(1), -1)
-    return (draws >= rate) | (draws == draws.amax(1, keepdim=True))
-
-
-def drop_regions(images, lengths, rate, draws):
-    """Size augmentation: (B, K, D) regions -> (B, K', D), each region left out with probability `rate`.
-
-    The order is kept, and at least one region of each image; images are padded with zero rows to the longest.
-    lengths: (B,) regions of each image; draws: (B, K) uniform in [0, 1); both on the CPU, so that no GPU is waited for.
-    (VSE-infinity's; its own draws are NumPy's, so that any others agree with it in distribution only.)
-    """
-    kept, places = kept_regions(lengths, rate, draws), torch.arange(images.shape[1])
-    left = kept.sum(1, keepdim=True)
-    order = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :int(left.max())]
-    item, order, gone = (to_device(x, images.device) for x in (
-        torch.arange(len(images)).unsqueeze(1), order, (places[:order.shape[1]] >= left).unsqueeze(2)))
-    return images[item, order].masked_fill_(gone, 0)
-
-
 def mean_pool(features, lengths):
-    """(B, K, D), (B,) -> (B, D), the mean over each item's rows."""
+    """The mean over each item's rows: (B, K, D), (B,) -> (B, D)."""
     return _rows(features, lengths, 0).sum(1) / to_device(lengths.unsqueeze(1), features.device)
 
 
 def max_pool(features, lengths):
-    """(B, K, D), (B,) -> (B, D), the largest value of each feature; ties share its gradient."""
+    """The largest value of each feature: (B, K, D), (B,) -> (B, D). Ties share the gradient."""
     return _rows(features, lengths, -math.inf).amax(1)
 
 
 def kmax_pool(features, lengths, k=K_LARGEST):
-    """(B, K, D), (B,) -> (B, D), the mean of the k largest values of each feature (of all, where there are fewer)."""
+    """The mean of the k largest values of each feature: (B, K, D), (B,) -> (B, D).
+
+    Items with fewer than k rows: the mean of all of them.
+    """
     rows = _rows(features, lengths, -math.inf)
     return mean_pool(rows.topk(min(k, rows.shape[1]), dim=1).values, lengths.clamp(max=k))
 
@@ -68,12 +53,17 @@ POOLINGS = {"mean": mean_pool, "max": max_pool, "kmax": kmax_pool}
 
 
 def _rows(features, lengths, filler):
-    """The features up to the longest item's last row, with `filler` behind each item's own. Raises ValueError."""
+    """Overwrite the rows behind each item's own with `filler`; on the CPU also cut to the longest.
+
+    Raises ValueError for lengths below 1 or above K.
+    """
     if lengths.device.type == "cpu":
         shortest, longest = int(lengths.min()), int(lengths.max())
         if not 1 <= shortest <= longest <= features.shape[1]:
-            raise ValueError(f"lengths go from {shortest} to {longest}: each item must have from 1 to "
-                             f"{features.shape[1]} rows")
+            raise ValueError(
+                f"lengths go from {shortest} to {longest}: each item must have from 1 to "
+                f"{features.shape[1]} rows"
+            )
         features = features[:, :longest]
         if shortest == longest:
             return features
@@ -82,22 +72,25 @@ def _rows(features, lengths, filler):
 
 
 def positional_encoding(n, width):
-    """(n, width) float32: sin(p w_i) at 2i and cos(p w_i) at 2i + 1 of row p, with w_i = exp(-2i ln(10000) / width)."""
+    """Sines and cosines of the positions, (n, width) float32.
+
+    Row p has sin(p w_i) in column 2i and cos(p w_i) in column 2i + 1; w_i = 10000 ** (-2i / width).
+    """
     frequencies = torch.exp(torch.arange(0, width, 2).float() * -(math.log(10000) / width))
     angles = torch.arange(n).float().unsqueeze(1) * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
 
 
 class GPO(nn.Module):
-    """Generalized pooling: a learned weight for the largest value of each feature, for the second largest, ...
+    """Generalized pooling: learned weights for each feature's largest value, second largest, ...
 
-    pooled_d = sum_p theta_p * (p-th largest of feature d), theta = softmax(v . u / 0.1), u = mean of both directions of
-    a GRU over the positions' encoding: theta depends on the number of rows alone. State names and draws are those of
-    the released code.
+    pooled_d = sum_p theta_p * (p-th largest value of feature d) with theta = softmax(v . u / 0.1),
+    where u is the mean of both directions of a GRU over the encoded positions. So theta depends
+    only on the number of rows. State names and initial draws match the released code.
     """
 
     def __init__(self, d_pe, d_hidden):
-        """d_pe: width of the positional encoding, even; d_hidden: of the GRU, each way."""
+        """d_pe: width of the positional encoding, even; d_hidden: of the GRU in each direction."""
         super().__init__()
         if d_pe % 2:
             raise ValueError(f"d_pe is {d_pe}: the encoding's sines and cosines need an even width")
@@ -105,16 +98,17 @@ class GPO(nn.Module):
         self.linear = nn.Linear(d_hidden, 1, bias=False)
 
     def forward(self, features, lengths):
-        """(B, K, D), (B,) -> pooled (B, D), and the pool weights theta (B, longest, 1), 0 past each length."""
-        lengths = torch.as_tensor(lengths).long()  # the family hands floats over
+        """Return the pooled vectors (B, D) and theta (B, longest, 1), 0 past each length."""
+        lengths = torch.as_tensor(lengths).long()  # VSE++ code passes floats
         rows = _rows(features, lengths, -math.inf)
         weights = self.pool_weights(lengths, rows.shape[1])
         ranked = rows.transpose(1, 2).contiguous().sort(dim=2, descending=True).values
-        ranked = _rows(ranked.transpose(1, 2), lengths, 0)  # -inf has done its work, and times 0 would be NaN
+        # The -inf that sorted padding to the end becomes 0: times a weight of 0 it would give NaN.
+        ranked = _rows(ranked.transpose(1, 2), lengths, 0)
         return (ranked.transpose(1, 2) @ weights.to(ranked.dtype)).squeeze(2), weights
 
     def pool_weights(self, lengths, longest):
-        """(B,) lengths -> theta (B, longest, 1): one run of the GRU for each distinct length."""
+        """theta (B, longest, 1) for lengths (B,); the GRU runs once per distinct length."""
         if lengths.device.type == "cpu":
             distinct, row_of = torch.unique(lengths, return_inverse=True)
         else:
@@ -122,7 +116,9 @@ class GPO(nn.Module):
         device, dtype = self.linear.weight.device, self.linear.weight.dtype
         table = to_device(positional_encoding(longest, self.gru.input_size).to(dtype), device)
         distinct = distinct.flip(0)  # packed longest first
-        packed = pack_padded_sequence(table.expand(len(distinct), -1, -1), distinct, batch_first=True)
+        packed = pack_padded_sequence(
+            table.expand(len(distinct), -1, -1), distinct, batch_first=True
+        )
         states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
         ahead, back = states.chunk(2, dim=2)
         scores = self.linear((ahead + back) / 2) / TEMPERATURE

@@ -1,79 +1,98 @@
-"""An evaluation as one HTML page: recalls with intervals, hubs before and after correction, examples.
+"""An evaluation as one HTML page: recalls with intervals, hubs before and after, examples.
 
-    python3 compute_results.py --model_path runs/runX/model_best.pth.tar --data_path data --report report
+    python3 compute_results.py --model_path runs/runX/model_best.pth.tar --report report
 
-The page needs no other file and no network: style, plots and photos are inside. In image to text ("i2t") images are
-the queries and captions the targets, in text to image ("t2i") the other way round. The layout is templates/report.html;
-here is what it shows. Captions and file names are other people's text: Jinja2 escapes whatever it puts into a page.
+The page needs no other file and no network: it contains style, plots and photos. In image to text
+("i2t") images are the queries and captions the targets; in text to image ("t2i") it is the other
+way round. templates/report.html is the layout; this module computes what it shows.
+
+Captions and file names are other people's text, so Jinja2 escapes everything it puts into a page.
 """
 
 import base64
 import io
 import os
 import sys
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-import intervals
-from corrections import in_words
-from data import image_names
-from errors import InputError, replacing
-from hubness import DEPTHS, occurrences
-from images import thumbnail
+from inputs.decoding import thumbnail
+from pages.template import template
+from retrieval import intervals
+from retrieval.corrections import in_words
+from retrieval.hubness import DEPTHS, occurrences
+from runtime.errors import InputError
+from runtime.files import replacing
 
 RESAMPLES, SEED = 1000, 0
-NEGATIVES = 100_000  # wrong pairs whose similarities are drawn, at most
+NEGATIVES = 100_000  # most wrong pairs whose similarities are plotted
 PAIR_BLOCK = 4096  # pairs compared at a time
-HUBS = WINNINGS = 5  # hubs shown in each direction, and of the queries that each wrongly wins
-EXAMPLES, RETRIEVED = 4, 3  # right and wrong queries shown in each direction, and the items shown of each
+HUBS = WINNINGS = 5  # hubs shown in each direction, and queries shown that each wrongly wins
+EXAMPLES, RETRIEVED = 4, 3  # right, and wrong, queries shown in each direction; items for each
 THUMBNAIL = 160  # pixels
 SIDES = {"i2t": ("image", "caption"), "t2i": ("caption", "image")}  # query, target
-TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 
 
 def write_report(options, split, result, hubs, words, outcome):
     """Write <options.report>/report.html.
 
-    result: an Evaluation of one fold with 10 items a query; hubs: its hubness both ways; words: what the corrections'
-    bank is; outcome: {method: its parameters, rankings, metrics, hubness}, empty without a correction.
-    Raises InputError where options.images does not fit the data, or the page cannot be written.
+    Raises InputError if options.images does not fit the data, or the page cannot be written.
+
+    result: an Evaluation of one fold with 10 items per query
+    hubs, words: its hubness both ways, and the corrections' bank in words
+    outcome: {method: its parameters, rankings, metrics, hubness}; empty without a correction
     """
-    rows = {"none": {"parameters": {"i2t": {}, "t2i": {}}, "rankings": result.rankings, "metrics": result.metrics,
-                     "hubness": hubs}, **outcome}
+    plain = {
+        "parameters": {"i2t": {}, "t2i": {}},
+        "rankings": result.rankings,
+        "metrics": result.metrics,
+        "hubness": hubs,
+    }
+    rows = {"none": plain, **outcome}
     best = max(outcome, key=lambda name: outcome[name]["metrics"].rsum, default=None)
     opt, rankings = result.checkpoint.opt, on_cpu(result.rankings[0])
     counts = {"without correction": as_arrays(occurrences(rankings))}
     if best:
         counts[f"with {best}"] = as_arrays(occurrences(outcome[best]["rankings"][0]))
-    image_of = result.dataset.image_of.numpy()
-    own, wrong = pair_similarities(result.checkpoint.similarities(result.images, result.captions), image_of)
-    names, files = find_photos(options.images, split, opt, result.dataset)
-    if options.images is not None and not all(files):
-        print(f"note: {len(files) - files.count(None)} of {len(files)} photos are in {options.images}; the others' "
-              "names are shown", file=sys.stderr)
-    items, measure = Items(result.dataset.captions, image_of, names, files), measure_of(opt)
+    items, measure = items_of(options, split, result), measure_of(opt)
+    source = result.checkpoint.similarities(result.images, result.captions)
+    own, wrong = pair_similarities(source, items.image_of)
     page = template("report.html").render(
-        data=opt.data_name, split=split, facts=facts(options, split, result, words, measure), sides=SIDES,
-        depths=DEPTHS, transductive=words.startswith("transductive"), recalls=recalls(rows, image_of),
-        resamples=RESAMPLES, seed=SEED, best=best, hubness=hubness_lines(rows),
-        plots=plots(counts, own, wrong, measure), items=items, hubs=worst_hubs(items, rankings, counts),
-        examples=examples(items, rankings, own), n_examples=EXAMPLES)
-    # What UTF-8 cannot write, such as half of a surrogate pair in a caption, is shown as an escape.
-    with replacing(os.path.join(options.report, "report.html"), "w", encoding="utf-8",
-                   errors="backslashreplace") as file:
-        file.write(page)
+        data=opt.data_name,
+        split=split,
+        facts=facts(options, split, result, words, measure),
+        sides=SIDES,
+        depths=DEPTHS,
+        transductive=words.startswith("transductive"),
+        recalls=recalls(rows, items.image_of),
+        resamples=RESAMPLES,
+        seed=SEED,
+        best=best,
+        hubness=hubness_lines(rows),
+        plots=[*hub_plots(counts), similarity_plot(own, wrong, measure)],
+        items=items,
+        hubs=worst_hubs(items, rankings, counts),
+        examples=examples(items, rankings, own),
+        n_examples=EXAMPLES,
+    )
+    # What UTF-8 cannot encode, such as half of a surrogate pair in a caption, becomes an escape.
+    with replacing(os.path.join(options.report, "report.html")) as file:
+        file.write(page.encode("utf-8", "backslashreplace"))
 
 
-@cache
-def template(name):
-    """A page's Jinja2 template. What is put into it gets escaped, and what it lacks is an error."""
-    pages = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-                        trim_blocks=True, lstrip_blocks=True)
-    return pages.get_template(name)
+def items_of(options, split, result):
+    """The Items of an Evaluation; prints a note if photos are missing in options.images."""
+    names, files = find_photos(options.images, split, result.checkpoint.opt, result.dataset)
+    if options.images is not None and not all(files):
+        print(
+            f"note: {len(files) - files.count(None)} of {len(files)} photos are in "
+            f"{options.images}; the others' names are shown",
+            file=sys.stderr,
+        )
+    return Items(result.dataset.captions, result.dataset.image_of.numpy(), names, files)
 
 
 def on_cpu(rankings):
@@ -83,8 +102,9 @@ def on_cpu(rankings):
 
 # Texts and photos -------------------------------------------------------------------------------
 
+
 class Shown(NamedTuple):
-    """What a page shows of an image or a caption: a photo with a text in its stead, or the text alone."""
+    """What a page shows for an image or a caption: a photo with its alternative text, or a text."""
 
     kind: str  # "image" or "caption"
     number: int
@@ -105,7 +125,7 @@ class Items(NamedTuple):
         return np.flatnonzero(self.image_of == image)
 
     def show(self, kind, number):
-        """An "image" or "caption" by its number as Shown: the photo, else its name; or the caption's text."""
+        """An "image" or "caption" as Shown: the photo, its name if there is none, or the text."""
         if kind == "caption":
             return Shown(kind, number, self.captions[number])
         photo = self.files[number] and small_photo(self.files[number])
@@ -130,36 +150,41 @@ def data_uri(kind, content):
 
 
 def find_photos(folder, split, opt, dataset):
-    """(names, files) of a data set's N images: "" and None where unknown. opt: the checkpoint's.
+    """(names, files) of a data set's N images; "" and None if unknown.
 
-    Raw data knows its files. Precomputed features have <split>_ids.txt, a file name for each image or caption, and
-    the photos lie in `folder`; with None, only names are looked for. Raises InputError where a folder does not fit.
+    A data set of photos knows its files. For features, names come from <split>_ids.txt, with a file
+    name for each image or caption. Raises InputError if `folder` does not fit the data.
+
+    folder: of the photos; None: only names are looked for
+    opt: the checkpoint's
     """
     n_images = dataset.n_images
     if hasattr(dataset, "image_files"):
         if folder is not None:
-            raise InputError(f"{opt.data_name} is of photos, which the page shows as they are: leave --images out")
-        return image_names(dataset, None), dataset.image_files
+            raise InputError(
+                f"{opt.data_name} is of photos, which the page shows as they are: leave --images "
+                "out"
+            )
+        return dataset.names, dataset.image_files
     ids_split = "dev" if split == "val" else split
     ids_file = os.path.join(opt.data_path, opt.data_name, f"{ids_split}_ids.txt")
     if folder is not None and not os.path.exists(ids_file):
-        raise InputError(f"{ids_file} is not there: --images needs it, with the file name of each image on a line; "
-                         "add it, or leave --images out")
-    try:
-        names = image_names(dataset, ids_file)
-    except InputError:
-        if folder is not None:
-            raise
-        names = [""] * n_images
+        raise InputError(
+            f"{ids_file} is not there: --images needs it, with the file name of each image on a "
+            "line; add it, or leave --images out"
+        )
+    names = dataset.names or [""] * n_images
     files = [folder and photo_file(folder, name) for name in names]
     if folder is not None and not any(files):
-        raise InputError(f"none of the {n_images} photos that {ids_file} names is in {folder}, such as {names[0]!r}: "
-                         "check --images")
+        raise InputError(
+            f"none of the {n_images} photos that {ids_file} names is in {folder}, such as "
+            f"{names[0]!r}: check --images"
+        )
     return names, files
 
 
 def photo_file(folder, name):
-    """The photo's path in `folder`, with .jpg added if need be; None if there is none, or the name reaches outside."""
+    """The photo's path in `folder`, with .jpg added if needed; None if missing or outside it."""
     if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
         return None
     paths = (os.path.join(folder, name + extension) for extension in ("", ".jpg"))
@@ -168,43 +193,55 @@ def photo_file(folder, name):
 
 # Figures ----------------------------------------------------------------------------------------
 
-def pair_similarities(source, image_of):
-    """Similarities of each caption with its image (C,), and of a fixed sample of wrong pairs, as arrays.
 
-    source: as `ranking` describes it; image_of: (C,) array.
+def pair_similarities(source, image_of):
+    """Similarities of each caption with its image, (C,), and of a fixed sample of wrong pairs.
+
+    source: of similarities (see `retrieval.ranking`); image_of: (C,) array
     """
     n_images, n_captions = source.n_images, source.n_captions
     n_wrong, others = n_captions * (n_images - 1), max(1, n_images - 1)
     wrong = np.random.default_rng(SEED).choice(n_wrong, min(n_wrong, NEGATIVES), replace=False)
-    # A wrong pair's number tells its caption, and how many images after the right one its image is.
+    # A wrong pair's number encodes its caption, and how many images past the right one it takes.
     pairs, found = [(np.arange(n_captions), 0), (wrong // others, 1 + wrong % others)], []
     for chosen, further in pairs:
         numbers = torch.from_numpy(np.stack([(image_of[chosen] + further) % n_images, chosen]))
-        found.append(torch.cat([source.pairs(*block).cpu() for block in numbers.split(PAIR_BLOCK, 1)]).numpy())
+        found.append(
+            torch.cat(
+                [source.pairs(*block).cpu() for block in numbers.split(PAIR_BLOCK, 1)]
+            ).numpy()
+        )
     return found
 
 
 def as_arrays(counts):
-    """N_k as `hubness.occurrences` gives it, as arrays."""
+    """N_k, as `retrieval.hubness.occurrences` returns it, in arrays."""
     return {side: {k: own.numpy() for k, own in depths.items()} for side, depths in counts.items()}
 
 
 def is_own(image_of, side, query, target):
-    """Whether a target belongs to a query, by their numbers; either may be an array. image_of: (C,) array."""
+    """Whether a target belongs to a query; both are numbers, and either may be an array."""
     image, caption = (query, target) if side == "i2t" else (target, query)
     return image_of[caption] == image
 
 
 def spread(numbers, n):
     """At most n of an array's numbers, evenly spaced."""
-    return numbers[np.linspace(0, len(numbers) - 1, min(n, len(numbers))).round().astype(int)].tolist()
+    return numbers[
+        np.linspace(0, len(numbers) - 1, min(n, len(numbers))).round().astype(int)
+    ].tolist()
 
 
 # Sections ---------------------------------------------------------------------------------------
 
+
 def measure_of(opt):
     """What the similarity is, in words."""
-    return f"cross attention ({opt.cross_attn})" if opt.cross_attn and opt.measure == "cosine" else opt.measure
+    return (
+        f"cross attention ({opt.cross_attn})"
+        if opt.cross_attn and opt.measure == "cosine"
+        else opt.measure
+    )
 
 
 def facts(options, split, result, words, measure):
@@ -212,74 +249,133 @@ def facts(options, split, result, words, measure):
     opt, models = result.checkpoint.opt, [member.opt for member in result.checkpoint.members]
     paths = options.model_path if isinstance(options.model_path, list) else [options.model_path]
     folders = dict.fromkeys(os.path.join(model.data_path, model.data_name) for model in models)
-    return {"Checkpoint": ", ".join(paths), "Trained in": opt.logger_name, "Data": ", ".join(folders), "Split": split,
-            "Size": f"{len(result.images)} images, {len(result.captions)} captions", "Similarity": measure,
-            "Correction": words or "none"}
+    return {
+        "Checkpoint": ", ".join(paths),
+        "Trained in": opt.logger_name,
+        "Data": ", ".join(folders),
+        "Split": split,
+        "Size": f"{len(result.images)} images, {len(result.captions)} captions",
+        "Similarity": measure,
+        "Correction": words or "none",
+    }
 
 
 def recalls(rows, image_of):
-    """Recalls and rsum with their intervals, and rsum's gain: one without correction and one for each method.
+    """Recalls, rsum and its gain, with intervals: a line without correction, one for each method.
 
-    The middle 95 % of draws of the images, each with its captions; all rows get the same draws.
+    Intervals are the middle 95 % over resamples of the images, each with its captions. All lines
+    share the same resamples, so gains are paired.
     """
-    runs = [(*(side.ranks.cpu().numpy() for side in row["rankings"][0]), image_of) for row in rows.values()]
+    runs = [
+        (*(side.ranks.cpu().numpy() for side in row["rankings"][0]), image_of)
+        for row in rows.values()
+    ]
     n = len(runs[0][0])
     weights = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    drawn = {figure: intervals.recalls(runs, figure, weights) for figure in intervals.FIGURES}  # each (draws, rows)
-    rsum, middle = drawn.pop("rsum"), [50 * (1 - intervals.CONFIDENCE), 50 * (1 + intervals.CONFIDENCE)]
+    # For each figure, (draws, rows).
+    drawn = {figure: intervals.recalls(runs, figure, weights) for figure in intervals.FIGURES}
+    rsum, middle = (
+        drawn.pop("rsum"),
+        [50 * (1 - intervals.CONFIDENCE), 50 * (1 + intervals.CONFIDENCE)],
+    )
     bounds = np.percentile(np.stack([*drawn.values(), rsum], 2), middle, axis=0)
     gains = np.percentile(rsum - rsum[:, :1], middle, axis=0)
     base, lines = rows["none"]["metrics"].rsum, []
     for place, (name, row) in enumerate(rows.items()):
         metrics = row["metrics"]
         figures = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], *bounds[:, place])
-        lines.append({"name": name, "parameters": in_words(row["parameters"]),
-                      "figures": [intervals.Interval(*one) for one in figures],
-                      "gain": intervals.Interval(metrics.rsum - base, *gains[:, place])})
+        lines.append(
+            {
+                "name": name,
+                "parameters": in_words(row["parameters"]),
+                "figures": [intervals.Interval(*one) for one in figures],
+                "gain": intervals.Interval(metrics.rsum - base, *gains[:, place]),
+            }
+        )
     return lines
 
 
 def hubness_lines(rows):
-    """How unevenly targets are retrieved, (name, side, k, Hubness): at all depths without correction, else the last."""
-    return [(name, side, k, row["hubness"][side][k]) for name, row in rows.items() for side in SIDES
-            for k in (DEPTHS if name == "none" else DEPTHS[-1:])]
+    """[(name, side, k, Hubness)]: at all depths without correction, at the last one with it."""
+    return [
+        (name, side, k, row["hubness"][side][k])
+        for name, row in rows.items()
+        for side in SIDES
+        for k in (DEPTHS if name == "none" else DEPTHS[-1:])
+    ]
 
 
-def plots(counts, own, wrong, measure):
-    """[(picture's data URI, what it shows)]: N_10 both ways, {label: occurrences}, and right and wrong similarities."""
+def hub_plots(counts):
+    """[(a plot's data URI, its caption)]: N_10 in each direction; counts: {label: occurrences}."""
     figures, k = [], DEPTHS[-1]
     for side, (query, target) in SIDES.items():
         values = {label: sides[side][k] for label, sides in counts.items()}
         largest = max(int(one.max()) for one in values.values())
         width = -(-(largest + 1) // 60)
-        uri = plot(values, np.arange(0, largest + width + 1, width) - 0.5, xlabel=f"{side}: N_{k}",
-                   ylabel=f"{target}s (log scale)", yscale="log", ylim=(0.7, None))
-        figures.append((uri, f"{side}: the number of {target}s by N_{k}, the number of {query}s that have them among "
-                        f"their {k} nearest; largest: "
-                        + ", ".join(f"{int(one.max())} {label}" for label, one in values.items())))
-    pairs = {"right pairs": own, "wrong pairs": wrong}  # in float64, of which 80 steps can always be made
-    values = {label: one[np.isfinite(one)].astype(float) for label, one in pairs.items()}
-    uri = plot(values, np.histogram_bin_edges(np.concatenate(list(values.values())), 80), density=True,
-               xlabel=f"{measure} similarity", ylabel="density")
-    figures.append((uri, "Similarities of pairs; " + ", ".join(
-        f"{len(one):,} {label}" + (f": mean {one.mean():.3f}" if len(one) else "") for label, one in values.items())))
+        uri = plot(
+            values,
+            np.arange(0, largest + width + 1, width) - 0.5,
+            xlabel=f"{side}: N_{k}",
+            ylabel=f"{target}s (log scale)",
+            yscale="log",
+            ylim=(0.7, None),
+        )
+        found = ", ".join(f"{int(one.max())} {label}" for label, one in values.items())
+        caption = (
+            f"{side}: the number of {target}s by N_{k}, the number of {query}s that have them "
+            f"among their {k} nearest; largest: {found}"
+        )
+        figures.append((uri, caption))
     return figures
 
 
+def similarity_plot(own, wrong, measure):
+    """(a plot's data URI, its caption): similarities of right and wrong pairs.
+
+    own, wrong: as `pair_similarities` returns them
+    """
+    pairs = {"right pairs": own, "wrong pairs": wrong}
+    # In float64: a narrow range of float32 cannot always be divided into 80 bins.
+    values = {label: one[np.isfinite(one)].astype(float) for label, one in pairs.items()}
+    uri = plot(
+        values,
+        np.histogram_bin_edges(np.concatenate(list(values.values())), 80),
+        density=True,
+        xlabel=f"{measure} similarity",
+        ylabel="density",
+    )
+    means = [
+        f"{len(one):,} {label}" + (f": mean {one.mean():.3f}" if len(one) else "")
+        for label, one in values.items()
+    ]
+    return uri, f"Similarities of pairs; {', '.join(means)}"
+
+
 def plot(values, edges, density=False, **labels):
-    """Histograms on one axis, {label: (n,)}, as a PNG in a data URI; labels: for Axes.set."""
+    """Histograms of {label: (n,)} in one plot, as a PNG in a data URI; labels: for Axes.set."""
     try:
-        from matplotlib.figure import Figure  # not pyplot: that looks for a display, and keeps what it drew
+        # Not pyplot, which looks for a display and keeps every figure in memory.
+        from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError(f"--report draws with matplotlib, which cannot be loaded ({error}): pip install matplotlib, "
-                         "or leave --report out") from error
+        raise InputError(
+            f"--report draws with matplotlib, which cannot be loaded ({error}): pip install "
+            "matplotlib, or leave --report out"
+        ) from error
     figure, content = Figure(figsize=(4.8, 3.3), layout="constrained"), io.BytesIO()
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     for (label, own), colour in zip(values.items(), ("#1f5f99", "#c2551f")):
         if len(own):
             axes.hist(own, edges, density=density, histtype="stepfilled", color=colour, alpha=0.25)
-            axes.hist(own, edges, density=density, histtype="step", color=colour, linewidth=1.5, label=label)
+            axes.hist(
+                own,
+                edges,
+                density=density,
+                histtype="step",
+                color=colour,
+                linewidth=1.5,
+                label=label,
+            )
     axes.set(**labels)
     if any(map(len, values.values())):
         axes.legend(frameon=False)
@@ -288,9 +384,9 @@ def plot(values, edges, density=False, **labels):
 
 
 def worst_hubs(items, rankings, counts):
-    """{side: the targets with the largest N_10, their occurrences, and queries that they wrongly win}.
+    """{side: the targets with the largest N_10, with their counts and queries that they win}.
 
-    They win a query that has them as its nearest, though they are not its own.
+    A target wrongly wins a query if it is the query's nearest, but not its own.
     """
     hubs = {}
     for side, ranking in zip(SIDES, rankings):
@@ -300,19 +396,32 @@ def worst_hubs(items, rankings, counts):
             won = np.flatnonzero(top1 == number)
             won = won[~is_own(items.image_of, side, won, number)]
             shown = [count[number] for count in (*plain, *(one[-1] for one in corrected))]
-            hubs[side].append({"number": number, "counts": shown, "n_won": len(won), "won": spread(won, WINNINGS)})
+            hubs[side].append(
+                {"number": number, "counts": shown, "n_won": len(won), "won": spread(won, WINNINGS)}
+            )
     return hubs
 
 
 def examples(items, rankings, own):
-    """{side: a few right queries and a few wrong ones, with what they retrieve}; own: similarities (C,)."""
+    """{side: a few right and a few wrong queries, with what they retrieve}.
+
+    own: (C,) similarity of each caption with its image
+    """
     chosen = {}
     for side, ranking in zip(SIDES, rankings):
         ranks, chosen[side] = ranking.ranks.numpy(), []
-        for number in [one for which in (ranks == 0, ranks > 0) for one in spread(np.flatnonzero(which), EXAMPLES)]:
+        for number in [
+            one
+            for which in (ranks == 0, ranks > 0)
+            for one in spread(np.flatnonzero(which), EXAMPLES)
+        ]:
             captions = items.own_captions(number)
             true = items.image_of[number] if side == "t2i" else captions[own[captions].argmax()]
-            retrieved = [(one, is_own(items.image_of, side, number, one))
-                         for one in ranking.items[number, :RETRIEVED].tolist()]
-            chosen[side].append({"number": number, "rank": ranks[number], "own": true, "retrieved": retrieved})
+            retrieved = [
+                (one, is_own(items.image_of, side, number, one))
+                for one in ranking.items[number, :RETRIEVED].tolist()
+            ]
+            chosen[side].append(
+                {"number": number, "rank": ranks[number], "own": true, "retrieved": retrieved}
+            )
     return chosen

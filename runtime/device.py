@@ -1,90 +1,111 @@
-"""Where a script computes, and how exactly: chosen once, at its start; how tensors get there."""
+"""The device and the precision of float32 products, chosen once when a script starts."""
 
 import os
 import re
 import time
-from statistics import median
 from typing import NamedTuple
 
 import torch
 
-import distributed
-from errors import InputError
+from runtime import distributed
+from runtime.errors import InputError
 
-CPU_KINDS = ("highest", "medium")  # of float32 products; the first is PyTorch's default, and exact everywhere
+# Precisions of float32 products; the first is PyTorch's default, and exact everywhere.
+CPU_KINDS = ("highest", "medium")
 PROBE_SIZE = 512
-PROBE_ERROR = 1e-5  # relative to the largest entry; bf16 products are near 1e-3, float32 ones near 1e-6
-PROBE_SHAPES = (128, 256), (512, 1024)  # rows and width of a timed product: smaller ones are noise, larger ones long
-PROBE_ROUNDS, PROBE_SECONDS = 12, 0.2
-CLEARLY = 1.15  # times faster that another kind than the default must be: close calls must not change from run to run
-WORTHWHILE = 1.1  # times faster that bf16 products must be: the casts take what is less
+# Relative to the largest entry; bf16 products are near 1e-3, float32 ones near 1e-6.
+PROBE_ERROR = 1e-5
+# Least and most rows, and width, of a timed product: about a millisecond on one thread.
+PROBE_SHAPES = ((64, 128), (256, 512))
+PROBE_ROUNDS, PROBE_SECONDS = 60, 0.15
+# Another kind must be this much faster than the default, so that close calls do not change the
+# choice from run to run.
+CLEARLY = 1.15
+WORTHWHILE = 1.1  # bf16 products must be this much faster, since casts cost time as well
 
 
 def to_device(tensor, device):
-    """A tensor on a device. On CUDA nothing waits for it; elsewhere it is there at once.
+    """Copy a tensor to a device; on CUDA without waiting for the copy.
 
-    On MPS a copy that is not waited for may read what has been let go meanwhile (PyTorch's issues 139550 and 189690).
+    On MPS a copy that is not waited for may read memory that has been reused meanwhile (PyTorch
+    issues 139550 and 189690).
     """
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def choose_device(name):
-    """The torch device for auto, cpu, cuda[:n] or mps; raises InputError where it is not there.
+    """The torch device for auto, cpu, cuda[:n] or mps; raises InputError if it is not available.
 
-    Under torchrun cuda is the GPU of the process's number on its machine.
+    Under torchrun, cuda is the GPU whose number is the process's number on its machine.
     """
     if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", name):
-        raise InputError(f"--device {name} is no device: choose auto, cpu, cuda, cuda:<n> or mps")
+        raise InputError(
+            f"--device {name} is not a device: choose auto, cpu, cuda, cuda:<n> or mps"
+        )
     if distributed.launched():
         name = _own(name)
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
         if device.type == "cuda":
             if device.index:
-                torch.cuda.set_device(device.index)  # or some of this process's memory would be on the first GPU
-            torch.backends.cudnn.allow_tf32 = False  # or its GRUs and convolutions would have 10 bits of float32's 23
+                # Otherwise some of this process's memory would be on the first GPU.
+                torch.cuda.set_device(device.index)
+            # TF32 would keep 10 of float32's 23 bits in GRUs and convolutions.
+            torch.backends.cudnn.allow_tf32 = False
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): choose auto or cpu"
-                         ) from error
+        raise InputError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}): choose auto or "
+            "cpu"
+        ) from error
     return device
 
 
 def _own(name):
-    """--device for one of torchrun's processes; raises InputError for a device that several cannot have."""
+    """The device for one of torchrun's processes; raises InputError for one they cannot share."""
     if name.startswith(("cuda:", "mps")):
-        raise InputError(f"--device {name} under torchrun: give cuda, where each process takes the GPU of its number "
-                         "on its machine, or cpu")
+        raise InputError(
+            f"--device {name} under torchrun: give cuda, with which each process takes one GPU of "
+            "its machine, or cpu"
+        )
     if name.startswith("cpu") or not torch.cuda.is_available():
         return "cpu" if name == "auto" else name
-    local, gpus, nccl = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count(), torch.distributed.is_nccl_available()
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    nccl = torch.distributed.is_nccl_available()
     if local >= gpus or not nccl:
-        raise InputError(f"process {local} of this machine finds {gpus} GPUs{'' if nccl else ' and no NCCL'}: start as "
-                         "many as there are with --nproc_per_node, or take --device cpu")
+        raise InputError(
+            f"process {local} of this machine finds {gpus} GPUs{'' if nccl else ' and no NCCL'}: "
+            "start one per GPU with --nproc_per_node, or take --device cpu"
+        )
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 
 
 class Products(NamedTuple):
-    """Which float32 products are in use, and what was timed to choose them: seconds a product by kind."""
+    """The float32 products in use, and the seconds per product that decided it, by kind."""
 
     kind: str  # one of torch's float32 matmul precisions
     seconds: dict
 
     def __str__(self):
-        times = ", ".join(f"{kind} {1000 * seconds:.2f} ms" for kind, seconds in self.seconds.items())
+        times = ", ".join(
+            f"{kind} {1000 * seconds:.2f} ms" for kind, seconds in self.seconds.items()
+        )
         return self.kind + (f" (a product: {times})" if times else "")
 
 
 def choose_matmul_precision(device, kept=None, amp="off", rows=128, width=1024):
-    """Take the faster of a CPU's float32 products where it is clearly so, and as exact; returns the Products in use.
+    """Set a CPU's float32 products to the faster kind that is exact; return the Products in use.
 
-    "medium" leaves float32 products to oneDNN, which on some CPUs computes them in float32 and on others in bf16: a
-    small product tells which, and a few of a training step's shape, (rows, width) by (width, 3 width), which is
-    faster. With amp "bf16" those are timed, too. kept: the kind that a run has been using, which is taken again
-    where it is exact here, since another one would round otherwise.
+    "medium" leaves float32 products to oneDNN, which computes them in float32 on some CPUs and in
+    bf16 on others. A small product shows which. Then products of about a training step's shape,
+    (rows, width) by (width, 3 width), are timed; with amp "bf16" those in bf16 as well.
+
+    kept: the kind that a resumed run has used. It is taken again if it is exact here, since another
+    kind would round differently.
     """
     if device.type != "cpu":
         return Products(torch.get_float32_matmul_precision(), {})
@@ -100,28 +121,33 @@ def choose_matmul_precision(device, kept=None, amp="off", rows=128, width=1024):
 
 
 def choose_products(device, kept=None, *options):
-    """As `choose_matmul_precision`, the first process's choice on all of them."""
-    products = distributed.from_first(lambda: tuple(choose_matmul_precision(device, kept, *options)))
+    """As `choose_matmul_precision`, but all processes take the first one's choice."""
+    products = distributed.from_first(
+        lambda: tuple(choose_matmul_precision(device, kept, *options))
+    )
     if not distributed.is_first():
         choose_matmul_precision(device, products[0])
     return Products(*products)
 
 
 def amp_in_words(amp, device, products):
-    """What --amp means on this device, for a person; products: what `choose_matmul_precision` returned."""
+    """What --amp means on this device, for a person; products: from `choose_matmul_precision`."""
     if amp == "off" or device.type == "cuda":
-        return amp if amp == "off" else f"{amp} (the GRU in float16: PyTorch's autocast has no other there)"
+        gru = " (the GRU in float16: PyTorch's autocast has no other there)"
+        return amp if amp == "off" else amp + gru
     if "bf16" in products.seconds:
         faster = products.seconds[products.kind] / products.seconds["bf16"]
         if faster < WORTHWHILE:
-            return (f"{amp}, WARNING: its products are {faster:.2f} times as fast as float32 ones here, and casts come "
-                    "on top of them, so training should be faster without --amp")
+            return (
+                f"{amp}, WARNING: its products are {faster:.2f} times as fast as float32 ones "
+                "here, and casts come on top of them, so training should be faster without --amp"
+            )
         return f"{amp} (products {faster:.2f} times faster)"
     return amp
 
 
 def _is_exact(kind):
-    """Whether float32 products of this kind are as exact as float32."""
+    """Whether this kind of product is as exact as float32."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -130,16 +156,32 @@ def _is_exact(kind):
 
 
 def _timed(kinds, rows, width):
-    """{kind: median seconds of a product}, each kind in turn, in PROBE_SECONDS in all or little more."""
+    """{kind: seconds of processor time of a product on one thread}, the best of many rounds.
+
+    The kinds take turns in every round. Processor time on one thread hardly changes when other
+    processes share the cores; the wall-clock time of all threads would mostly show their turns.
+    """
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(rows, width, generator=generator), torch.randn(width, 3 * width, generator=generator)
+    a = torch.randn(rows, width, generator=generator)
+    b = torch.randn(width, 3 * width, generator=generator)
     operands = {kind: (a.bfloat16(), b.bfloat16()) if kind == "bf16" else (a, b) for kind in kinds}
-    rounds, end = [], time.perf_counter() + PROBE_SECONDS
-    while len(rounds) < PROBE_ROUNDS and (len(rounds) < 2 or time.perf_counter() < end):
-        rounds.append([])
-        for kind, (x, y) in operands.items():
-            torch.set_float32_matmul_precision(CPU_KINDS[0] if kind == "bf16" else kind)
-            start = time.perf_counter()
-            x @ y
-            rounds[-1].append(time.perf_counter() - start)
-    return {kind: median(times) for kind, times in zip(kinds, zip(*rounds[1:]))}  # the first one warms up
+    threads, rounds, end = torch.get_num_threads(), [], _clock() + PROBE_SECONDS
+    torch.set_num_threads(1)
+    try:
+        while len(rounds) < PROBE_ROUNDS and (len(rounds) < 3 or _clock() < end):
+            rounds.append([])
+            for kind, (x, y) in operands.items():
+                torch.set_float32_matmul_precision(CPU_KINDS[0] if kind == "bf16" else kind)
+                start = _clock()
+                x @ y
+                rounds[-1].append(_clock() - start)
+    finally:
+        torch.set_num_threads(threads)
+    # The first round is a warm-up.
+    return {kind: min(times) for kind, times in zip(kinds, zip(*rounds[1:]))}
+
+
+def _clock():
+    """This thread's processor time in seconds; wall-clock time if that counter is too coarse."""
+    fine = time.get_clock_info("thread_time").resolution < 1e-5
+    return time.thread_time() if fine else time.perf_counter()

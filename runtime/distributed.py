@@ -1,10 +1,12 @@
-"""Several processes as one run, under torchrun: their start and end, what they send each other, how they fail together.
+"""Several processes as one run under torchrun: start, end, communication and failing together.
 
     torchrun --standalone --nproc_per_node 2 train.py ...
 
-Without torchrun there is one process, nothing of torch.distributed is started, and everything here does nothing. Only
-all_gather, all_reduce and broadcast are used, which every backend has. An InputError on one process is told to the
-others where they next `sync`, by then or as it leaves the `session`; each ends with 2, and one of them says why.
+Without torchrun there is one process: torch.distributed is not started, and everything here does
+nothing. Only all_gather, all_reduce and broadcast are used, which every backend has.
+
+If one process raises an InputError, the others learn of it at their next `sync`, at the latest
+when they leave the `session`. Each ends with exit code 2, and one of them prints the reason.
 """
 
 import io
@@ -19,14 +21,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from errors import InputError
+from runtime.errors import InputError
 
-TIMEOUT = 600  # seconds that the others are waited for, unless --dist_timeout says otherwise
+TIMEOUT = 600  # seconds to wait for other processes, unless --dist_timeout says otherwise
 _timeout = TIMEOUT
 
 
 class RunBroken(Exception):
-    """The processes can't go on together: one is gone, or they have come apart."""
+    """The processes cannot go on together: one is gone, or they are out of step."""
 
 
 def launched():
@@ -35,7 +37,7 @@ def launched():
 
 
 def rank():
-    """This process's number, from 0 on."""
+    """This process's number, from 0."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
@@ -45,22 +47,23 @@ def size():
 
 
 def is_first():
-    """Whether this is the process that writes files and speaks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def backend(device):
-    """What carries the tensors of a device from process to process; None where there is one process."""
+    """The torch.distributed backend for tensors of a device; None if there is one process."""
     return ("nccl" if device.type == "cuda" else "gloo") if launched() else None
 
 
 # Start and end ----------------------------------------------------------------------------------
 
+
 @contextmanager
 def session():
-    """A script's whole work: inside, the first process alone speaks; at its end all wait for each other.
+    """Run a script's whole work: only the first process prints, and at the end all wait for all.
 
-    Exits with 1 where another process is gone. InputError: see the module's text.
+    Exits with 1 if another process is gone. For an InputError see the module's docstring.
     """
     if not launched():
         yield
@@ -83,9 +86,12 @@ def session():
         print(f"error: process {rank()} of {size()}: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's, as soon as the first one has ended
+        # torchrun sends these signals as soon as the first process has ended.
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        if whole and dist.is_initialized():
+        # It waits for the others, so that the one with the sentence can print it. With PyTorch
+        # 2.6 it would wait for ever if another process has ended before.
+        if whole and dist.is_initialized() and torch.__version__ >= "2.7":
             dist.destroy_process_group()
 
 
@@ -96,28 +102,41 @@ def _in_silence():
 
 
 def wait_at_most(seconds):
-    """How long the others are waited for; to be called before anything is sent."""
+    """Set how many seconds to wait for the other processes; call it before anything is sent."""
     global _timeout
     _timeout = seconds
 
 
 def _start():
-    """Meet the others; raises InputError where they can't be met."""
-    mixed, wait = torch.cuda.is_available() and dist.is_nccl_available(), timedelta(seconds=_timeout)
+    """Connect to the other processes; raises InputError if that fails."""
+    mixed = torch.cuda.is_available() and dist.is_nccl_available()
+    wait = timedelta(seconds=_timeout)
     try:
         store = _fresh(next(dist.rendezvous("env://", timeout=wait))[0])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if mixed else "gloo", store=store, rank=rank(), world_size=size(),
-                                timeout=wait)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if mixed else "gloo",
+            store=store,
+            rank=rank(),
+            world_size=size(),
+            timeout=wait,
+        )
     except (RuntimeError, ValueError) as error:
-        reason = InputError(f"the processes cannot meet ({str(error).splitlines()[0]}): check torchrun's endpoint, and "
-                            "that its port is free" if os.environ["LOCAL_RANK"] == "0" else "")
+        reason = InputError(
+            f"the processes cannot meet ({str(error).splitlines()[0]}): check torchrun's "
+            "endpoint, and that its port is free"
+            if os.environ["LOCAL_RANK"] == "0"
+            else ""
+        )
         reason.told = True
         raise reason from error
 
 
 def _fresh(store):
-    """A part of torchrun's store that these processes share, and none before them: it keeps, over --max-restarts, the
-    addresses of processes that are gone. The first process names the part to each that asks."""
+    """A part of torchrun's store that only these processes use.
+
+    Over --max-restarts the store keeps the addresses of processes that are gone. So the first
+    process invents a name for the part, and tells it to each process that asks.
+    """
     own = name = uuid.uuid4().hex
     if rank():
         store.set(f"asks/{rank()}", own)
@@ -137,32 +156,38 @@ def _fresh(store):
 
 
 def _call(collective, *arguments):
-    """A collective of torch.distributed, which is started by the first one."""
+    """Call a collective of torch.distributed; the first call starts torch.distributed."""
     if not dist.is_initialized():
         _start()
     try:
         collective(*arguments)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise RunBroken(f"another one is gone, or too slow for --dist_timeout ({reason})") from error
+        raise RunBroken(
+            f"another one is gone, or too slow for --dist_timeout ({reason})"
+        ) from error
 
 
 # What they send each other ----------------------------------------------------------------------
 
+
 def gather(rows, sizes):
-    """Every process's rows, one process after the other: own (sizes[rank], ...) -> (sum of sizes, ...), detached."""
+    """Concatenate the rows of all processes, detached, in the order of their numbers.
+
+    rows: (sizes[rank], ...); returns (sum of sizes, ...).
+    """
     rows = rows.detach()
     if not launched():
         return rows
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[:len(rows)] = rows
+    padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
     _call(dist.all_gather, parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, sizes)])
 
 
 def gather_batches(own, sizes, like):
-    """Rows of a list of batches, in order, of which each process made every `size`-th from its `rank` on.
+    """Concatenate the rows of all batches; each process made every `size`-th from its `rank` on.
 
     own: this process's batches; sizes: rows of every batch; like: an empty tensor of such rows.
     """
@@ -189,7 +214,11 @@ def add_up(tensors):
 
 
 def sync(error=None, flag=0):
-    """Wait for all; returns the largest flag (>= 0). Raises where any has an error: that one, mute on all others."""
+    """Wait for all processes; return the largest flag (>= 0).
+
+    If any process passes an error, all raise: that process its own, the others one without a
+    message.
+    """
     if not launched():
         if error:
             raise error
@@ -199,7 +228,7 @@ def sync(error=None, flag=0):
 
 
 def agree(flags, error=None):
-    """What `sync` makes of gathered (size, 2) flags: whether a process has failed, and its flag."""
+    """The part of `sync` after gathering: flags (size, 2), one row (failed, flag) per process."""
     flags = flags.tolist()
     failed = [number for number, (bad, _) in enumerate(flags) if bad]
     if failed:
@@ -210,7 +239,10 @@ def agree(flags, error=None):
 
 
 def from_first(make, admitted=()):
-    """What make() gives on the first process, on all: tensors, plain containers, and the classes `admitted`."""
+    """What make() returns on the first process, sent to all.
+
+    May hold tensors, plain containers, and instances of the classes in `admitted`.
+    """
     if not launched():
         return make()
     made, buffer = None, io.BytesIO()
@@ -220,14 +252,18 @@ def from_first(make, admitted=()):
     sync()
     length = torch.tensor([buffer.tell()])
     _call(dist.broadcast, length, 0)
-    content = torch.frombuffer(bytearray(buffer.getvalue() or bytes(int(length))), dtype=torch.uint8)
+    content = torch.frombuffer(
+        bytearray(buffer.getvalue() or bytes(int(length))), dtype=torch.uint8
+    )
     _call(dist.broadcast, content, 0)
+    if is_first():
+        return made
     with torch.serialization.safe_globals(list(admitted)):
-        return made if is_first() else torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
+        return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
 
 
 def machine_by_machine(make):
-    """make() on each machine's first process, which may leave files, and only then on its others."""
+    """Call make() on each machine's first process; then, with the files it left, on the others."""
     if not launched():
         return make()
     first = os.environ["LOCAL_RANK"] == "0"
@@ -237,10 +273,14 @@ def machine_by_machine(make):
 
 
 def check_alike(digests):
-    """Raise where processes differ in one of {what: an int64}, and say in which."""
+    """Raise InputError, naming what differs, unless all processes pass the same {name: int64}."""
     if launched():
-        sync()  # a process that has given up by now is no longer here to compare
+        sync()  # raises if a process has given up and will not take part in the comparison
         rows = gather(torch.tensor([list(digests.values())]), [1] * size())
-        differing = [what for what, column in zip(digests, rows.t().tolist()) if len(set(column)) > 1]
+        differing = [
+            what for what, column in zip(digests, rows.t().tolist()) if len(set(column)) > 1
+        ]
         if differing:
-            raise InputError(f"the processes differ in {', '.join(differing)}: give all the same")
+            raise InputError(
+                f"the processes differ in {', '.join(differing)}: give all of them the same"
+            )

@@ -1,9 +1,9 @@
-"""The one error that tells a person what to mend, and how a script ends with it.
+"""The error that tells a person what to mend, and how a script ends with it.
 
-Bad input of any kind (a flag, a file, a device that is not there) raises `InputError`
-with one sentence: what was found, where, and what to do. `run_script` prints that
-sentence and exits with 2; everything else is a bug and keeps its traceback. Output that
-cannot be written is no reason to stop: the script goes on, and ends with 2 as well.
+Bad input of any kind (a flag, a file, a device that is missing) raises `InputError` with one
+sentence: what was found, where, and what to do. `run_script` prints that sentence and exits with
+2; everything else is a bug and keeps its traceback. If output cannot be written, the script
+carries on, and exits with 2 as well.
 """
 
 import argparse
@@ -12,8 +12,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
-from contextlib import contextmanager
 
 
 class InputError(Exception):
@@ -24,7 +22,7 @@ class InputError(Exception):
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that a flag has, unless its own help tells of them."""
+    """Adds a flag's default to its help, unless the help mentions it already."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or "default" in (action.help or ""):
@@ -33,7 +31,7 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with whole flag names only, defaults shown, and errors as one sentence."""
+    """argparse without abbreviated flags, with defaults in the help, and errors as one sentence."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Defaults)
@@ -43,39 +41,74 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, low_allowed=True):
-    """An argparse type: an int or float from `low` (or just above it) to `high`; ints have at most 63 bits."""
+    """An argparse type: an int or float from `low` to `high`; ints have at most 63 bits.
+
+    low_allowed: False excludes `low` itself.
+    """
     high = min(high, 2**63 - 1) if kind is int else high
 
     def parse(text):
+        """The number that a text names; raises what argparse turns into a message."""
         value = kind(text)
-        if not (low <= value <= high) or (value == low and not low_allowed) or not math.isfinite(value):
+        if (
+            not (low <= value <= high)
+            or (value == low and not low_allowed)
+            or not math.isfinite(value)
+        ):
             bounds = f" {'at least' if low_allowed else 'above'} {low}" if low > -math.inf else ""
             bounds += f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give a finite number{bounds}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: give a finite number{bounds}"
+            )
         return value
+
     parse.__name__ = kind.__name__  # argparse's "invalid int value"
     return parse
 
 
+def path_type(text):
+    """An argparse type: a path, or a name within one; raises ArgumentTypeError if it is empty.
+
+    An unset shell variable (`--output "$OUT"`) would otherwise name the current folder.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a name, or leave the flag out")
+    return text
+
+
 def check_choice(flag, value, choices):
-    """The value; raises InputError where it is none of the choices."""
+    """Return the value; raises InputError if it is none of the choices."""
     if value not in choices:
         raise InputError(f"--{flag} is {value}: choose one of {', '.join(choices)}")
     return value
 
 
-class Output:
-    """A standard stream in which nothing that fails raises: it is kept in `failure`, and the next write is tried again.
+def refuse_useless(options, rules):
+    """Raise InputError for a flag that was given, but does nothing.
 
-    stream: None where the shell has closed it; ends_with_reader: whether a pipe that nobody reads ends the script.
+    rules: (whether these flags do nothing, their names, in which case, as "without --serve"), ...
+    """
+    for useless, flags, case in rules:
+        for flag in flags if useless else ():
+            if getattr(options, flag) is not None and getattr(options, flag) is not False:
+                raise InputError(f"--{flag} does nothing {case}: leave it out, or change the other")
+
+
+class Output:
+    """A standard stream that never raises: `failure` keeps the last error, later writes try again.
+
+    stream: None if the shell has closed it.
+    ends_with_reader: whether a pipe that no one reads any more ends the script.
     """
 
     def __init__(self, name, stream, ends_with_reader):
         self.name, self.ends_with_reader, self.failure = name, ends_with_reader, None
-        # Open for reading: it refuses each write, and a file with data in it can't take its number.
+        # A closed stream becomes one that refuses every write. Left closed, its file number would
+        # go to the next file that is opened, and prints would end up there.
         self.stream = open(os.devnull) if stream is None else stream
         if getattr(self.stream, "errors", None) == "strict" and hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")  # a name that the stream's encoding lacks is no failure
+            # File names may have characters that the stream's encoding lacks.
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -96,10 +129,10 @@ class Output:
             if self.ends_with_reader and isinstance(error, BrokenPipeError):
                 sys.exit(1)
         except RuntimeError:
-            pass  # a signal's handler speaks in the middle of a write, where Python lets nobody in
+            pass  # a signal's handler prints during a write, which Python refuses
 
     def leave(self):
-        """Make sure that Python, which flushes the stream once more as it exits, finds nothing to complain about."""
+        """Leave nothing unwritten: Python flushes the stream again at exit, and would complain."""
         try:
             self.stream.flush()
         except OSError:
@@ -107,117 +140,74 @@ class Output:
 
 
 def run_script(main, outlasts_reader=False):
-    """Run a script's `main`; bad input, and output that failed, end with one sentence on stderr and exit code 2, Ctrl-C
-    with 130 and none.
+    """Run a script's `main` and exit with its code, printing one sentence on stderr if it failed.
 
-    A closed stdout (`... | head` has read enough) ends the script at once with 1, unless it `outlasts_reader`.
+    Exit codes: 2 for bad input or output that could not be written, 130 without a sentence for
+    Ctrl-C. A closed stdout (`... | head` has read enough) ends the script at once with 1, unless
+    `outlasts_reader`.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a script sets it for the time of its imports
+    # The scripts let Ctrl-C end them quietly during their imports.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = outputs = (Output("output", sys.stdout, not outlasts_reader),
-                                        Output("error", sys.stderr, False))
+    sys.stdout, sys.stderr = outputs = (
+        Output("output", sys.stdout, not outlasts_reader),
+        Output("error", sys.stderr, False),
+    )
     try:
         code = _exit_code(main) or _exit_code(sys.stdout.flush)
         failed = [output for output in outputs if output.failure]
         if failed and not code:
             reason = failed[0].failure.strerror or "it is closed"
-            print(f"error: standard {failed[0].name} could not be written ({reason}), all else was done: send it "
-                  "elsewhere, or free some space", file=sys.stderr)
+            print(
+                f"error: standard {failed[0].name} could not be written ({reason}), all else was "
+                "done: send it elsewhere, or free some space",
+                file=sys.stderr,
+            )
             code = 2
     finally:
         for output in outputs:
             output.leave()
         sys.stdout, sys.stderr = streams
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may still let go of tensors, which aborts an ending Python
+    # gloo's threads may still be freeing tensors, and that aborts a Python that is shutting down.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         os._exit(code)
     if code:
         sys.exit(code)
 
 
 def _exit_code(main):
-    """The exit code that a function ends with, its error on stderr."""
+    """Run a function, print its error on stderr, and return the exit code."""
     try:
         main()
         return 0
     except InputError as error:
-        if str(error):  # else another process of the run says it
+        if str(error):  # otherwise another process of the run prints it
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if re.search(r"shared memory\(shm\)|out of shared memory|DataLoader worker \(pid", str(error)):
-            print(f"error: the processes that load data have ended, or ran out of shared memory "
-                  f"({str(error).splitlines()[0]}): make /dev/shm larger, or take fewer --workers, such as 0",
-                  file=sys.stderr)
+        if re.search(
+            r"shared memory\(shm\)|out of shared memory|DataLoader worker \(pid", str(error)
+        ):
+            print(
+                "error: the processes that load data have ended, or ran out of shared memory "
+                f"({str(error).splitlines()[0]}): make /dev/shm larger, or take fewer --workers, "
+                "such as 0",
+                file=sys.stderr,
+            )
             return 2
-        said = "out of memory|can't allocate memory|_ALLOC_FAILED"  # a GPU's, a CPU's, a GPU's libraries'
+        # The messages of a GPU, a CPU, and a GPU's libraries.
+        said = "out of memory|can't allocate memory|_ALLOC_FAILED"
         if not isinstance(error, MemoryError) and not re.search(said, str(error)):
             raise
         reason = (str(error) or "out of memory").splitlines()[0]
-        print(f"error: the memory does not hold this ({reason}): take a smaller --batch_size, with train.py the same "
-              "in pieces by --micro_batch, or another --device", file=sys.stderr)
+        print(
+            f"error: the memory does not hold this ({reason}): take a smaller --batch_size, with "
+            "train.py the same in pieces by --micro_batch, or another --device",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as stop:
         return stop.code or 0
-
-
-def check_regular(path):
-    """Raise InputError where `path`, its links followed, is there but is no regular file.
-
-    A pipe without a writer is waited for without end, a device may never end, and neither can be read twice.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is a folder, a pipe or a device, not a regular file: name a file, and save there "
-                         "what a command gives")
-
-
-@contextmanager
-def replacing(path, mode="wb", **options):
-    """A file that takes `path`'s place in one step when the block ends well, else leaves no trace.
-
-    Written beside its target under a temporary name, synced, then renamed; a link stays one, to the new file.
-    Raises InputError where the folder or the disk does not let it be written, or the target is no regular file.
-    """
-    target, temporary = os.path.realpath(path), None
-    folder = os.path.dirname(target)
-    try:
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise OSError(0, "it is a folder, a pipe or a device, not a regular file")
-        os.makedirs(folder, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(target) + ".", suffix=".tmp", dir=folder)
-        with os.fdopen(descriptor, mode, **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out
-        os.replace(temporary, target)
-        temporary = None
-    except (OSError, RuntimeError) as error:
-        reason = _why_not_written(error)
-        if not reason:
-            raise
-        raise InputError(f"{path} could not be written ({reason}): free some space or name another folder") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _why_not_written(error):
-    """The reason of a failed write in words, or None for an error of another kind."""
-    if isinstance(error, RuntimeError):
-        if "inline_container.cc" not in str(error):
-            return None
-        # torch.save's zip writer stumbles at its end over what the OSError before left out.
-        error = error.__context__ if isinstance(error.__context__, OSError) else error
-    return getattr(error, "strerror", None) or str(error)
-
-
-def leftovers(folder, names):
-    """Paths of what `replacing` left in a folder when it was killed; names: pattern of the targets' names."""
-    with os.scandir(folder) as entries:
-        return [entry.path for entry in entries if entry.is_file(follow_symlinks=False)
-                and re.fullmatch(rf"({names})\.[a-z0-9_]{{8}}\.tmp", entry.name)]

@@ -1,47 +1,73 @@
-"""Ranks, recalls and embedding of splits."""
+"""Ranks, embeddings and the loss of splits, against the released code and plain loops."""
 
 import json
+import statistics
 from argparse import Namespace
+from types import SimpleNamespace
 
-import loops
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE
 
-import evaluation
 import loss
 from data import get_test_loader
-from errors import InputError
-from evaluation import embed, encode_data, i2t, mean_metrics, metrics_of, recall_of, split_loss, t2i
-from loss import ContrastiveLoss
-from meters import AverageMeter, LogCollector
+from evaluation import (
+    embed,
+    encode_data,
+    evaluate_model,
+    i2t,
+    split_loss,
+    t2i,
+    write_csv,
+    write_results,
+)
+from inputs.word_ids import WordIds
+from loss import ContrastiveLoss, order_sim
 from model import VSE
-from ranking import Cosine, rank_both_ways
+from retrieval.ensemble import Ensemble
+from retrieval.similarity import Cosine
+from runtime.errors import InputError
+from tests.helpers import loops
+from tests.helpers.loops import whole_numbers
+from tests.helpers.made import REFERENCE
+from training.meters import AverageMeter, LogCollector
 from vocab import build_vocab
-from word_ids import WordIds
 
 CASES = json.loads((REFERENCE / "metrics.json").read_text())
+
 ARRAYS = dict(np.load(REFERENCE / "metrics.npz"))
+
 BOTH = {"i2t": i2t, "t2i": t2i}
+
 TILE = Cosine.tile_images
 
 
 def as_family(images):
-    """One image row a caption, as the family's code passes them."""
+    """One image row per caption, as VSE++ code passes them."""
     return np.repeat(images, 5, axis=0)
 
 
 # Against the released code ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("rows", [as_family, lambda images: images], ids=["row a caption", "unique rows"])
+
+@pytest.mark.parametrize(
+    "rows", [as_family, lambda images: images], ids=["row a caption", "unique rows"]
+)
 @pytest.mark.parametrize("container", [np.asarray, torch.as_tensor], ids=["arrays", "tensors"])
 @pytest.mark.parametrize("direction", BOTH)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['case']}-{case['measure']}")
 def test_ranks_and_recalls_equal_the_released_code_s(case, direction, container, rows):
-    arrays = {name.partition("_")[2]: array for name, array in ARRAYS.items() if name.startswith(f"{case['case']}_")}
-    recall, (ranks, top1) = BOTH[direction](container(rows(arrays["images"])), container(arrays["captions"]),
-                                            measure=case["measure"], return_ranks=True)
+    arrays = {
+        name.partition("_")[2]: array
+        for name, array in ARRAYS.items()
+        if name.startswith(f"{case['case']}_")
+    }
+    recall, (ranks, top1) = BOTH[direction](
+        container(rows(arrays["images"])),
+        container(arrays["captions"]),
+        measure=case["measure"],
+        return_ranks=True,
+    )
     assert np.array_equal(ranks, arrays[f"{direction}_ranks"])
     assert np.array_equal(top1, arrays[f"{direction}_top1"])
     assert recall._asdict() == pytest.approx(case[direction], abs=1e-9)
@@ -55,19 +81,39 @@ def test_without_ranks_only_the_recall_is_returned(direction):
 
 @pytest.mark.parametrize("direction", BOTH)
 @pytest.mark.parametrize("npts", [1, 7])
-def test_npts_takes_the_first_images_and_their_captions(direction, npts):
-    images, captions = ARRAYS["0_images"], ARRAYS["0_captions"]
-    _, (ranks, _) = BOTH[direction](as_family(images), captions, npts=npts, return_ranks=True)
-    expected = loops.ranks(images[:npts] @ captions[:5 * npts].T)
-    assert ranks.tolist() == expected[direction == "t2i"]
+@pytest.mark.parametrize("each", [1, 5])
+def test_npts_limits_the_queries_and_not_what_they_are_ranked_among(direction, npts, each):
+    images, captions = ARRAYS["0_images"], ARRAYS["0_captions"][:: 5 // each]
+    rows = as_family(images) if each == 5 else images
+    recall, (ranks, top1) = BOTH[direction](rows, captions, npts=npts, return_ranks=True)
+    expected_ranks, expected_top1 = [], []
+    for number in range(npts):
+        own = range(each * number, each * (number + 1))
+        if direction == "i2t":
+            scores = [float(images[number] @ caption) for caption in captions]
+            best = max(scores[c] for c in own)
+            expected_ranks.append(
+                sum(score >= best for c, score in enumerate(scores) if c not in own)
+            )
+            expected_top1.append(scores.index(max(scores)))
+        for c in own if direction == "t2i" else ():
+            scores = [float(image @ captions[c]) for image in images]
+            expected_ranks.append(
+                sum(score >= scores[number] for i, score in enumerate(scores) if i != number)
+            )
+            expected_top1.append(scores.index(max(scores)))
+    assert (ranks.tolist(), top1.tolist()) == (expected_ranks, expected_top1)
+    assert recall.r1 == 100 * sum(rank < 1 for rank in expected_ranks) / len(expected_ranks)
+    assert recall == BOTH[direction](rows, captions, npts=npts)
+
+
+@pytest.mark.parametrize("npts", [0, -1, 1001])
+def test_npts_beyond_the_images_is_refused(npts):
+    with pytest.raises(InputError, match=f"npts is {npts} for "):
+        i2t(ARRAYS["0_images"], ARRAYS["0_captions"], npts=npts)
 
 
 # Against loops, with ties -----------------------------------------------------------------------
-
-def whole_numbers(n, width, seed, dtype=np.float64):
-    """Embeddings whose similarities are exact, and full of ties."""
-    rng = np.random.default_rng(seed)
-    return (rng.integers(-1, 2, (n, width)).astype(dtype), rng.integers(-1, 2, (5 * n, width)).astype(dtype))
 
 
 def exact_scores(images, captions, measure):
@@ -78,7 +124,10 @@ def exact_scores(images, captions, measure):
 
 
 def both_ranks(images, captions, measure="cosine"):
-    return [direction(images, captions, measure=measure, return_ranks=True)[1][0].tolist() for direction in (i2t, t2i)]
+    return [
+        direction(images, captions, measure=measure, return_ranks=True)[1][0].tolist()
+        for direction in (i2t, t2i)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -97,12 +146,16 @@ def test_ranks_of_many_images_equal_the_loop():
     image_ranks, caption_ranks = both_ranks(images, captions)
     scores = images @ captions.T  # integers: a tie is equality
     own = scores.reshape(n, n, 5)[np.arange(n), np.arange(n)]
-    others = [sum(score >= own[i].max() for c, score in enumerate(row) if c // 5 != i)
-              for i, row in enumerate(scores.tolist())]
+    others = [
+        sum(score >= own[i].max() for c, score in enumerate(row) if c // 5 != i)
+        for i, row in enumerate(scores.tolist())
+    ]
     assert image_ranks == others
     columns = scores.T.tolist()
-    assert caption_ranks == [sum(score >= own[c // 5, c % 5] for i, score in enumerate(column) if i != c // 5)
-                             for c, column in enumerate(columns)]
+    assert caption_ranks == [
+        sum(score >= own[c // 5, c % 5] for i, score in enumerate(column) if i != c // 5)
+        for c, column in enumerate(columns)
+    ]
 
 
 @pytest.mark.parametrize("direction", BOTH)
@@ -123,7 +176,9 @@ def steps_away(value, steps, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("value", [-0.75, 1.5e-7])
-@pytest.mark.parametrize("steps, before", [(1, True), (0, True), (-1, True), (-2, True), (-3, False)])
+@pytest.mark.parametrize(
+    "steps, before", [(1, True), (0, True), (-1, True), (-2, True), (-3, False)]
+)
 def test_text_to_image_ties_reach_two_units_in_the_last_place(value, steps, before, dtype):
     """Captions of 1 make the images' embeddings the scores themselves."""
     images = np.array([[dtype(value)], [steps_away(value, steps, dtype)]])
@@ -135,7 +190,10 @@ def test_text_to_image_ties_reach_two_units_in_the_last_place(value, steps, befo
 @pytest.mark.parametrize("value", [-0.75, 0.3])
 @pytest.mark.parametrize("steps, before", [(0, True), (-2, True), (-3, False)])
 def test_image_to_text_ties_reach_two_units_in_the_last_place(value, steps, before, dtype):
-    """An image of 1 makes the captions' embeddings the scores; two of its own are lower and do not count."""
+    """An image of 1 makes the captions' embeddings the scores.
+
+    Two of its own are lower and do not count.
+    """
     captions = np.full((10, 1), dtype(value) - 1, dtype)
     captions[3] = value
     captions[[5, 8]] = steps_away(value, steps, dtype)
@@ -157,9 +215,14 @@ def test_collapsed_embeddings_rank_last(n, value, measure):
     assert both_ranks(images, captions, measure) == [[5 * n - 5] * n, [n - 1] * (5 * n)]
 
 
-@pytest.mark.parametrize("n, width", [(TILE // 2 + 1, 1024), (TILE + 1, 1024), (TILE + 2, 300), (TILE + 88, 1000)])
+@pytest.mark.parametrize(
+    "n, width", [(TILE // 2 + 1, 1024), (TILE + 1, 1024), (TILE + 2, 300), (TILE + 88, 1000)]
+)
 def test_equal_images_rank_last_however_the_work_is_shared_out(n, width):
-    """The same product need not come out the same to the bit in another block; it is a tie all the same."""
+    """The same product need not come out the same to the bit in another block.
+
+    It is a tie all the same.
+    """
     rng = np.random.default_rng(n)
     captions = rng.standard_normal((5 * n, width)).astype(np.float32)
     captions /= np.linalg.norm(captions, axis=1, keepdims=True)
@@ -187,7 +250,9 @@ def test_one_caption_of_nan_ranks_last(measure):
     assert expected[1][12] == 5
     found = both_ranks(images, captions, measure)
     assert found[1] == expected[1]
-    assert [rank for i, rank in enumerate(found[0]) if i != 2] == [r for i, r in enumerate(expected[0]) if i != 2]
+    assert [rank for i, rank in enumerate(found[0]) if i != 2] == [
+        r for i, r in enumerate(expected[0]) if i != 2
+    ]
 
 
 def test_zero_vectors_among_others_equal_the_loop():
@@ -211,13 +276,19 @@ def test_one_caption_a_photo_is_evaluated_as_such(n):
     """As many rows as captions are five an image only where five in turn are alike."""
     images, captions = np.eye(n, dtype=np.float32), np.eye(n, dtype=np.float32)
     captions[3] = captions[4]
-    assert both_ranks(images, captions) == [[0] * 3 + [n - 1, one] + [0] * (n - 5) for one in (1, 0)]
+    assert both_ranks(images, captions) == [
+        [0] * 3 + [n - 1, one] + [0] * (n - 5) for one in (1, 0)
+    ]
 
 
 def test_rows_of_one_image_may_differ_by_rounding():
     images, captions = (ARRAYS[f"0_{name}"].astype(np.float32) for name in ("images", "captions"))
-    noise = 1 + 1e-6 * np.random.default_rng(0).standard_normal((len(captions), 1)).astype(np.float32)
-    assert both_ranks(as_family(images) * noise, captions) == both_ranks(images * noise[::5], captions)
+    noise = 1 + 1e-6 * np.random.default_rng(0).standard_normal((len(captions), 1)).astype(
+        np.float32
+    )
+    assert both_ranks(as_family(images) * noise, captions) == both_ranks(
+        images * noise[::5], captions
+    )
 
 
 @pytest.mark.parametrize("images, captions", [(3, 14), (2, 15), (0, 0), (4, 3)])
@@ -233,54 +304,12 @@ def test_counts_that_do_not_fit_are_refused_with_both(direction, images, caption
 def test_ranks_on_cuda_equal_the_loop(n, measure):
     images, captions = whole_numbers(n, 5, seed=n)
     expected = loops.ranks(exact_scores(images, captions, measure))
-    assert both_ranks(torch.from_numpy(images).cuda(), torch.from_numpy(captions).cuda(), measure) == list(expected)
+    assert both_ranks(
+        torch.from_numpy(images).cuda(), torch.from_numpy(captions).cuda(), measure
+    ) == list(expected)
 
 
 # Recalls ----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("ranks", [[0], [1], [0, 0, 4, 9], [0, 5, 10], [4, 5, 9, 10], [3, 3, 4, 5], list(range(101)),
-                                   [7] * 6], ids=str)
-def test_recall_equals_the_loop(ranks):
-    assert list(recall_of(ranks)) == pytest.approx(loops.recall(ranks), abs=1e-12)
-
-
-@pytest.mark.parametrize("container", [np.array, torch.tensor], ids=["array", "tensor"])
-def test_recall_takes_any_container(container):
-    assert recall_of(container([0, 5, 10])) == recall_of([0, 5, 10])
-
-
-def test_metrics_have_the_averages_and_the_sum_of_the_six_recalls():
-    images, captions = whole_numbers(20, 5, seed=9)
-    metrics = metrics_of(rank_both_ways(torch.from_numpy(images), torch.from_numpy(captions)))
-    to_text, to_image = map(loops.recall, loops.ranks(images @ captions.T))
-    assert list(metrics.i2t) == pytest.approx(to_text) and list(metrics.t2i) == pytest.approx(to_image)
-    assert metrics.ar == pytest.approx((to_text[0] + to_text[1] + to_text[2]) / 3)
-    assert metrics.ari == pytest.approx((to_image[0] + to_image[1] + to_image[2]) / 3)
-    assert metrics.rsum == pytest.approx(sum(to_text[:3]) + sum(to_image[:3]))
-
-
-def test_the_mean_of_folds_is_that_of_each_figure():
-    folds = [metrics_of(rank_both_ways(*map(torch.from_numpy, whole_numbers(8, 5, seed=seed)))) for seed in range(3)]
-    mean = mean_metrics(folds)
-    assert list(mean.i2t) == pytest.approx([(a + b + c) / 3 for a, b, c in zip(*(fold.i2t for fold in folds))])
-    assert list(mean.t2i) == pytest.approx([(a + b + c) / 3 for a, b, c in zip(*(fold.t2i for fold in folds))])
-
-
-@pytest.mark.parametrize("updates, now, mean", [
-    ([(2.0, 1), (4.0, 3)], 4.0, 3.5), ([(5.0, 0)], 5.0, 5.0), ([(1.0, 10), (9.0, 0)], 9.0, 1.0)], ids=str)
-def test_a_meter_keeps_the_latest_value_and_the_weighted_mean(updates, now, mean):
-    meter = AverageMeter()
-    for value, count in updates:
-        meter.update(value, count)
-    assert (meter.val, meter.avg) == (now, pytest.approx(mean))
-
-
-def test_meters_are_printed_in_the_order_they_came():
-    meters = LogCollector()
-    meters.update("Eit", 7)
-    meters.update("Loss", 0.5, 4)
-    meters.update("Loss", 0.25, 4)
-    assert str(meters) == "Eit 7  Loss 0.2500 (0.3750)"
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 100])
@@ -290,55 +319,64 @@ def test_a_split_s_loss_is_the_mean_of_its_batches_in_file_order(batch_size, wit
     generator = torch.Generator().manual_seed(0)
     images, captions, bank_images, bank_captions = (
         torch.nn.functional.normalize(torch.randn(n, 4, generator=generator, dtype=torch.float64))
-        for n in (2, 10, 6, 6))
+        for n in (2, 10, 6, 6)
+    )
     bank = (bank_images, bank_captions, torch.tensor([0, 3, 8, 20, 21, 22]))
     total = 0
     for first in range(0, 10, batch_size):
         indices = range(first, min(first + batch_size, 10))
         parts = [images[c // 5].tolist() for c in indices], [captions[c].tolist() for c in indices]
-        weights = loops.global_weights(*parts, indices, [part.tolist() for part in bank], 3, 40, 40, 0.1)
-        total += len(indices) * loops.hal(loops.similarities(*parts), 30.0, 0.3, *(weights if with_bank else ()))
-    opt = Namespace(measure="cosine", max_violation=False, sum_violation=False, local_alpha=30.0, local_ep=0.3,
-                    global_alpha=40.0, global_beta=40.0, global_ep_nega=0.1, mb_k=3)
-    found = split_loss(images, captions, ContrastiveLoss(opt), batch_size, bank if with_bank else None)
+        weights = loops.global_weights(
+            *parts, indices, [part.tolist() for part in bank], 3, 40, 40, 0.1
+        )
+        total += len(indices) * loops.hal(
+            loops.similarities(*parts), 30.0, 0.3, *(weights if with_bank else ())
+        )
+    opt = Namespace(
+        measure="cosine",
+        max_violation=False,
+        sum_violation=False,
+        local_alpha=30.0,
+        local_ep=0.3,
+        global_alpha=40.0,
+        global_beta=40.0,
+        global_ep_nega=0.1,
+        mb_k=3,
+    )
+    found = split_loss(
+        images, captions, ContrastiveLoss(opt), batch_size, bank if with_bank else None
+    )
     assert found == pytest.approx(total / 10, abs=1e-11)
 
 
-def test_a_meter_that_is_reset_starts_anew():
-    meter = AverageMeter()
-    meter.update(8.0, 5)
-    meter.reset()
-    assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
-    meter.update(2.0, 1)
-    assert meter.avg == 2.0
-
-
-@pytest.mark.parametrize("named, expected", [
-    ({}, [("Eit", 7, None), ("Loss", 0.25, None)]),
-    ({"prefix": "data/", "step": 7}, [("data/Eit", 7, 7), ("data/Loss", 0.25, 7)])], ids=["plain", "prefix and step"])
-def test_meters_log_their_latest_values(named, expected):
-    meters, logged = LogCollector(), []
-    meters.update("Eit", 7)
-    meters.update("Loss", 0.5, 4)
-    meters.update("Loss", 0.25, 4)
-    logger = Namespace(log_value=lambda tag, value, step: logged.append((tag, value, step)))
-    meters.tb_log(logger, **named)
-    assert logged == expected
-
-
 def test_the_family_s_names_are_importable_from_here():
-    assert evaluation.order_sim is loss.order_sim
-    assert evaluation.AverageMeter is AverageMeter and evaluation.LogCollector is LogCollector
+    assert order_sim is loss.order_sim
+    assert AverageMeter is AverageMeter and LogCollector is LogCollector
 
 
 # Embedding --------------------------------------------------------------------------------------
 
+
 def tiny(drawn_data, batch_size, name="tiny_precomp", split="test", **changes):
     """A random model and a loader of a split."""
     vocabulary = build_vocab(str(drawn_data), name)
-    opt = Namespace(**{"data_path": str(drawn_data), "data_name": name, "img_dim": 8, "embed_size": 16,
-                       "finetune": False, "cnn_type": "resnet18", "cnn_weights": "none", "use_abs": False,
-                       "no_imgnorm": False, "vocab_size": len(vocabulary), "word_dim": 6, "num_layers": 1, **changes})
+    opt = Namespace(
+        **{
+            "data_path": str(drawn_data),
+            "data_name": name,
+            "img_dim": 8,
+            "embed_size": 16,
+            "finetune": False,
+            "cnn_type": "resnet18",
+            "cnn_weights": "none",
+            "use_abs": False,
+            "no_imgnorm": False,
+            "vocab_size": len(vocabulary),
+            "word_dim": 6,
+            "num_layers": 1,
+            **changes,
+        }
+    )
     torch.manual_seed(1)
     return VSE(opt), get_test_loader(split, name, vocabulary, 32, batch_size, 0, opt)
 
@@ -353,7 +391,10 @@ def test_a_split_s_embeddings_are_its_items_own(drawn_data, batch_size):
     features = np.load(drawn_data / "tiny_precomp" / "test_ims.npy")
     with torch.no_grad():
         expected = model.img_enc(torch.from_numpy(features))
-        alone = [model.txt_enc(loader.dataset[c][1].unsqueeze(0), [len(loader.dataset[c][1])]) for c in range(30)]
+        alone = [
+            model.txt_enc(loader.dataset[c][1].unsqueeze(0), [len(loader.dataset[c][1])])
+            for c in range(30)
+        ]
     assert (images - expected).abs().max() < 1e-6
     assert (captions - torch.cat(alone)).abs().max() < 1e-6
 
@@ -361,17 +402,26 @@ def test_a_split_s_embeddings_are_its_items_own(drawn_data, batch_size):
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
 def test_equal_captions_get_equal_embeddings_to_the_bit(workdir, batch_size):
     captions = ["a dog", "a cat", "a dog", "the dog is red .", "a dog", *["a dog"] * 24, "a cat"]
-    (workdir / "data" / "tiny_precomp" / "test_caps.txt").write_text("".join(f"{c}\n" for c in captions))
+    (workdir / "data" / "tiny_precomp" / "test_caps.txt").write_text(
+        "".join(f"{c}\n" for c in captions)
+    )
     _, found = embed(*tiny(workdir / "data", batch_size))
-    assert all(torch.equal(found[i], found[j]) == (captions[i] == captions[j])
-               for i in range(30) for j in range(30))
+    assert all(
+        torch.equal(found[i], found[j]) == (captions[i] == captions[j])
+        for i in range(30)
+        for j in range(30)
+    )
 
 
 def test_one_long_caption_does_not_make_all_as_long(workdir, monkeypatch):
     captions = [f"a dog {'red ' * (number % 7)}" for number in range(29)] + ["dog " * 5000]
-    (workdir / "data" / "tiny_precomp" / "test_caps.txt").write_text("".join(f"{c}\n" for c in captions))
+    (workdir / "data" / "tiny_precomp" / "test_caps.txt").write_text(
+        "".join(f"{c}\n" for c in captions)
+    )
     made, padded = [], WordIds.padded
-    monkeypatch.setattr(WordIds, "padded", lambda *arguments: made.append(padded(*arguments)) or made[-1])
+    monkeypatch.setattr(
+        WordIds, "padded", lambda *arguments: made.append(padded(*arguments)) or made[-1]
+    )
     embed(*tiny(workdir / "data", 4))
     assert max(each.numel() for each in made) <= 4 * 5002
 
@@ -401,3 +451,115 @@ def test_each_raw_image_is_encoded_once(drawn_data, monkeypatch):
     model.img_enc.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     images, captions = embed(model, loader)
     assert sum(seen) == len(images) == 5 and len(captions) == 25
+
+
+# A model of somebody's own ----------------------------------------------------------------------
+
+
+class Looked:
+    """A source of similarities that are looked up in a table."""
+
+    tile_images, width = 3, 1
+
+    def __init__(self, table):
+        self.table = table
+        self.n_images, self.n_captions = table.shape
+
+    def tile(self, images, captions, shape):
+        return self.table[images, captions]
+
+    def across(self, side, targets):
+        return self.table[:, targets].t() if side == "i2t" else self.table[targets]
+
+    def pairs(self, images, captions):
+        return self.table[images, captions]
+
+
+class TableModel:
+    """Somebody's own model, with the five attributes that `evaluation` names, and nothing else."""
+
+    opt = Namespace(
+        data_path="somewhere",
+        data_name="theirs",
+        logger_name="runs/theirs",
+        measure="table",
+        cross_attn=None,
+    )
+
+    def __init__(self, captions_each, seed=0):
+        self.image_of = torch.arange(len(captions_each)).repeat_interleave(
+            torch.tensor(captions_each)
+        )
+        shape = len(captions_each), len(self.image_of)
+        # Few values, so that many scores tie.
+        self.table = torch.from_numpy(
+            np.random.default_rng(seed).integers(0, 9, shape).astype(np.float32)
+        )
+        self.members = [self]
+
+    def loader(self, split):
+        captions = [f"{split} {number}" for number in range(len(self.image_of))]
+
+        class Dataset:
+            n_images = len(self.table)
+            image_of, names = self.image_of, None
+
+            def __len__(self):
+                return len(captions)
+
+        dataset = Dataset()
+        dataset.captions = captions
+        return SimpleNamespace(dataset=dataset)
+
+    def embed(self, loader, stride=1):
+        assert stride == 1
+        return torch.arange(len(self.table)), torch.arange(len(self.image_of))
+
+    def similarities(self, images, captions):
+        return Looked(self.table[images][:, captions])
+
+
+def looped_recalls(table, image_of):
+    """The six recalls of a table of similarities, query by query."""
+    ranks = {"i2t": [], "t2i": []}
+    for image, row in enumerate(table):
+        best = max(score for score, own in zip(row, image_of) if own == image)
+        others = [score for score, own in zip(row, image_of) if own != image]
+        ranks["i2t"].append(sum(score >= best for score in others))
+    for caption, own in enumerate(image_of):
+        others = [row[caption] for image, row in enumerate(table) if image != own]
+        ranks["t2i"].append(sum(score >= table[own][caption] for score in others))
+    return [
+        100 * sum(rank < k for rank in own) / len(own) for own in ranks.values() for k in (1, 5, 10)
+    ]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_model_of_somebody_s_own_is_evaluated(several, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = TableModel([1, 5, 2, 3, 1, 7, 1, 1, 4, 2, 6])
+    model = Ensemble([own, own]) if several else own
+    result = evaluate_model(model, "test", top=10)
+    expected = looped_recalls(own.table.tolist(), own.image_of.tolist())
+    assert [*result.metrics.i2t[:3], *result.metrics.t2i[:3]] == pytest.approx(expected)
+    assert capsys.readouterr().out.startswith(f"rsum: {sum(expected):.1f}\n")
+    flags = Namespace(model_path="theirs", save_json="found.json", save_csv="found.csv")
+    write_results(flags, "test", result)
+    write_csv(flags, result)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["captions"] == 33 and found["rsum"] == pytest.approx(sum(expected))
+    assert (tmp_path / "found.csv").read_text().startswith("runs/theirs")
+
+
+def test_a_model_of_somebody_s_own_is_evaluated_in_folds():
+    own = TableModel([5] * 60)
+    result = evaluate_model(own, "testall", fold5=True)
+    folds = [
+        looped_recalls(
+            own.table[12 * fold : 12 * fold + 12, 60 * fold : 60 * fold + 60].tolist(),
+            [caption // 5 for caption in range(60)],
+        )
+        for fold in range(5)
+    ]
+    expected = [statistics.fmean(values) for values in zip(*folds)]
+    assert [*result.metrics.i2t[:3], *result.metrics.t2i[:3]] == pytest.approx(expected)

@@ -1,4 +1,7 @@
-"""Gradients through a GRU in float16, which is what CUDA's autocast makes of --amp bf16: none may be lost."""
+"""Gradients through a GRU in float16, as CUDA's autocast computes them with --amp bf16.
+
+None may underflow.
+"""
 
 from types import SimpleNamespace
 
@@ -6,11 +9,13 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import loss
 import train
 from loss import hal_loss, max_margin_loss, sum_margin_loss
 from model import EncoderText, l2norm
 
 BATCH, WIDTH, WORDS = 128, 192, 400
+
 LOSSES = {"hal": hal_loss, "max": max_margin_loss, "sum": sum_margin_loss}
 
 
@@ -18,7 +23,11 @@ def batch():
     """Word ids (B, T) and lengths, longest first, and as many image embeddings."""
     torch.manual_seed(0)
     lengths = torch.randint(6, 14, (BATCH,)).sort(descending=True).values
-    return torch.randint(1, WORDS, (BATCH, int(lengths[0]))), lengths, l2norm(torch.randn(BATCH, WIDTH))
+    return (
+        torch.randint(1, WORDS, (BATCH, int(lengths[0]))),
+        lengths,
+        l2norm(torch.randn(BATCH, WIDTH)),
+    )
 
 
 def gradients(kind, last_state, parameters, scale):
@@ -26,7 +35,9 @@ def gradients(kind, last_state, parameters, scale):
     captions, lengths, images = batch()
     for parameter in parameters:
         parameter.grad = None
-    train.backward(LOSSES[kind](images @ l2norm(last_state(captions, lengths)).t()), parameters, scale)
+    train.backward(
+        LOSSES[kind](images @ l2norm(last_state(captions, lengths)).t()), parameters, scale
+    )
     return [parameter.grad.clone() for parameter in parameters]
 
 
@@ -39,17 +50,27 @@ def errors(kind, scale):
     def in_(dtype):
         def last_state(captions, lengths):
             state = {name: weight.to(dtype) for name, weight in encoder.rnn.named_parameters()}
-            packed = pack_padded_sequence(encoder.embed(captions).to(dtype), lengths, batch_first=True)
+            packed = pack_padded_sequence(
+                encoder.embed(captions).to(dtype), lengths, batch_first=True
+            )
             return torch.func.functional_call(encoder.rnn, state, (packed,))[1][-1].float()
+
         return last_state
-    exact, half = (gradients(kind, in_(dtype), parameters, scale) for dtype in (torch.float32, torch.float16))
-    return ([float((a - b).norm() / a.norm()) for a, b in zip(exact, half)],
-            [float(((b == 0) & (a != 0)).float().mean()) for a, b in zip(exact, half)])
+
+    exact, half = (
+        gradients(kind, in_(dtype), parameters, scale) for dtype in (torch.float32, torch.float16)
+    )
+    return (
+        [float((a - b).norm() / a.norm()) for a, b in zip(exact, half)],
+        [float(((b == 0) & (a != 0)).float().mean()) for a, b in zip(exact, half)],
+    )
 
 
 def scale_of(kind, amp="bf16", device="cuda", size=BATCH):
-    run = SimpleNamespace(opt=SimpleNamespace(amp=amp), model=SimpleNamespace(device=torch.device(device)))
-    return train.backward_scale(run, kind, size)
+    run = SimpleNamespace(
+        opt=SimpleNamespace(amp=amp), model=SimpleNamespace(device=torch.device(device))
+    )
+    return train.backward_scale(run, SimpleNamespace(entry=loss.LOSSES[kind]), size)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -63,10 +84,19 @@ def test_hal_s_gradients_would_underflow_without_it():
     assert max(lost) > 0.005
 
 
-@pytest.mark.parametrize("kind, amp, device, size, expected", [
-    ("hal", "bf16", "cuda", 128, 128), ("hal", "bf16", "cuda", 100, 128), ("hal", "bf16", "cuda", 1, 1),
-    ("hal", "off", "cuda", 128, 1), ("hal", "bf16", "cpu", 128, 1), ("hal", "bf16", "mps", 128, 1),
-    ("max", "bf16", "cuda", 128, 1), ("sum", "bf16", "cuda", 128, 1)])
+@pytest.mark.parametrize(
+    "kind, amp, device, size, expected",
+    [
+        ("hal", "bf16", "cuda", 128, 128),
+        ("hal", "bf16", "cuda", 100, 128),
+        ("hal", "bf16", "cuda", 1, 1),
+        ("hal", "off", "cuda", 128, 1),
+        ("hal", "bf16", "cpu", 128, 1),
+        ("hal", "bf16", "mps", 128, 1),
+        ("max", "bf16", "cuda", 128, 1),
+        ("sum", "bf16", "cuda", 128, 1),
+    ],
+)
 def test_only_hal_in_float16_is_scaled_and_by_a_power_of_two(kind, amp, device, size, expected):
     assert scale_of(kind, amp, device, size) == expected
 

@@ -1,4 +1,7 @@
-"""Files from strangers: nothing read runs code, fills the memory, or ends in anything but a result or an InputError."""
+"""Files from strangers.
+
+Reading one runs no code, fills no memory, and ends in a result or an InputError.
+"""
 
 import argparse
 import json
@@ -15,23 +18,41 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import checkpoint
-import model
-import word_ids
-from caption_files import read_captions, read_json
-from data import open_features, read_ids
-from errors import InputError
-from images import CocoDataset, FlickrDataset, coco_dataset, decode_image
+from data import CocoDataset, FlickrDataset, coco_dataset
+from experiments import records
+from features.description import read_features_json
+from features.files import open_features, read_ids
+from gallery import build as build_gallery
+from inputs import word_ids
+from inputs.captions import read_captions, read_json
+from inputs.decoding import decode_image
+from inputs.tokenizer import SPECIAL_WORDS
+from layers.pretrained import _build_cnn
 from model import VSE
-from vocab import SPECIAL_WORDS, find_vocabulary, read_vocabulary, vocabulary_of, write_vocabulary
+from retrieval import intervals
+from runtime.errors import InputError
+from runtime.files import append, lock
+from training import checkpoint, run_record
+from vocab import find_vocabulary, read_vocabulary, vocabulary_of, write_vocabulary
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))  # a reader
-fuzz = settings(max_examples=EXAMPLES, deadline=None, database=None,
-                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
 VOCABULARY = vocabulary_of([*SPECIAL_WORDS, "dog"])
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-                    max_leaves=12)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
 
 
 @st.composite
@@ -40,11 +61,11 @@ def damage(draw, whole):
     data = bytearray(whole)
     for _ in range(draw(st.integers(0, 6))):
         data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
-    return bytes(data[:draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))])
+    return bytes(data[: draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))])
 
 
 def ends_well(read, *arguments):
-    """The result, or None where the input was refused in the project's own way."""
+    """The result, or None if the input was refused with an InputError."""
     try:
         return read(*arguments)
     except InputError as error:
@@ -53,15 +74,30 @@ def ends_well(read, *arguments):
 
 
 def options(**changes):
-    small = {"data_name": "made_precomp", "img_dim": 3, "embed_size": 4, "word_dim": 2, "num_layers": 1,
-             "vocab_size": 5, "finetune": False, "cnn_type": "vgg19", "use_abs": False, "no_imgnorm": False}
+    small = {
+        "data_name": "made_precomp",
+        "img_dim": 3,
+        "embed_size": 4,
+        "word_dim": 2,
+        "num_layers": 1,
+        "vocab_size": 5,
+        "finetune": False,
+        "cnn_type": "vgg19",
+        "use_abs": False,
+        "no_imgnorm": False,
+    }
     return argparse.Namespace(**{**small, **changes})
 
 
 def checkpoint_content(**changes):
     small = VSE(options())
-    return {"epoch": 1, "model": [small.img_enc.state_dict(), small.txt_enc.state_dict()],
-            "best_rsum": np.float64(1.5), "opt": options(**changes), "Eiters": 3}
+    return {
+        "epoch": 1,
+        "model": [small.img_enc.state_dict(), small.txt_enc.state_dict()],
+        "best_rsum": np.float64(1.5),
+        "opt": options(**changes),
+        "Eiters": 3,
+    }
 
 
 def saved(tmp_path_factory, content):
@@ -77,13 +113,21 @@ def whole_files(tmp_path_factory):
     write_vocabulary(VOCABULARY, str(folder / "v.pkl"))
     write_vocabulary(VOCABULARY, str(folder / "v.json"))
     np.save(folder / "features.npy", np.ones((3, 4), np.float32))
-    Image.fromarray(np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)).save(folder / "image.png")
-    Image.fromarray(np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)).save(folder / "image.jpg")
+    Image.fromarray(np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)).save(
+        folder / "image.png"
+    )
+    Image.fromarray(np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)).save(
+        folder / "image.jpg"
+    )
     torch.save(checkpoint_content(), folder / "checkpoint")
-    flickr = {"images": [{"filename": "a.png", "split": "train", "sentences": [{"raw": "a dog"}] * 5}]}
+    flickr = {
+        "images": [{"filename": "a.png", "split": "train", "sentences": [{"raw": "a dog"}] * 5}]
+    }
     (folder / "flickr.json").write_text(json.dumps(flickr))
-    coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [
-        {"id": number, "image_id": 1, "caption": "a dog"} for number in range(5)]}
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"id": number, "image_id": 1, "caption": "a dog"} for number in range(5)],
+    }
     (folder / "coco.json").write_text(json.dumps(coco))
     (folder / "captions.txt").write_bytes("A dog runs.\nUn café é grande.\n\nA cat.\n".encode())
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -107,9 +151,17 @@ def coco(path):
     return CocoDataset("images", path, VOCABULARY)
 
 
-READERS = {"v.pkl": read_vocabulary, "v.json": read_vocabulary, "features.npy": open_features,
-           "image.png": decode_image, "image.jpg": decode_image, "checkpoint": open_checkpoint,
-           "flickr.json": flickr, "coco.json": coco, "captions.txt": read_captions}
+READERS = {
+    "v.pkl": read_vocabulary,
+    "v.json": read_vocabulary,
+    "features.npy": open_features,
+    "image.png": decode_image,
+    "image.jpg": decode_image,
+    "checkpoint": open_checkpoint,
+    "flickr.json": flickr,
+    "coco.json": coco,
+    "captions.txt": read_captions,
+}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -129,15 +181,18 @@ def test_damaged_files_end_in_a_result_or_an_input_error(name, whole_files, tmp_
         path.write_bytes(data)
         found = ends_well(READERS[name], str(path))
         if name in ("v.pkl", "v.json") and found is not None:  # no wrong answer that looks right
-            assert found.words[:4] == list(SPECIAL_WORDS) and len(found.words) == len(set(found.words)) == len(found)
+            assert found.words[:4] == list(SPECIAL_WORDS) and len(found.words) == len(
+                set(found.words)
+            ) == len(found)
         if name == "features.npy" and found is not None:
             assert found.dim() == 2 and found.isfinite().all()
+
     run()
 
 
 @pytest.fixture
 def in_time():
-    """Fails a test that takes ten seconds, such as one that waits for a pipe without end."""
+    """Fail a test that takes ten seconds, such as one that waits for a pipe forever."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits without end"))
     signal.alarm(10)
     yield
@@ -145,9 +200,12 @@ def in_time():
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-PIPES = {**READERS, "weights.pth": lambda path: model._build_cnn("resnet18", path),
-         "ids.txt": read_ids,
-         "captions.json": lambda path: read_json(path)}
+PIPES = {
+    **READERS,
+    "weights.pth": lambda path: _build_cnn("resnet18", path),
+    "ids.txt": read_ids,
+    "captions.json": lambda path: read_json(path),
+}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
@@ -156,6 +214,50 @@ def test_a_pipe_is_refused_at_once(name, tmp_path, in_time):
     os.mkfifo(tmp_path / name)
     with pytest.raises(InputError, match=rf"{name} is .*not a regular file"):
         PIPES[name](str(tmp_path / name))
+
+
+SPECIAL = {
+    "pipe": os.mkfifo,
+    "folder": os.mkdir,
+    "endless": lambda path: os.symlink("/dev/zero", path),
+}
+
+# What opens a file by a name that is its own, and that name.
+BY_NAME = {
+    "lock": (".lock", lock),
+    "run.json": ("run.json", lock),
+    "log": ("log.jsonl", lock),
+    "checkpoint": ("checkpoint.pth.tar", lock),
+    "step log": ("log.jsonl", lambda folder: run_record.step_log(folder, 3)),
+    "rsums": ("rst_val_run", lambda folder: run_record.epoch_log(folder, 3)),
+    "products": ("run.json", run_record.noted_products),
+    "record's run": ("run.json", records.read_run),
+    "checkpoint itself": (
+        "checkpoint.pth.tar",
+        lambda folder: checkpoint.load(f"{folder}/checkpoint.pth.tar"),
+    ),
+    "features.json": ("features.json", read_features_json),
+    "vocabulary": ("run_vocab.json", lambda folder: find_vocabulary(folder, "run")),
+    "table": ("figures.csv", lambda folder: append(f"{folder}/figures.csv", "a line")),
+    "ranks": ("ranks.npz", lambda folder: intervals.read_ranks(f"{folder}/ranks.npz")),
+    "validations": ("log.jsonl", records.read_epochs),
+    "hash": ("a.npy", lambda folder: build_gallery.hash_file(f"{folder}/a.npy")),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("what", BY_NAME)
+def test_a_special_file_of_a_known_name_is_refused_at_once(
+    what, kind, tmp_path, in_time, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    name, read = BY_NAME[what]
+    os.mkdir("run")
+    SPECIAL[kind](f"run/{name}")
+    with pytest.raises(InputError, match=rf"{name} is .*not a regular file") as caught:
+        read("run")
+    assert "\n" not in str(caught.value) and os.listdir("run") == [name]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are POSIX")
@@ -172,7 +274,10 @@ def test_a_pipe_in_place_of_cached_captions_is_passed_over(tmp_path, in_time):
     cached = next(tmp_path.iterdir())
     cached.unlink()
     os.mkfifo(cached)
-    assert word_ids.number_words(["a dog"], VOCABULARY, cache_dir=str(tmp_path)).words.tolist() == right.words.tolist()
+    assert (
+        word_ids.number_words(["a dog"], VOCABULARY, cache_dir=str(tmp_path)).words.tolist()
+        == right.words.tolist()
+    )
     assert cached.is_fifo()
 
 
@@ -184,7 +289,11 @@ def test_a_byte_order_mark_is_no_part_of_a_file(name, whole_files, tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_bytes(mark + whole_files[name])
         content = READERS[name](str(tmp_path / folder / name))
-        found[folder] = content if isinstance(content, list) else getattr(content, "words", None) or content.captions
+        found[folder] = (
+            content
+            if isinstance(content, list)
+            else getattr(content, "words", None) or content.captions
+        )
     assert found["marked"] == found["plain"] and len(found["plain"]) > 3
 
 
@@ -197,6 +306,7 @@ def test_random_json_ends_in_a_result_or_an_input_error(read, tmp_path):
     def run(content, key):
         path.write_text(json.dumps(content if key is None else {"images": [], key: content}))
         ends_well(read, str(path))
+
     run()
 
 
@@ -214,6 +324,7 @@ def test_checkpoints_with_anything_in_them_end_in_a_result_or_an_input_error(whe
             content[where] = value
         torch.save(content, path)
         ends_well(open_checkpoint, str(path))
+
     run()
 
 
@@ -229,16 +340,16 @@ def test_a_damaged_caption_cache_is_made_again(tmp_path):
         cached.write_bytes(data)
         found = word_ids.number_words(lines, VOCABULARY, cache_dir=str(tmp_path))
         assert len(found) == 3 and found.words.max() < len(VOCABULARY)
-        if data[128:] != whole[128:len(data)] or len(data) != len(whole):
-            return
         assert torch.equal(found.words, right.words) and torch.equal(found.offsets, right.offsets)
+
     run()
 
 
 # Made to do harm --------------------------------------------------------------------------------
 
+
 class Command:
-    """Runs a command where it is unpickled without care."""
+    """Runs a command when it is unpickled carelessly."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -247,8 +358,12 @@ class Command:
         return self.call
 
 
-COMMANDS = {"system": Command(os.system, "touch harmed"), "eval": Command(eval, "open('harmed', 'w')"),
-            "import": Command(__import__, "antigravity"), "open": Command(open, "harmed", "w")}
+COMMANDS = {
+    "system": Command(os.system, "touch harmed"),
+    "eval": Command(eval, "open('harmed', 'w')"),
+    "import": Command(__import__, "antigravity"),
+    "open": Command(open, "harmed", "w"),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -307,8 +422,10 @@ def test_a_tensor_that_is_larger_than_its_memory_is_refused(tmp_path):
 
 def test_a_compressed_checkpoint_is_refused(tmp_path):
     torch.save(checkpoint_content(), tmp_path / "stored")
-    with zipfile.ZipFile(tmp_path / "stored") as stored, zipfile.ZipFile(tmp_path / "file", "w",
-                                                                        zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "stored") as stored,
+        zipfile.ZipFile(tmp_path / "file", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for entry in stored.namelist():
             packed.writestr(entry, stored.read(entry))
     with pytest.raises(InputError, match="is refused: it is compressed"):
@@ -322,12 +439,21 @@ def test_an_absurdly_large_image_is_refused_by_name(tmp_path, monkeypatch):
         decode_image(str(tmp_path / "large.png"))
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "x/../../a.png", "..\\a.png", "a\0.png", ""])
+@pytest.mark.parametrize(
+    "name", ["../a.png", "/etc/a.png", "x/../../a.png", "..\\a.png", "a\0.png", ""]
+)
 def test_file_names_that_reach_outside_the_folder_are_refused(name, tmp_path):
-    (tmp_path / "f.json").write_text(json.dumps({"images": [
-        {"filename": name, "split": "train", "sentences": [{"raw": "a"}]}]}))
-    (tmp_path / "c.json").write_text(json.dumps({"images": [{"id": 1, "file_name": name}], "annotations": [
-        {"id": 1, "image_id": 1, "caption": "a"}]}))
+    (tmp_path / "f.json").write_text(
+        json.dumps({"images": [{"filename": name, "split": "train", "sentences": [{"raw": "a"}]}]})
+    )
+    (tmp_path / "c.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": name}],
+                "annotations": [{"id": 1, "image_id": 1, "caption": "a"}],
+            }
+        )
+    )
     for read, path in ((flickr, "f.json"), (coco, "c.json")):
         with pytest.raises(InputError, match="outside"):
             read(str(tmp_path / path))
@@ -342,10 +468,18 @@ def test_broken_images_are_counted_and_left_out(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"not a picture")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "c.png")
-    images = [{"filename": f"{name}.png", "split": "val", "sentences": [{"raw": f"{name} {n}"} for n in range(5)]}
-              for name in "abc"]
+    images = [
+        {
+            "filename": f"{name}.png",
+            "split": "val",
+            "sentences": [{"raw": f"{name} {n}"} for n in range(5)],
+        }
+        for name in "abc"
+    ]
     (tmp_path / "f.json").write_text(json.dumps({"images": images}))
-    dataset = FlickrDataset(str(tmp_path), str(tmp_path / "f.json"), "val", VOCABULARY, skip_broken=True)
+    dataset = FlickrDataset(
+        str(tmp_path), str(tmp_path / "f.json"), "val", VOCABULARY, skip_broken=True
+    )
     assert [os.path.basename(path) for path in dataset.image_files] == ["a.png", "c.png"]
     assert dataset.captions[5] == "c 0" and dataset.image_of.tolist() == [0] * 5 + [1] * 5
     assert "1 broken" in capsys.readouterr().err

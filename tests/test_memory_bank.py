@@ -1,55 +1,98 @@
-"""The memory bank: how it is drawn and built, and the weights it gives."""
+"""The memory bank: how it is drawn and built, and the weights that it gives."""
 
 from argparse import Namespace
 
-import loops
 import pytest
 import torch
 
 from loss import SIMILARITIES
 from memory_bank import MemoryBank, build_bank, draw_batches, global_weights, in_batch
 from model import VSE
+from tests.helpers import loops
 
 
 def embeddings(n, width=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(n, width, generator=generator, dtype=torch.float64)).abs()
+    return torch.nn.functional.normalize(
+        torch.randn(n, width, generator=generator, dtype=torch.float64)
+    ).abs()
 
 
 def weights_of(im, s, bank, indices, k, measure="cosine", alpha=40.0, beta=40.0, epsilon=0.1):
     similarity = SIMILARITIES[measure]
-    return global_weights(im, s, similarity(im, s), bank, torch.tensor(indices), similarity, k=k, alpha=alpha,
-                          beta=beta, epsilon=epsilon)
+    return global_weights(
+        im,
+        s,
+        similarity(im, s),
+        bank,
+        torch.tensor(indices),
+        similarity,
+        k=k,
+        alpha=alpha,
+        beta=beta,
+        epsilon=epsilon,
+    )
 
 
 class Elsewhere(torch.Tensor):
-    """Says that it is on a GPU, so that the way taken there is taken here."""
+    """Claims to be on a GPU, so that the GPU's code path runs here."""
 
     device = torch.device("cuda")
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere], ids=["CPU", "GPU"])
-@pytest.mark.parametrize("entries, indices", [
-    ([5, 0, 9, 3, 3, 41], [9, 3, 40, 0]), ([0, 1, 2], [2]), ([7, 8], [8, 7]), ([4], [90, 5, 3, 3]), ([99, 98], [1, 2])],
-    ids=["any order", "one index", "all", "none", "beyond"])
+@pytest.mark.parametrize(
+    "entries, indices",
+    [
+        ([5, 0, 9, 3, 3, 41], [9, 3, 40, 0]),
+        ([0, 1, 2], [2]),
+        ([7, 8], [8, 7]),
+        ([4], [90, 5, 3, 3]),
+        ([99, 98], [1, 2]),
+    ],
+    ids=["any order", "one index", "all", "none", "beyond"],
+)
 def test_entries_of_the_batch_are_found(entries, indices, kind):
-    found = in_batch(torch.tensor(entries).as_subclass(kind), torch.tensor(indices).as_subclass(kind))
+    found = in_batch(
+        torch.tensor(entries).as_subclass(kind), torch.tensor(indices).as_subclass(kind)
+    )
     assert found.tolist() == [entry in indices for entry in entries]
 
 
 @pytest.mark.parametrize("measure", ["cosine", "order"])
-@pytest.mark.parametrize("n, bank_size, k, indices", [
-    (4, 10, 3, [20, 21, 22, 23]), (4, 10, 2, [0, 5, 20, 9]), (1, 10, 3, [20]), (3, 10, 250, [20, 21, 22]),
-    (4, 3, 4, [20, 21, 22, 2])], ids=["plain", "some left out", "batch of one", "k is the batch", "fewer than k"])
+@pytest.mark.parametrize(
+    "n, bank_size, k, indices",
+    [
+        (4, 10, 3, [20, 21, 22, 23]),
+        (4, 10, 2, [0, 5, 20, 9]),
+        (1, 10, 3, [20]),
+        (3, 10, 250, [20, 21, 22]),
+        (4, 3, 4, [20, 21, 22, 2]),
+    ],
+    ids=["plain", "some left out", "batch of one", "k is the batch", "fewer than k"],
+)
 def test_weights_equal_the_loop(n, bank_size, k, indices, measure):
     im, s = embeddings(n), embeddings(n, seed=1)
-    bank = MemoryBank(embeddings(bank_size, seed=2), embeddings(bank_size, seed=3), torch.arange(bank_size))
-    W, w = loops.global_weights(im.tolist(), s.tolist(), indices, [part.tolist() for part in bank], k, 40, 40, 0.1,
-                                measure=measure)
+    bank = MemoryBank(
+        embeddings(bank_size, seed=2), embeddings(bank_size, seed=3), torch.arange(bank_size)
+    )
+    W, w = loops.global_weights(
+        im.tolist(),
+        s.tolist(),
+        indices,
+        [part.tolist() for part in bank],
+        k,
+        40,
+        40,
+        0.1,
+        measure=measure,
+    )
     pair_weights, positive_weights = weights_of(im, s, bank, indices, k, measure)
     expected = torch.tensor([[float(x) for x in row] for row in W], dtype=torch.float64)
     assert (pair_weights - expected).abs().max() < 1e-12
-    assert (positive_weights - torch.tensor([float(x) for x in w], dtype=torch.float64)).abs().max() < 1e-12
+    assert (
+        positive_weights - torch.tensor([float(x) for x in w], dtype=torch.float64)
+    ).abs().max() < 1e-12
     assert pair_weights.diagonal().eq(0).all()
 
 
@@ -58,7 +101,9 @@ def test_equal_neighbours_all_count():
     im, s = embeddings(3), embeddings(3, seed=1)
     one = embeddings(1, seed=2)
     bank = MemoryBank(one.repeat(8, 1), one.repeat(8, 1), torch.arange(8))
-    W, w = loops.global_weights(im.tolist(), s.tolist(), [9, 9, 9], [part.tolist() for part in bank], 3, 40, 40, 0.1)
+    W, w = loops.global_weights(
+        im.tolist(), s.tolist(), [9, 9, 9], [part.tolist() for part in bank], 3, 40, 40, 0.1
+    )
     pair_weights, positive_weights = weights_of(im, s, bank, [9, 9, 9], 3)
     assert float(pair_weights[0, 1]) == pytest.approx(float(W[0][1]), abs=1e-12)
     assert float(positive_weights[2]) == pytest.approx(float(w[2]), abs=1e-12)
@@ -69,8 +114,12 @@ def test_only_the_batch_s_own_captions_are_left_out():
     im, s = embeddings(5), embeddings(5, seed=1)
     bank = MemoryBank(embeddings(5, seed=2), embeddings(5, seed=3), torch.arange(5))
     indices = [3, 10, 15, 20, 25]
-    W, _ = loops.global_weights(im.tolist(), s.tolist(), indices, [part.tolist() for part in bank], 5, 40, 40, 0.1)
-    assert float(weights_of(im, s, bank, indices, 5)[0][0, 1]) == pytest.approx(float(W[0][1]), abs=1e-12)
+    W, _ = loops.global_weights(
+        im.tolist(), s.tolist(), indices, [part.tolist() for part in bank], 5, 40, 40, 0.1
+    )
+    assert float(weights_of(im, s, bank, indices, 5)[0][0, 1]) == pytest.approx(
+        float(W[0][1]), abs=1e-12
+    )
 
 
 def test_with_every_entry_left_out_the_weights_are_the_local_loss_s():
@@ -90,7 +139,9 @@ def test_weights_are_detached():
 def test_weights_stay_within_0_and_1_at_any_scale(scale):
     im, s = embeddings(3), embeddings(3, seed=1)
     bank = MemoryBank(embeddings(6, seed=2), embeddings(6, seed=3), torch.arange(6))
-    found = torch.cat([part.ravel() for part in weights_of(im, s, bank, [7, 8, 9], 3, alpha=scale, beta=scale)])
+    found = torch.cat(
+        [part.ravel() for part in weights_of(im, s, bank, [7, 8, 9], 3, alpha=scale, beta=scale)]
+    )
     assert ((found >= 0) & (found <= 1)).all()
 
 
@@ -117,7 +168,9 @@ def test_a_draw_keeps_about_the_rate_in_order_and_follows_the_seed():
 
 def test_a_draw_is_added_to_only_where_it_would_keep_nothing():
     """Of 4 batches at a half, 1 in 16 draws keeps none and then one: 2 + 1/16 on average."""
-    sizes = [len(draw_batches("abcd", 0.5, torch.Generator().manual_seed(seed))) for seed in range(2000)]
+    sizes = [
+        len(draw_batches("abcd", 0.5, torch.Generator().manual_seed(seed))) for seed in range(2000)
+    ]
     assert abs(sum(sizes) / len(sizes) - (2 + 1 / 16)) < 0.1  # more than four standard deviations
 
 
@@ -129,15 +182,32 @@ def test_the_one_batch_of_a_draw_of_none_follows_the_seed():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return VSE(Namespace(data_name="tiny_precomp", img_dim=5, embed_size=4, finetune=False, cnn_type="vgg19",
-                         use_abs=False, no_imgnorm=False, vocab_size=9, word_dim=3, num_layers=1))
+    return VSE(
+        Namespace(
+            data_name="tiny_precomp",
+            img_dim=5,
+            embed_size=4,
+            finetune=False,
+            cnn_type="vgg19",
+            use_abs=False,
+            no_imgnorm=False,
+            vocab_size=9,
+            word_dim=3,
+            num_layers=1,
+        )
+    )
 
 
 def batch(indices):
     n = len(indices)
     generator = torch.Generator().manual_seed(n)
-    return (torch.randn(n, 5, generator=generator), torch.randint(1, 9, (n, 4), generator=generator),
-            torch.full((n,), 4), torch.tensor(indices), torch.tensor(indices))
+    return (
+        torch.randn(n, 5, generator=generator),
+        torch.randint(1, 9, (n, 4), generator=generator),
+        torch.full((n,), 4),
+        torch.tensor(indices),
+        torch.tensor(indices),
+    )
 
 
 def test_the_bank_holds_the_batches_embeddings_in_batch_order(model):
@@ -146,7 +216,9 @@ def test_the_bank_holds_the_batches_embeddings_in_batch_order(model):
     with torch.no_grad():
         images = torch.cat([model.img_enc(images) for images, *_ in batches])
         captions = torch.cat([model.txt_enc(words, lengths) for _, words, lengths, _, _ in batches])
-    assert torch.allclose(bank.image_embeddings, images) and torch.allclose(bank.caption_embeddings, captions)
+    assert torch.allclose(bank.image_embeddings, images) and torch.allclose(
+        bank.caption_embeddings, captions
+    )
     assert bank.indices.tolist() == [8, 2, 5, 1, 0]
 
 

@@ -1,146 +1,31 @@
-"""Words, captions, and vocabulary files in and out."""
+"""Vocabularies: built from captions, written, read, and refused."""
 
 import json
 import os
 import pickle
 import pickletools
-import re
 from collections import OrderedDict
 
 import pytest
-from conftest import REFERENCE, RELEASED, run_script, tree
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import vocab
-from caption_files import read_captions, read_flickr_json, read_json
-from errors import InputError
+from inputs.tokenizer import tokenize
+from runtime.errors import InputError
+from tests.helpers.made import REFERENCE, RELEASED, run_script, tree
 from vocab import (
     Vocabulary,
     build_vocab,
     find_vocabulary,
-    nltk_words,
     read_vocabulary,
-    tokenize,
     vocabulary_of,
     write_vocabulary,
 )
-from word_ids import number_words
 
-TOKENIZATION = json.loads((REFERENCE / "tokenization.json").read_text(encoding="utf-8"))
-SCAN_WORDS = json.loads((REFERENCE / "scan/tokenization.json").read_text(encoding="utf-8"))
 VSE_INFTY = REFERENCE / "vse_infty"
+
 SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
+
 WORDS = [*SPECIAL, "dog", "b'a", "caf\u00e9", "'", "\\xc3"]
-
-
-@pytest.mark.parametrize("reading", ["text", "released"])
-@pytest.mark.parametrize("case", TOKENIZATION, ids=[str(number) for number in range(len(TOKENIZATION))])
-def test_words_equal_the_recorded_ones(case, reading):
-    assert tokenize(case["caption"], reading) == case[reading]
-
-
-@pytest.mark.parametrize("case", SCAN_WORDS, ids=[str(number) for number in range(len(SCAN_WORDS))])
-def test_words_of_scan_s_captions_are_its_own_but_for_capitals_beyond_ascii(case):
-    assert tokenize(case["caption"]) == case["text"]
-    assert tokenize(case["caption"]) == [word.lower() for word in case["released"]]
-
-
-def test_words_and_ids_of_vse_infinity_s_captions_are_its_own():
-    words = read_vocabulary(str(VSE_INFTY / "released_checkpoint/vocab/f30k_precomp_vocab.json"))
-    words.add_word("<mask>")
-    cases = json.loads((VSE_INFTY / "tokenization.json").read_text(encoding="utf-8"))["captions"]
-    assert len(cases) > 30 and [tokenize(case["caption"]) for case in cases] == [case["words"] for case in cases]
-    ids = number_words([case["caption"] for case in cases], words)
-    assert [ids[number].tolist() for number in range(len(cases))] == [case["ids"] for case in cases]
-
-
-def test_lines_of_vse_infinity_s_caption_files_are_its_own_but_for_a_lone_carriage_return(tmp_path):
-    file = json.loads((VSE_INFTY / "tokenization.json").read_text(encoding="utf-8"))["file"]
-    content = bytes.fromhex(file["hex"])
-    (tmp_path / "caps.txt").write_bytes(re.sub(rb"\r(?!\n)", b"\n", content))
-    own = read_captions(tmp_path / "caps.txt")
-    assert [tokenize(caption) for caption in own] == [tokenize(caption) for caption in file["captions"]]
-    (tmp_path / "caps.txt").write_bytes(content)
-    assert len(read_captions(tmp_path / "caps.txt")) == len(own) - 1
-
-
-@pytest.mark.parametrize("caption", ["<pad>", "a <start> dog <unk>", "<end>"])
-@pytest.mark.parametrize("reading", ["text", "released"])
-def test_no_caption_can_hold_a_special_word(caption, reading):
-    assert not set(tokenize(caption, reading)) & set(SPECIAL)
-
-
-@pytest.mark.parametrize("reading, words", [("text", []), ("released", ["b", "''"])])
-@pytest.mark.parametrize("caption", ["", " \t\r\n"])
-def test_an_empty_caption_has_no_words_of_its_own(caption, reading, words):
-    assert tokenize(caption, reading) == words
-
-
-PARTS = ["a", "dog", "1", "23", ",", ".", " ", " ", " , ", ", ", " .", "cannot", "gonna", "wanna", "can", "not", "gim",
-         "me", "d'ye", "'tis", "dr", "mr.", "u.s.", "-", "--", "\u00e9", "?"]
-
-
-@given(st.lists(st.sampled_from(PARTS)))
-@settings(max_examples=500, deadline=None)
-def test_words_are_nltk_s(parts):
-    caption = "".join(parts)
-    assert tokenize(caption) == nltk_words(caption.strip())
-
-
-@pytest.mark.parametrize("word", ["cannot", "gimme", "gonna", "gotta", "lemme", "wanna"])
-def test_contractions_without_a_mark_are_split_as_nltk_does(word):
-    words = tokenize(f"dogs {word} run.")
-    assert words == nltk_words(f"dogs {word} run.") and len(words) == 5
-
-
-def test_plain_captions_do_not_need_nltk(monkeypatch):
-    monkeypatch.setattr(vocab, "nltk_words", None)
-    assert tokenize("A dog, 2 cats , and a bird .") == ["a", "dog", ",", "2", "cats", ",", "and", "a", "bird", "."]
-
-
-def test_text_is_the_default_reading():
-    assert tokenize("It's a dog.") == ["it", "'s", "a", "dog", "."]
-
-
-@pytest.mark.parametrize("reading", ["text", "released"])
-def test_a_lone_surrogate_of_a_json_caption_is_read(reading):
-    assert "dog" in tokenize("a \ud800 dog sits", reading)
-
-
-@pytest.mark.parametrize("content, captions", [
-    (b"one\ntwo\n", ["one", "two"]),
-    (b"one\ntwo", ["one", "two"]),
-    (b"one\r\ntwo\r\n", ["one", "two"]),
-    (b"one\n\n\ntwo\n", ["one", "", "", "two"]),
-    (b"\n", [""]),
-    (b"one\n\n", ["one", ""]),
-    (b" \t\x0b\x0cone two \r\n", ["one two"]),
-    ("a\u2028b\x85c\x1cd\re\n".encode(), ["a\u2028b\x85c\x1cd\re"]),
-    ("\u00a0caf\u00e9\u3000\n".encode(), ["\u00a0caf\u00e9\u3000"]),
-    (b"a\x00b\n", ["a\x00b"]),
-    (b"\xef\xbb\xbfone\ntwo\n", ["one", "two"]),
-    (b"one\n\xef\xbb\xbftwo\n", ["one", "\ufefftwo"]),
-], ids=["plain", "no last newline", "crlf", "empty lines", "one empty", "empty last", "white space", "other breaks",
-        "unicode spaces", "nul", "byte order mark", "mark elsewhere"])
-def test_caption_files_split_at_newlines_and_lose_ascii_space_only(tmp_path, content, captions):
-    (tmp_path / "caps.txt").write_bytes(content)
-    assert read_captions(str(tmp_path / "caps.txt")) == captions
-
-
-@pytest.mark.parametrize("content, line", [(b"a\nb\xff\n", 2), (b"\xe9\n", 1), (b"a\n\n\xc3", 3),
-                                           (b"a\n\xed\xa0\x80\n", 2), ("a\n".encode("utf-16"), 1)])
-def test_captions_that_are_not_utf8_are_refused_with_their_line(tmp_path, content, line):
-    (tmp_path / "caps.txt").write_bytes(content)
-    with pytest.raises(InputError, match=rf"caps\.txt, line {line}: .*UTF-8"):
-        read_captions(str(tmp_path / "caps.txt"))
-
-
-@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"], ids=["nothing", "byte order mark"])
-def test_an_empty_caption_file_is_refused(tmp_path, content):
-    (tmp_path / "caps.txt").write_bytes(content)
-    with pytest.raises(InputError, match=r"caps\.txt is empty"):
-        read_captions(str(tmp_path / "caps.txt"))
 
 
 def test_the_family_reads_a_caption_file_by_its_own_name(tmp_path):
@@ -148,37 +33,8 @@ def test_the_family_reads_a_caption_file_by_its_own_name(tmp_path):
     assert vocab.from_txt(str(tmp_path / "caps.txt")) == ["A dog.", "", "Un café"]
 
 
-@pytest.mark.parametrize("reader", [read_captions, read_json, read_flickr_json, read_vocabulary])
-@pytest.mark.parametrize("name", ["absent", "folder"])
-def test_a_file_that_is_not_there_is_named(tmp_path, reader, name):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match=name):
-        reader(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100000, b'{"images": ', b"\x00"],
-                         ids=["empty", "cut", "bytes", "deep", "torn", "nul"])
-@pytest.mark.parametrize("reader", [read_json, read_flickr_json, read_vocabulary])
-def test_broken_json_is_refused(tmp_path, reader, content):
-    (tmp_path / "file.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"file\.json") as caught:
-        reader(str(tmp_path / "file.json"))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [
-    [], {}, {"images": {}}, {"images": []}, {"images": [1]}, {"images": [{"filename": "a.png", "split": "train"}]},
-    {"images": [{"filename": "a.png", "split": "train", "sentences": [{}]}]},
-    {"images": [{"filename": "a.png", "split": "train", "sentences": [{"raw": 5}]}]},
-    {"images": [{"filename": 5, "split": "train", "sentences": []}]},
-    {"images": [{"filename": "a.png", "split": None, "sentences": []}]}], ids=str)
-def test_json_of_another_layout_is_refused(tmp_path, content):
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"dataset\.json"):
-        read_flickr_json(str(tmp_path / "dataset.json"))
-
-
 # Vocabulary -------------------------------------------------------------------------------------
+
 
 def test_words_are_numbered_in_the_order_they_come():
     vocabulary = Vocabulary()
@@ -191,8 +47,11 @@ def test_words_are_numbered_in_the_order_they_come():
     assert vocabulary.words == ["<unk>", "dog", "cat"]
 
 
-@pytest.mark.parametrize("words", [[], ["dog"], SPECIAL[:3], ["<start>", "<pad>", "<end>", "<unk>"],
-                                   ["dog", *SPECIAL]], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [[], ["dog"], SPECIAL[:3], ["<start>", "<pad>", "<end>", "<unk>"], ["dog", *SPECIAL]],
+    ids=str,
+)
 def test_words_that_lack_the_special_ones_in_front_are_refused(words):
     with pytest.raises(InputError, match="special words"):
         vocabulary_of(words)
@@ -203,7 +62,7 @@ def test_words_that_come_twice_are_refused():
         vocabulary_of([*SPECIAL, "dog", "cat", "dog"])
 
 
-@pytest.mark.parametrize("threshold", [1, 3, 4, 5, 1000])
+@pytest.mark.parametrize("threshold", [1, 3, 4, 5, 40])
 def test_words_from_the_threshold_on_stand_in_order_of_first_appearance(drawn_data, threshold):
     counts = {}
     for split in ("train", "dev"):
@@ -212,6 +71,35 @@ def test_words_from_the_threshold_on_stand_in_order_of_first_appearance(drawn_da
                 counts[word] = counts.get(word, 0) + 1
     expected = SPECIAL + [word for word, count in counts.items() if count >= threshold]
     assert build_vocab(str(drawn_data), "tiny_precomp", threshold=threshold).words == expected
+
+
+@pytest.mark.parametrize("words", [SPECIAL, [*SPECIAL, "<mask>"]], ids=len)
+def test_a_vocabulary_of_special_words_alone_is_refused(tmp_path, words):
+    numbers = {word: number for number, word in enumerate(words)}
+    (tmp_path / "x_precomp_vocab.json").write_text(json.dumps({"word2idx": numbers}))
+    for act in (
+        lambda: vocabulary_of(words),
+        lambda: read_vocabulary(str(tmp_path / "x_precomp_vocab.json")),
+    ):
+        with pytest.raises(InputError, match="no word but the special ones.*spaces between words"):
+            act()
+
+
+def test_captions_without_spaces_make_no_vocabulary(tmp_path):
+    (tmp_path / "x_precomp").mkdir()
+    for split in ("train", "dev"):
+        lines = [
+            f"\u4e00\u53ea{colour}\u72d7\u5728{place}"
+            for colour in "\u7ea2\u84dd\u7eff"
+            for place in "\u5c71\u6cb3\u96ea"
+        ]
+        (tmp_path / "x_precomp" / f"{split}_caps.txt").write_text(
+            "\n".join(lines) + "\n", encoding="utf-8"
+        )
+    with pytest.raises(
+        InputError, match="x_precomp.*at least 4 times.*no word but the special ones"
+    ):
+        build_vocab(str(tmp_path), "x_precomp")
 
 
 def test_four_times_is_enough_by_default_and_three_is_not(tmp_path):
@@ -229,11 +117,15 @@ def test_the_json_sets_captions_are_counted(drawn_data, name):
 
 
 def test_the_caption_files_can_be_given(drawn_data):
-    words = build_vocab(str(drawn_data), "tiny_precomp", jsons={"tiny_precomp": ["dev_caps.txt"]}, threshold=6).words
+    words = build_vocab(
+        str(drawn_data), "tiny_precomp", jsons={"tiny_precomp": ["dev_caps.txt"]}, threshold=6
+    ).words
     assert "bird" not in words and "dog" in words
 
 
-@pytest.mark.parametrize("content", [{}, {"annotations": [{}]}, {"annotations": [{"caption": None}]}, []], ids=str)
+@pytest.mark.parametrize(
+    "content", [{}, {"annotations": [{}]}, {"annotations": [{"caption": None}]}, []], ids=str
+)
 def test_coco_annotations_without_captions_are_refused(tmp_path, content):
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     (tmp_path / "coco" / "annotations" / "captions_train2014.json").write_text(json.dumps(content))
@@ -242,6 +134,7 @@ def test_coco_annotations_without_captions_are_refused(tmp_path, content):
 
 
 # Files ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("suffix", ["json", "pkl"])
 def test_a_written_vocabulary_reads_back_the_same(tmp_path, suffix):
@@ -254,8 +147,11 @@ def test_a_written_vocabulary_reads_back_the_same(tmp_path, suffix):
 def test_the_json_file_is_of_scan_s_format(tmp_path):
     write_vocabulary(vocabulary_of(WORDS), str(tmp_path / "x_vocab.json"))
     content = json.loads((tmp_path / "x_vocab.json").read_text(encoding="utf-8"))
-    assert content == {"word2idx": {word: place for place, word in enumerate(WORDS)},
-                       "idx2word": {str(place): word for place, word in enumerate(WORDS)}, "idx": len(WORDS)}
+    assert content == {
+        "word2idx": {word: place for place, word in enumerate(WORDS)},
+        "idx2word": {str(place): word for place, word in enumerate(WORDS)},
+        "idx": len(WORDS),
+    }
 
 
 def globals_of(path):
@@ -276,12 +172,21 @@ def test_the_pickle_is_the_released_code_s(tmp_path):
     path = tmp_path / "x_vocab.pkl"
     write_vocabulary(vocabulary_of(WORDS), str(path))
     assert ("vocab", "Vocabulary") in globals_of(path)
-    assert {module for module, _ in globals_of(path)} <= {"vocab", "copyreg", "copy_reg", "__builtin__", "builtins"}
+    assert {module for module, _ in globals_of(path)} <= {
+        "vocab",
+        "copyreg",
+        "copy_reg",
+        "__builtin__",
+        "builtins",
+    }
     with open(path, "rb") as file:
         record = pickle.load(file)
     assert type(record) is Vocabulary
-    assert vars(record) == {"word2idx": {word: place for place, word in enumerate(WORDS)},
-                            "idx2word": dict(enumerate(WORDS)), "idx": len(WORDS)}
+    assert vars(record) == {
+        "word2idx": {word: place for place, word in enumerate(WORDS)},
+        "idx2word": dict(enumerate(WORDS)),
+        "idx": len(WORDS),
+    }
 
 
 def test_the_released_pickle_is_read():
@@ -296,6 +201,7 @@ def test_pickles_of_python_3_and_both_class_names_are_read(tmp_path, monkeypatch
     monkeypatch.setattr(Vocabulary, "__module__", module)
     if module == "__main__":
         import __main__
+
         monkeypatch.setattr(__main__, "Vocabulary", Vocabulary, raising=False)
     path = tmp_path / "x_vocab.pkl"
     path.write_bytes(pickle.dumps(vocabulary, protocol=protocol))
@@ -315,7 +221,7 @@ def test_a_pickle_of_python_2_is_read(tmp_path):
 
 
 class Smuggled:
-    """Calls `function` with `arguments` where a pickle of it is loaded."""
+    """Calls `function` with `arguments` when a pickle of it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -327,8 +233,12 @@ class Smuggled:
 HOSTILE = {
     "os.system": lambda: pickle.dumps(Smuggled(os.system, "touch smuggled")),
     "eval": lambda: pickle.dumps(Smuggled(eval, "open('smuggled', 'w')")),
-    "os.system in the words": lambda: pickle.dumps({"word2idx": {"<pad>": Smuggled(os.system, "touch smuggled")}}),
-    "through the class's module": lambda: b"\x80\x04\x8c\x05vocab\x8c\x09os.system\x93\x8c\x0etouch smuggled\x85R.",
+    "os.system in the words": lambda: pickle.dumps(
+        {"word2idx": {"<pad>": Smuggled(os.system, "touch smuggled")}}
+    ),
+    "through the class's module": lambda: (
+        b"\x80\x04\x8c\x05vocab\x8c\x09os.system\x93\x8c\x0etouch smuggled\x85R."
+    ),
     "another class of the module": lambda: b"cvocab\nArgumentParser\n(S'x'\ntR.",
     "a call of the class": lambda: b"cvocab\nVocabulary\n(S'touch smuggled'\ntR.",
     "a class of no harm": lambda: pickle.dumps(OrderedDict(a=1)),
@@ -355,15 +265,24 @@ def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkey
     assert list(tree(tmp_path)) == ["x_vocab.pkl"]
 
 
-@pytest.mark.parametrize("content", [
-    {}, [], {"word2idx": []}, {"word2idx": {"<pad>": 0}}, {"word2idx": {"dog": 0}},
-    {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": 5}},
-    {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": 3}},
-    {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": "4"}},
-    {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": -1}},
-    {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": None}},
-    {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": [4]}},
-    {"word2idx": {word: place for place, word in enumerate(reversed(SPECIAL))}}], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        {"word2idx": []},
+        {"word2idx": {"<pad>": 0}},
+        {"word2idx": {"dog": 0}},
+        {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": 5}},
+        {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": 3}},
+        {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": "4"}},
+        {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": -1}},
+        {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": None}},
+        {"word2idx": {**{word: place for place, word in enumerate(SPECIAL)}, "dog": [4]}},
+        {"word2idx": {word: place for place, word in enumerate(reversed(SPECIAL))}},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("suffix", ["json", "pkl"])
 def test_a_vocabulary_that_cannot_number_captions_is_refused(tmp_path, content, suffix):
     path = tmp_path / f"x_vocab.{suffix}"
@@ -380,26 +299,47 @@ def test_a_vocabulary_that_cannot_number_captions_is_refused(tmp_path, content, 
 NUMBERS = {word: place for place, word in enumerate(SPECIAL)}
 
 
-@pytest.mark.parametrize("content, named", [
-    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 5, "cat": 4, "dog": 5}}', "'dog' twice"),
-    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 9, "dog": 4}}', "'dog' twice"),
-    ('{"word2idx": {"dog": 0}, "word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}}', "'word2idx' twice"),
-    ('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4}, "idx2word": '
-     '{"0": "<pad>", "1": "<start>", "2": "<end>", "3": "<unk>", "4": "b", "4": "a"}}', "'4' twice")],
-    ids=["a word", "a word of two numbers", "a table", "a number"])
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (
+            '{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 5, "cat": 4, "dog": 5}}',
+            "'dog' twice",
+        ),
+        (
+            '{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 9, "dog": 4}}',
+            "'dog' twice",
+        ),
+        (
+            '{"word2idx": {"dog": 0}, "word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}}',
+            "'word2idx' twice",
+        ),
+        (
+            '{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4}, "idx2word": '
+            '{"0": "<pad>", "1": "<start>", "2": "<end>", "3": "<unk>", "4": "b", "4": "a"}}',
+            "'4' twice",
+        ),
+    ],
+    ids=["a word", "a word of two numbers", "a table", "a number"],
+)
 def test_a_json_vocabulary_with_a_key_twice_is_refused(tmp_path, content, named):
     (tmp_path / "x_vocab.json").write_text(content)
     with pytest.raises(InputError, match=rf"x_vocab\.json has {named}"):
         read_vocabulary(str(tmp_path / "x_vocab.json"))
 
 
-@pytest.mark.parametrize("idx2word", [
-    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "dog", 4: "<unk>"},
-    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>"}, [*SPECIAL, "dog"],
-    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 4: "dog", 5: "cat"},
-    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 5: "dog"},
-    {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 4: ["dog"]}],
-    ids=["swapped", "one less", "a list", "one more", "another number", "no word"])
+@pytest.mark.parametrize(
+    "idx2word",
+    [
+        {0: "<pad>", 1: "<start>", 2: "<end>", 3: "dog", 4: "<unk>"},
+        {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>"},
+        [*SPECIAL, "dog"],
+        {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 4: "dog", 5: "cat"},
+        {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 5: "dog"},
+        {0: "<pad>", 1: "<start>", 2: "<end>", 3: "<unk>", 4: ["dog"]},
+    ],
+    ids=["swapped", "one less", "a list", "one more", "another number", "no word"],
+)
 @pytest.mark.parametrize("suffix", ["json", "pkl"])
 def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path, idx2word, suffix):
     path = tmp_path / f"x_vocab.{suffix}"
@@ -420,11 +360,18 @@ def test_a_json_vocabulary_without_idx2word_is_read(tmp_path, more):
     assert read_vocabulary(str(tmp_path / "x_vocab.json")).words == [*SPECIAL, "dog"]
 
 
-@pytest.mark.parametrize("call", [lambda path: find_vocabulary(path, "x"),
-                                  lambda path: vocab.main(["--data_name", "tiny_precomp", "--vocab_path", path])],
-                         ids=["reading", "writing"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: find_vocabulary(path, "x"),
+        lambda path: vocab.main(["--data_name", "tiny_precomp", "--vocab_path", path]),
+    ],
+    ids=["reading", "writing"],
+)
 def test_a_file_in_place_of_the_folder_is_refused_by_the_flag(workdir, call):
-    with pytest.raises(InputError, match="--vocab_path data/f8k/dataset_flickr8k.json is not a folder"):
+    with pytest.raises(
+        InputError, match="--vocab_path data/f8k/dataset_flickr8k.json is not a folder"
+    ):
         call("data/f8k/dataset_flickr8k.json")
 
 
@@ -448,14 +395,25 @@ def test_two_files_that_differ_are_refused_by_their_names(tmp_path):
 
 # Script -----------------------------------------------------------------------------------------
 
+
 def test_the_script_writes_both_files(workdir):
-    run = run_script("vocab.py", "--data_name", "tiny_precomp", "--vocab_path", "words", "--pickle", cwd=workdir)
+    run = run_script(
+        "vocab.py", "--data_name", "tiny_precomp", "--vocab_path", "words", "--pickle", cwd=workdir
+    )
     assert (run.returncode, run.stderr) == (0, "")
-    assert sorted(os.listdir(workdir / "words")) == ["tiny_precomp_vocab.json", "tiny_precomp_vocab.pkl"]
+    assert sorted(os.listdir(workdir / "words")) == [
+        "tiny_precomp_vocab.json",
+        "tiny_precomp_vocab.pkl",
+    ]
     assert ("vocab", "Vocabulary") in globals_of(workdir / "words" / "tiny_precomp_vocab.pkl")
     words = json.loads((workdir / "words" / "tiny_precomp_vocab.json").read_text())["word2idx"]
     assert words == read_vocabulary(str(workdir / "words" / "tiny_precomp_vocab.pkl")).word2idx
     assert f"{len(words)} words" in run.stdout
+
+
+def test_a_slash_after_the_data_set_s_name_is_no_part_of_it(workdir):
+    vocab.main(["--data_name", "tiny_precomp/", "--threshold", "1"])
+    assert os.listdir(workdir / "vocab") == ["tiny_precomp_vocab.json"]
 
 
 def test_the_script_writes_json_alone_by_default(workdir, capsys):
@@ -463,11 +421,19 @@ def test_the_script_writes_json_alone_by_default(workdir, capsys):
     assert os.listdir(workdir / "vocab") == ["f8k_vocab.json"]
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--data_name", "absent_precomp"], "absent_precomp"), (["--data_name", "f30k"], "dataset_flickr30k.json"),
-    (["--data_name", "tiny_precomp", "--threshold", "0"], "--threshold"),
-    (["--data_name", "tiny_precomp", "--vocab_path", "data/f8k/dataset_flickr8k.json"], "dataset_flickr8k.json")],
-    ids=str)
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--data_name", "absent_precomp"], "absent_precomp"),
+        (["--data_name", "f30k"], "dataset_flickr30k.json"),
+        (["--data_name", "tiny_precomp", "--threshold", "0"], "--threshold"),
+        (
+            ["--data_name", "tiny_precomp", "--vocab_path", "data/f8k/dataset_flickr8k.json"],
+            "dataset_flickr8k.json",
+        ),
+    ],
+    ids=str,
+)
 def test_the_script_s_bad_input_leaves_nothing_behind(workdir, flags, named):
     before = tree(workdir)
     with pytest.raises(InputError, match=named):

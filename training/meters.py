@@ -1,4 +1,4 @@
-"""A run's meters: what was seen last, and its mean so far."""
+"""A run's meters: the latest value of each figure, and its mean so far."""
 
 
 class AverageMeter:
@@ -12,7 +12,7 @@ class AverageMeter:
         self.val = self.avg = self.sum = self.count = 0
 
     def update(self, val, n=0):
-        """Take in `val`, the mean of `n` items; n = 0 only shows it."""
+        """Add `val`, the mean of `n` items; with n = 0 it is shown, but not part of the mean."""
         self.val = val
         self.sum += val * n
         self.count += n
@@ -23,17 +23,20 @@ class AverageMeter:
 
 
 class LogCollector:
-    """Meters by name, printed on one line in the order in which they came."""
+    """Meters by name, printed on one line in the order of their first values."""
 
     def __init__(self):
         self.meters = {}
 
     def update(self, k, v, n=0):
-        """Take in value `v` of meter `k`; see AverageMeter."""
+        """Add the value `v` of the meter `k`; n as in `AverageMeter.update`."""
         self.meters.setdefault(k, AverageMeter()).update(v, n)
 
     def tb_log(self, tb_logger, prefix="", step=None):
-        """The latest value of each meter to tensorboard_logger, or what has its `log_value(tag, value, step)`."""
+        """Write each meter's latest value to tb_logger.
+
+        tb_logger: tensorboard_logger, or anything with its `log_value(tag, value, step)`.
+        """
         for name, meter in self.meters.items():
             tb_logger.log_value(prefix + name, meter.val, step=step)
 
@@ -42,7 +45,7 @@ class LogCollector:
         return {name: vars(meter) for name, meter in self.meters.items()}
 
     def restore(self, state):
-        """Take up `state()`."""
+        """Continue from a `state()`."""
         for name, values in state.items():
             vars(self.meters.setdefault(name, AverageMeter())).update(values)
 

@@ -1,4 +1,4 @@
-// What the pages can't do without a script: photos dropped on them, and "/" as the way to the search box.
+// What the pages need a script for: dropping photos on them, and "/" to jump to the search box.
 "use strict";
 
 const form = document.querySelector("form.photo");
@@ -10,7 +10,7 @@ input.addEventListener("change", () => {
 });
 
 document.addEventListener("dragover", (event) => {
-  event.preventDefault();  // else the browser would open the photo instead
+  event.preventDefault();  // otherwise the browser would open the photo
   document.body.classList.add("dropping");
 });
 

@@ -1,4 +1,4 @@
-"""Encoders: what they compute, which photos they take, and what features.json says of them."""
+"""Encoders: what they compute, and which photos and weights they accept."""
 
 import json
 import pickle
@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torchvision import models, transforms
 
-import features
-import sample_data
-from errors import InputError
-from features import build_encoder, encode, encode_photo, encoder_from, read_features_json, refuse_other, same_encoder
-from images import IMAGENET_MEAN, IMAGENET_STD
+from features import encoders
+from features.encoders import build_encoder, encode, encode_photo, encoder_from
+from inputs import sample_data
+from inputs.photos import IMAGENET_MEAN, IMAGENET_STD
+from runtime.errors import InputError
 
 SMALL = "shufflenet_v2_x0_5"
 
@@ -23,7 +23,9 @@ SMALL = "shufflenet_v2_x0_5"
 def photo(tmp_path_factory):
     """A made photo, 300 x 280."""
     path = tmp_path_factory.mktemp("photos") / "a.png"
-    Image.fromarray(np.random.default_rng(3).integers(0, 256, (280, 300, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (280, 300, 3), dtype=np.uint8)).save(
+        path
+    )
     return path
 
 
@@ -39,7 +41,9 @@ def resnet():
 
 def normalised(crops):
     """PIL pictures -> (n, 3, H, W), as ImageNet's nets take them."""
-    to_numbers = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    to_numbers = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
     return torch.stack([to_numbers(crop) for crop in crops])
 
 
@@ -59,11 +63,18 @@ def test_a_row_is_what_the_cnn_sees_before_its_last_layer(photo, resnet):
 @torch.no_grad()
 def test_10crop_is_the_mean_of_the_corners_and_the_centre_and_their_mirrored(photo, resnet):
     picture = Image.open(photo).resize((274, 256), Image.BILINEAR)
-    crops = [crop_at(side, left, top) for side in (picture, picture.transpose(Image.FLIP_LEFT_RIGHT))
-             for left, top in ((0, 0), (50, 0), (0, 32), (50, 32), (25, 16))]
+    crops = [
+        crop_at(side, left, top)
+        for side in (picture, picture.transpose(Image.FLIP_LEFT_RIGHT))
+        for left, top in ((0, 0), (50, 0), (0, 32), (50, 32), (25, 16))
+    ]
     expected = sum(resnet(normalised([crop]))[0] for crop in crops) / 10
-    assert torch.allclose(encode_photo(build_encoder("resnet18", "none", "10crop"), photo), expected, rtol=1e-4,
-                          atol=1e-4)
+    assert torch.allclose(
+        encode_photo(build_encoder("resnet18", "none", "10crop"), photo),
+        expected,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @torch.no_grad()
@@ -73,8 +84,10 @@ def test_a_grids_rows_are_the_means_of_the_last_maps_cells(photo, resnet):
     last_map = trunk(pictures)[0]  # (512, 7, 7)
     rows = []
     for row in range(6):
-        for column in range(6):  # a cell is of the 7 x 7 places that it covers in part, too: two by two
-            rows.append(last_map[:, row:row + 2, column:column + 2].mean((1, 2)))
+        for column in range(
+            6
+        ):  # a cell is of the 7 x 7 places that it covers in part, too: two by two
+            rows.append(last_map[:, row : row + 2, column : column + 2].mean((1, 2)))
     encoder = build_encoder("resnet18", "none", "grid")
     assert encoder.row_shape == (36, 512)
     assert torch.allclose(encode_photo(encoder, photo), torch.stack(rows), rtol=1e-4, atol=1e-4)
@@ -83,11 +96,16 @@ def test_a_grids_rows_are_the_means_of_the_last_maps_cells(photo, resnet):
 @pytest.mark.parametrize("name", [SMALL, "mobilenet_v2", "squeezenet1_1"])
 def test_any_cnns_map_has_the_mean_that_is_its_pooled_row(monkeypatch, name):
     pooled, grid = build_encoder(name, "none"), build_encoder(name, "none", "grid")
-    pictures = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pictures = torch.randint(
+        0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     maps = []
     pool = torch.nn.functional.adaptive_avg_pool2d
-    monkeypatch.setattr(torch.nn.functional, "adaptive_avg_pool2d",
-                        lambda map, side: maps.append(map) or pool(map, side))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "adaptive_avg_pool2d",
+        lambda map, side: maps.append(map) or pool(map, side),
+    )
     assert encode(grid, pictures).shape == (2, 36, pooled.row_shape[0])
     assert torch.allclose(maps[-1].mean((2, 3)), encode(pooled, pictures), rtol=1e-4)
 
@@ -100,7 +118,9 @@ def test_random_weights_are_the_same_every_time_and_draw_nothing_from_the_run():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}]
+)
 def test_weights_come_from_a_file_whatever_its_last_layer_is(tmp_path, photo, wrap):
     net = models.get_model(SMALL, weights=None, num_classes=7)
     torch.save(wrap(net.state_dict()), tmp_path / "net.pth")
@@ -110,7 +130,10 @@ def test_weights_come_from_a_file_whatever_its_last_layer_is(tmp_path, photo, wr
     with torch.no_grad():
         expected = net.eval()(normalised([crop_at(picture, 25, 16)]))[0]
     assert torch.allclose(encode_photo(encoder, photo), expected, rtol=1e-4, atol=1e-6)
-    assert encoder.description["weights_sha256"] != build_encoder(SMALL, "none").description["weights_sha256"]
+    assert (
+        encoder.description["weights_sha256"]
+        != build_encoder(SMALL, "none").description["weights_sha256"]
+    )
 
 
 @pytest.mark.parametrize("content", ["another net", "no net", "no file"])
@@ -120,19 +143,28 @@ def test_weights_that_are_no_state_dict_of_the_encoder_are_refused(tmp_path, con
         torch.save(models.squeezenet1_1(weights=None).state_dict(), path)
     elif content == "no net":
         path.write_bytes(b"x" * 100)
-    with pytest.raises(InputError, match="net.pth is not a state dict of shufflenet"):
+    with pytest.raises(
+        InputError,
+        match=r"net.pth (is not|is text, not|cannot be read .No such) .*(shufflenet|file)",
+    ):
         build_encoder(SMALL, str(path))
 
 
-@pytest.mark.parametrize("flags, reason", [
-    (("resnet1",), "--encoder resnet1 is not known"),
-    (("fasterrcnn_resnet50_fpn_v2",), "a detector with --regions 36"),
-    (("vit_b_32", "none", "grid"), "vit_b_32 has no grid of features"),
-    (("sample", "none", "grid"), "sample cannot pool by grid"),
-    (("resnet18", "none", "pooled", 36), "resnet18 has no boxes for --regions"),
-    (("fasterrcnn_resnet50_fpn_v2", "none", "10crop", 36), "--pooling 10crop does not go with --regions"),
-    (("timm/resnet18", "none"), "timm, which is not installed"),
-])
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (("resnet1",), "--encoder resnet1 is not known"),
+        (("fasterrcnn_resnet50_fpn_v2",), "a detector with --regions 36"),
+        (("vit_b_32", "none", "grid"), "vit_b_32 has no grid of features"),
+        (("sample", "none", "grid"), "sample cannot pool by grid"),
+        (("resnet18", "none", "pooled", 36), "resnet18 has no boxes for --regions"),
+        (
+            ("fasterrcnn_resnet50_fpn_v2", "none", "10crop", 36),
+            "--pooling 10crop does not go with --regions",
+        ),
+        (("timm/resnet18", "none"), "timm, which is not installed"),
+    ],
+)
 def test_encoders_that_cannot_be_built_are_refused(monkeypatch, flags, reason):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match=reason):
@@ -140,9 +172,13 @@ def test_encoders_that_cannot_be_built_are_refused(monkeypatch, flags, reason):
 
 
 def test_weights_that_cannot_be_fetched_are_said(monkeypatch):
-    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict",
-                        lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(InputError, match=r"weights of .* could not be fetched \(no network\): give a file"):
+    monkeypatch.setattr(
+        "torchvision.models._api.WeightsEnum.get_state_dict",
+        lambda *_, **__: (_ for _ in ()).throw(OSError("no network")),
+    )
+    with pytest.raises(
+        InputError, match=r"weights of .* could not be fetched \(no network\): give a file"
+    ):
         build_encoder(SMALL, "imagenet")
 
 
@@ -172,7 +208,10 @@ def test_sample_gives_the_embedded_datas_own_features(tmp_path):
 
 
 class FakeDetector(torch.nn.Module):
-    """Four proposals, the second over the first; features that tell them; the third is the surest."""
+    """Four proposals, the second over the first.
+
+    Their features identify them, and the third has the highest score.
+    """
 
     def __init__(self, proposals):
         super().__init__()
@@ -185,6 +224,7 @@ class FakeDetector(torch.nn.Module):
     def transform(self, pictures):
         class Images:
             tensors, image_sizes = torch.stack(pictures), [tuple(pictures[0].shape[1:])]
+
         return Images, None
 
     def backbone(self, tensors):
@@ -201,26 +241,33 @@ class FakeDetector(torch.nn.Module):
 
     def logits(self, features):
         sureness = {0.0: 2.0, 1.0: 3.0, 50.0: 4.0, 20.0: 1.0}
-        return torch.tensor([[9.0, -9.0, sureness.get(left, 0)] for left in features[:, 0].tolist()])
+        return torch.tensor(
+            [[9.0, -9.0, sureness.get(left, 0)] for left in features[:, 0].tolist()]
+        )
 
 
 PROPOSALS = [[0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [20, 20, 30, 30]]
 
 
-@pytest.mark.parametrize("regions, expected", [
-    (2, [50, 1]),  # the surest, then the surer of the two that overlap
-    (3, [50, 1, 20]),
-    (4, [50, 1, 20, 0]),  # then the one left out
-    (6, [50, 1, 20, 0, 50, 1]),  # then again
-])
+@pytest.mark.parametrize(
+    "regions, expected",
+    [
+        (2, [50, 1]),  # the surest, then the surer of the two that overlap
+        (3, [50, 1, 20]),
+        (4, [50, 1, 20, 0]),  # then the one left out
+        (6, [50, 1, 20, 0, 50, 1]),  # then again
+    ],
+)
 def test_boxes_come_surest_first_and_those_that_overlap_last(regions, expected):
-    rows = features._Boxes(FakeDetector(PROPOSALS), regions)(torch.zeros(1, 3, 80, 80, dtype=torch.uint8))
+    rows = encoders._Boxes(FakeDetector(PROPOSALS), regions)(
+        torch.zeros(1, 3, 80, 80, dtype=torch.uint8)
+    )
     assert rows.shape == (1, regions, 2)
     assert rows[0, :, 0].tolist() == expected
 
 
 def test_without_proposals_the_whole_picture_is_the_box():
-    rows = features._Boxes(FakeDetector([]), 2)(torch.zeros(1, 3, 80, 80, dtype=torch.uint8))
+    rows = encoders._Boxes(FakeDetector([]), 2)(torch.zeros(1, 3, 80, 80, dtype=torch.uint8))
     assert rows.tolist() == [[[0, 0], [0, 0]]]
 
 
@@ -239,8 +286,10 @@ def test_a_photo_too_thin_to_resize_is_refused(tmp_path):
 
 
 def test_normalised_rows_have_length_one_and_the_same_direction(photo):
-    rows, normalised = (encode_photo(build_encoder(SMALL, "none", "grid", None, wanted), photo)
-                        for wanted in (False, True))
+    rows, normalised = (
+        encode_photo(build_encoder(SMALL, "none", "grid", None, wanted), photo)
+        for wanted in (False, True)
+    )
     for row, scaled in zip(rows.double(), normalised.double()):
         assert torch.allclose(scaled, row / (row * row).sum().sqrt(), atol=1e-6)
 
@@ -255,59 +304,29 @@ def test_bf16_is_near_float32(photo):
 
 # features.json ----------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def described():
-    return {**build_encoder(SMALL, "none").description, "dtype": "float32", "amp": "off"}
 
-
-def test_what_features_json_says_is_read_back(tmp_path, described):
-    assert read_features_json(tmp_path) is None
-    (tmp_path / "features.json").write_text(json.dumps(described))
-    assert read_features_json(tmp_path) == described
-
-
-@pytest.mark.parametrize("change, reason", [
-    ({"format": 2}, "format 2, newer"), ({"format": "1"}, "does not describe features"),
-    ({"encoder": None}, "lacks 'encoder'"), ({"regions": "36"}, "'regions'"), ({"versions": []}, "'versions'")])
-def test_a_features_json_that_is_odd_is_refused(tmp_path, described, change, reason):
-    (tmp_path / "features.json").write_text(json.dumps({**described, **change}))
-    with pytest.raises(InputError, match=reason):
-        read_features_json(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}"])
-def test_a_features_json_that_is_torn_is_refused(tmp_path, content):
-    (tmp_path / "features.json").write_text(content)
-    with pytest.raises(InputError, match="features.json"):
-        read_features_json(tmp_path)
-
-
-@pytest.mark.parametrize("change", [
-    {"encoder": "resnet18"}, {"weights_sha256": "0"}, {"pooling": "10crop"}, {"regions": 36}, {"size": 225},
-    {"normalised": True}, {"resize": 224}, {"mean": [0, 0, 0]}, {"width": 3}])
-def test_other_encoders_are_refused(described, change):
-    other = {**described, **change}
-    assert not same_encoder(described, other)
-    with pytest.raises(InputError, match="^data/a has features by .*, but checkpoint b has them by .*: extract"):
-        refuse_other(other, described, "data/a", "checkpoint b")
-
-
-@pytest.mark.parametrize("change", [{"versions": {}}, {"dtype": "float16"}, {"weights": "net.pth"}, {"amp": "bf16"}])
-def test_the_same_encoder_may_come_from_elsewhere(described, change):
-    assert same_encoder(described, {**described, **change})
-    refuse_other(described, {**described, **change}, "data/a", "checkpoint b")
-
-
-@pytest.mark.parametrize("flags", [(SMALL, "none", "10crop", None, True),
-                                   ("fasterrcnn_mobilenet_v3_large_320_fpn", "none", "pooled", 3)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (SMALL, "none", "10crop", None, True),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", "none", "pooled", 3),
+    ],
+)
 def test_a_description_is_enough_to_encode_a_new_photo(photo, flags):
     encoder = build_encoder(*flags)
     again = encoder_from(json.loads(json.dumps(encoder.description)))
     assert torch.equal(encode_photo(again, photo), encode_photo(encoder, photo))
 
 
-@pytest.mark.parametrize("flags", [(SMALL, "none", "10crop"), (SMALL, "none", "pooled"), ("sample", "none", "pooled"),
-                                   ("fasterrcnn_mobilenet_v3_large_320_fpn", "none", "pooled", 3)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (SMALL, "none", "10crop"),
+        (SMALL, "none", "pooled"),
+        ("sample", "none", "pooled"),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", "none", "pooled", 3),
+    ],
+)
 def test_what_is_done_to_a_photo_goes_to_processes_that_are_not_forked(photo, flags):
     transform = build_encoder(*flags).transform
     with Image.open(photo) as picture:
@@ -320,7 +339,10 @@ def test_weights_that_have_changed_since_are_refused(tmp_path):
     torch.save(net.state_dict(), tmp_path / "net.pth")
     description = build_encoder(SMALL, str(tmp_path / "net.pth")).description
     (tmp_path / "net.pth").rename(tmp_path / "moved.pth")
-    assert encoder_from(description, weights=str(tmp_path / "moved.pth")).description["encoder"] == SMALL
+    assert (
+        encoder_from(description, weights=str(tmp_path / "moved.pth")).description["encoder"]
+        == SMALL
+    )
     with torch.no_grad():
         net.conv1[0].weight[0, 0, 0, 0] += 1
     torch.save(net.state_dict(), tmp_path / "net.pth")

@@ -1,13 +1,17 @@
-"""Indexes: exact search against a loop, and FAISS's beside exact search, with a correction's number in each row."""
+"""Indexes.
+
+Exact search against a loop, FAISS against exact search, each with the correction's column.
+"""
 
 import numpy as np
 import pytest
 import torch
 
-import index
-from errors import InputError
+from gallery import index
+from runtime.errors import InputError
 
 WIDTH, N = 16, 2000
+
 FAISS = (index.IVF, index.PQ)
 
 
@@ -45,7 +49,9 @@ def built(tmp_path_factory, rows, queries):
 def by_loop(rows, query, top):
     """The numbers of the best rows, one product at a time in float64."""
     scores = [float(np.dot(row, query)) for row in rows.double().numpy()]
-    return sorted(range(len(scores)), key=lambda number: -scores[number])[:top], sorted(scores, reverse=True)[:top]
+    return sorted(range(len(scores)), key=lambda number: -scores[number])[:top], sorted(
+        scores, reverse=True
+    )[:top]
 
 
 @pytest.mark.parametrize("n, top", [(1, 1), (3, 10), (50, 10), (257, 1)])
@@ -59,6 +65,20 @@ def test_exact_search_is_that_of_a_loop(monkeypatch, n, top):
         expected, best = by_loop(rows, query, top)
         assert own.tolist() == expected
         assert np.allclose(own_scores, best, atol=1e-6)
+
+
+def test_cosines_are_those_of_a_loop_and_zeros_are_like_nothing(monkeypatch):
+    monkeypatch.setattr(index, "BLOCK_ROWS", 20)
+    rows, queries = made_up(50, 3) * torch.arange(50).view(-1, 1), 7 * made_up(5, 4)
+    scores, numbers = index.exact(rows, queries, 50, cosine=True)
+    for query, own_scores, own in zip(queries.double().numpy(), scores, numbers):
+        expected = {0: 0.0} | {
+            number: np.dot(row, query) / np.linalg.norm(row) / np.linalg.norm(query)
+            for number, row in enumerate(rows.double().numpy())
+            if number
+        }
+        assert own_scores.tolist() == sorted(own_scores.tolist(), reverse=True)
+        assert dict(zip(own.tolist(), own_scores.tolist())) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", FAISS)
@@ -75,7 +95,7 @@ def test_faiss_finds_what_exact_search_finds_with_its_scores(built, rows, querie
 
 @pytest.mark.parametrize("kind", FAISS)
 def test_the_shift_counts_as_much_as_in_exact_search(rows, queries, kind, tmp_path):
-    """Rows that are alike but for the shift: a corrected question must tell them apart."""
+    """Rows that differ in the shift alone: a corrected question must rank them differently."""
     alike = rows.clone()
     alike[:, :-1] = rows[:1, :-1]
     corrected = torch.cat([queries[:5, :-1], torch.ones(5, 1)], 1)
@@ -86,12 +106,14 @@ def test_the_shift_counts_as_much_as_in_exact_search(rows, queries, kind, tmp_pa
 
 
 def test_the_recall_of_lists_is_the_share_of_the_wanted():
-    assert index.recall(torch.tensor([[1, 2, 3], [4, 5, -1]]), torch.tensor([[3, 9], [4, 5]])) == 0.75
+    assert (
+        index.recall(torch.tensor([[1, 2, 3], [4, 5, -1]]), torch.tensor([[3, 9], [4, 5]])) == 0.75
+    )
 
 
 @pytest.mark.parametrize("kind", FAISS)
 def test_a_torn_file_or_another_index_is_said(built, rows, kind, tmp_path):
-    whole = (tmp_path / "whole")
+    whole = tmp_path / "whole"
     whole.write_bytes(open(built[kind], "rb").read())
     for size in (0, 3, 40, whole.stat().st_size // 2):
         (tmp_path / "torn").write_bytes(whole.read_bytes()[:size])
@@ -115,8 +137,16 @@ def test_too_few_photos_for_codes_are_said(rows, queries, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("n, kind", [(1, "exact"), (200_000, "exact"), (200_001, "ivf_sq8"), (5_000_000, "ivf_sq8"),
-                                     (10**8, "opq_ivf_pq64")])
+@pytest.mark.parametrize(
+    "n, kind",
+    [
+        (1, "exact"),
+        (200_000, "exact"),
+        (200_001, "ivf_sq8"),
+        (5_000_000, "ivf_sq8"),
+        (10**8, "opq_ivf_pq64"),
+    ],
+)
 def test_the_usual_type_goes_by_the_number_of_photos(n, kind):
     assert index.usual_type(n) == kind
 

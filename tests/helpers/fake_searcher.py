@@ -1,4 +1,7 @@
-"""A searcher for the page's tests: pictures of one colour, found by the words of their captions or by their colour."""
+"""A fake searcher for the page's tests.
+
+Pictures of one colour, found by their captions' words or by colour.
+"""
 
 import math
 import os
@@ -8,9 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from errors import InputError
+from runtime.errors import InputError
 
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 210), "white": (240, 240, 240)}
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 160, 60),
+    "blue": (40, 60, 210),
+    "white": (240, 240, 240),
+}
+
 THINGS = ("star", "boat", "tree")
 
 
@@ -28,12 +37,14 @@ class FakeGallery:
         self.description = {"hubs": "twelve captions"}
         pairs = [(colour, thing) for thing in THINGS for colour in COLOURS]
         self.items = [f"{thing}/{colour}.png" for colour, thing in pairs]
-        self.texts = [[f"a {colour} {thing}", f"one {thing} that is {colour}"] for colour, thing in pairs]
+        self.texts = [
+            [f"a {colour} {thing}", f"one {thing} that is {colour}"] for colour, thing in pairs
+        ]
         self.count = len(self.items)
         for item, (colour, thing) in zip(self.items, pairs):
             os.makedirs(os.path.join(folder, thing), exist_ok=True)
             pixels = np.full((60, 80, 3), COLOURS[colour], np.uint8)
-            pixels[:10 * (1 + THINGS.index(thing))] = 0  # so that things differ a little, too
+            pixels[: 10 * (1 + THINGS.index(thing))] = 0  # so that things differ a little, too
             Image.fromarray(pixels).save(os.path.join(folder, item))
 
     def captions(self, number):
@@ -48,13 +59,18 @@ class FakeGallery:
 
 
 class FakeSearcher:
-    """Scores are shares of a question's words that a photo's first caption has; the correction takes 0.4 off reds."""
+    """Scores a photo by the share of a question's words in its first caption.
+
+    The correction takes 0.4 off red ones.
+    """
 
     def __init__(self, folder, correction="nnn"):
         self.gallery = FakeGallery(folder, correction)
         self.batches = []  # the questions of each call of by_words
         self.gate = threading.Event()  # closed: by_words waits
         self.gate.set()
+        self.photo_gate = threading.Event()  # closed: embed_photo waits
+        self.photo_gate.set()
 
     def check(self, question):
         words = question.split()
@@ -66,15 +82,30 @@ class FakeSearcher:
         if not known & set(words):
             raise InputError(f"no word of {question!r} is known: use other words")
 
+    def unknown(self, question):
+        known = {word for texts in self.gallery.texts for text in texts for word in text.split()}
+        return [word for word in question.split() if word not in known]
+
     def by_words(self, questions, top, corrected=True):
         self.batches.append(list(questions))
         assert self.gate.wait(20)
-        return [self._best([self._share(question, number) - self._shift(number, corrected)
-                            for number in range(self.gallery.count)], top) for question in questions]
+        return [
+            self._best(
+                [
+                    self._share(question, number) - self._shift(number, corrected)
+                    for number in range(self.gallery.count)
+                ],
+                top,
+            )
+            for question in questions
+        ]
 
-    def by_photo(self, file, top):
-        with Image.open(file) as picture:
-            hits = self._alike(np.asarray(picture.convert("RGB").resize((8, 6)), float), top)
+    def embed_photo(self, file, decode):
+        assert self.photo_gate.wait(20)
+        return np.asarray(decode(file).resize((8, 6)), float)
+
+    def by_embedding(self, pixels, top):
+        hits = self._alike(pixels, top)
         return hits, [(self.gallery.texts[hit.number][0], hit) for hit in hits[:3]]
 
     def like(self, number, top):
@@ -87,7 +118,9 @@ class FakeSearcher:
 
     def _share(self, question, number):
         words = question.split()
-        return sum(word in self.gallery.texts[number][0].split() for word in words) / max(1, len(words))
+        return sum(word in self.gallery.texts[number][0].split() for word in words) / max(
+            1, len(words)
+        )
 
     def _shift(self, number, corrected):
         is_red = self.gallery.items[number].endswith("red.png")

@@ -1,6 +1,6 @@
-"""What the tests hold the code against: the formulas as plain loops, one number at a time.
+"""The formulas as plain loops, one number at a time, to compare the code with.
 
-Losses and weights are computed in `decimal`, where no scale overflows.
+Losses and weights are computed in `decimal`, in which no scale overflows.
 """
 
 import decimal
@@ -11,20 +11,26 @@ from decimal import Decimal
 import numpy as np
 
 decimal.getcontext().prec = 40
+
 decimal.getcontext().Emax = decimal.MAX_EMAX
+
 decimal.getcontext().Emin = decimal.MIN_EMIN
 
 
 def similarity(image, caption, measure="cosine"):
-    """Of one image embedding and one caption embedding."""
+    """The similarity of one image embedding and one caption embedding."""
     if measure == "cosine":
-        return sum((Decimal(float(a)) * Decimal(float(b)) for a, b in zip(image, caption)), Decimal(0))
-    violations = (max(Decimal(0), Decimal(float(b)) - Decimal(float(a))) for a, b in zip(image, caption))
+        return sum(
+            (Decimal(float(a)) * Decimal(float(b)) for a, b in zip(image, caption)), Decimal(0)
+        )
+    violations = (
+        max(Decimal(0), Decimal(float(b)) - Decimal(float(a))) for a, b in zip(image, caption)
+    )
     return -sum((violation * violation for violation in violations), Decimal(0)).sqrt()
 
 
 def similarities(images, captions, measure="cosine"):
-    """S as a list of rows: S[i][j] of image i and caption j."""
+    """The similarities as rows: S[i][j] belongs to image i and caption j."""
     return [[similarity(image, caption, measure) for caption in captions] for image in images]
 
 
@@ -34,7 +40,9 @@ def sum_margin(S, margin):
     for i in range(n):
         for j in range(n):
             if i != j:
-                total += max(Decimal(0), margin + S[i][j] - S[i][i]) + max(Decimal(0), margin + S[i][j] - S[j][j])
+                total += max(Decimal(0), margin + S[i][j] - S[i][i]) + max(
+                    Decimal(0), margin + S[i][j] - S[j][j]
+                )
     return float(total)
 
 
@@ -47,35 +55,66 @@ def max_margin(S, margin):
     return float(total)
 
 
-def hal(S, alpha, epsilon, pair_weights=None, positive_weights=None):
-    """HAL's loss; without weights the local one."""
+def hal(S, alpha, epsilon, pair_weights=None, positive_weights=None, image_of=None):
+    """HAL's loss, local without weights.
+
+    image_of: pairs with equal numbers are not each other's negatives.
+    """
     n, alpha, epsilon, total = len(S), Decimal(alpha), Decimal(epsilon), Decimal(0)
     W = pair_weights or [[Decimal(1)] * n] * n
     w = positive_weights or [Decimal(1)] * n
     zeroed = [[Decimal(0) if i == j else S[i][j] for j in range(n)] for i in range(n)]
     E = [[(alpha * W[i][j] * (zeroed[i][j] - epsilon)).exp() for j in range(n)] for i in range(n)]
     for i in range(n):
+        for j in range(n):
+            if image_of is not None and i != j and image_of[i] == image_of[j]:
+                E[i][j] = Decimal(0)
+    for i in range(n):
         column, row = sum(E[j][i] for j in range(n)), sum(E[i][j] for j in range(n))
-        total += (1 + column).ln() / alpha + (1 + row).ln() / alpha - (1 + max(Decimal(0), w[i] * S[i][i])).ln()
+        total += (
+            (1 + column).ln() / alpha
+            + (1 + row).ln() / alpha
+            - (1 + max(Decimal(0), w[i] * S[i][i])).ln()
+        )
     return float(total / n)
 
 
-def global_weights(images, captions, indices, bank, k, alpha, beta, epsilon, positive_epsilon=0.2, measure="cosine"):
-    """(W, w) as lists, or (None, None) where no bank entry is left; bank: (images, captions, indices)."""
+def global_weights(
+    images, captions, indices, bank, k, alpha, beta, epsilon, positive_epsilon=0.2, measure="cosine"
+):
+    """(W, w) as lists, or (None, None) if no bank entry is left.
+
+    bank: (images, captions, indices).
+    """
     n, alpha, beta, epsilon = len(images), Decimal(alpha), Decimal(beta), Decimal(epsilon)
     positive_epsilon = Decimal(positive_epsilon)
     left = [row for row, index in enumerate(bank[2]) if int(index) not in {int(i) for i in indices}]
     if not left:
         return None, None
     k = min(k if n >= k else n, len(left))
-    # The order similarity is called with the caption in the first place here, as in the released code.
-    P = [sorted((similarity(images[i], bank[1][row], measure) for row in left), reverse=True)[:k] for i in range(n)]
-    Q = [sorted((similarity(captions[j], bank[0][row], measure) for row in left), reverse=True)[:k] for j in range(n)]
+    # The order similarity is called with the caption in the first place here, as in the released
+    # code.
+    P = [
+        sorted((similarity(images[i], bank[1][row], measure) for row in left), reverse=True)[:k]
+        for i in range(n)
+    ]
+    Q = [
+        sorted((similarity(captions[j], bank[0][row], measure) for row in left), reverse=True)[:k]
+        for j in range(n)
+    ]
     own = [similarity(images[i], captions[i], measure) for i in range(n)]
     n_i = [sum((beta * p - epsilon).exp() for p in P[i]) for i in range(n)]
     m_j = [sum((beta * q - epsilon).exp() for q in Q[j]) for j in range(n)]
-    W = [[Decimal(0) if i == j else (n_i[i] + m_j[j]) / (
-        n_i[i] + m_j[j] + (beta * own[i]).exp() + (beta * own[j]).exp()) for j in range(n)] for i in range(n)]
+    W = [
+        [
+            Decimal(0)
+            if i == j
+            else (n_i[i] + m_j[j])
+            / (n_i[i] + m_j[j] + (beta * own[i]).exp() + (beta * own[j]).exp())
+            for j in range(n)
+        ]
+        for i in range(n)
+    ]
     w = []
     for i in range(n):
         pair = (alpha * (own[i] - positive_epsilon)).exp()
@@ -85,7 +124,10 @@ def global_weights(images, captions, indices, bank, k, alpha, beta, epsilon, pos
 
 
 def tied_or_better(score, own):
-    """Whether another item's score stands before one's own: not below it by more than two units in the last place."""
+    """Whether another item ranks before the own one.
+
+    Its score is at most two units in the last place lower.
+    """
     bar = np.nextafter(np.nextafter(own, own.dtype.type(-np.inf)), own.dtype.type(-np.inf))
     return not score < bar
 
@@ -95,10 +137,14 @@ def ranks(scores):
     n = len(scores)
     image_ranks, caption_ranks = [], []
     for i in range(n):
-        best = scores[i, 5 * i:5 * i + 5].max()  # NaN where one is
-        image_ranks.append(sum(tied_or_better(scores[i, c], best) for c in range(5 * n) if c // 5 != i))
+        best = scores[i, 5 * i : 5 * i + 5].max()  # NaN where one is
+        image_ranks.append(
+            sum(tied_or_better(scores[i, c], best) for c in range(5 * n) if c // 5 != i)
+        )
     for c in range(5 * n):
-        caption_ranks.append(sum(tied_or_better(scores[i, c], scores[c // 5, c]) for i in range(n) if i != c // 5))
+        caption_ranks.append(
+            sum(tied_or_better(scores[i, c], scores[c // 5, c]) for i in range(n) if i != c // 5)
+        )
     return image_ranks, caption_ranks
 
 
@@ -107,3 +153,22 @@ def recall(ranks):
     ranks = [int(rank) for rank in ranks]
     shares = [100 * sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 10)]
     return [*shares, math.floor(statistics.median(ranks)) + 1, statistics.fmean(ranks) + 1]
+
+
+def info_nce(S, temperature):
+    """The mean over both directions of the cross entropy of similarities / temperature."""
+    total, n = 0.0, len(S)
+    for i in range(n):
+        for line in ([S[i][j] for j in range(n)], [S[j][i] for j in range(n)]):
+            scores = [math.exp(float(score) / temperature) for score in line]
+            total -= math.log(scores[i] / sum(scores))
+    return total / (2 * n)
+
+
+def whole_numbers(n, width, seed, dtype=np.float64):
+    """Embeddings whose similarities are exact, and full of ties."""
+    rng = np.random.default_rng(seed)
+    return (
+        rng.integers(-1, 2, (n, width)).astype(dtype),
+        rng.integers(-1, 2, (5 * n, width)).astype(dtype),
+    )

@@ -1,9 +1,9 @@
-"""Scripts on a CUDA or MPS device that is not there, in a process of their own:
+"""Run scripts on a CUDA or MPS device that does not exist, in a separate process:
 
-    python tests/pretended.py cuda '[["train.py", "--num_epochs", "1"], ["compute_results.py"]]'
+    python tests/helpers/pretended.py cuda '[["train.py", "--num_epochs", "1"], ["compute_results.py"]]'
 
-What lives on the device is CPU data in a wrapper that says otherwise; each operator on it is looked at before the CPU
-computes it. What the real device would not let pass is found and counted by the project's function and line:
+A tensor on the device is CPU data in a wrapper that claims otherwise. Each operator on it is checked before the CPU
+computes it. What the real device would refuse is counted by the project's function and line:
 
     crash   NumPy is asked to read a tensor of the device
     mixed   an operator is given tensors of both devices
@@ -16,36 +16,51 @@ autograd keeps some of its tensors without their wrapper, so mixed devices in it
 """
 
 import json
+import os
 import runpy
 import sys
 import traceback
 from collections import Counter
 from pathlib import Path
 
-import torch
-import torch._dynamo  # before anything is replaced: it looks at what is there
+import torch._dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-ROOT = Path(__file__).resolve().parent.parent
-WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
-           "bincount", "repeat_interleave"}
+ROOT = Path(os.environ.get("PRETENDED_ROOT", Path(__file__).resolve().parents[2]))
+
+NOT_THE_PROJECT_S = {"tests", ".venv"}
+
+WAITING = {
+    "_local_scalar_dense",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+    "repeat_interleave",
+}
+
 LIBRARY = str(Path(torch.__file__).parent)
+
 COPYING = {"copy_", "_to_copy", "_pack_padded_sequence", "_copy_from"}
+
 found, parameters, kind = Counter(), [], "cuda"
 
 
 def note(what, detail):
-    """Count something by the innermost line of the project."""
+    """Count a finding at the innermost line of the project."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.parent == ROOT:
-            found[(what, detail, path.name, frame.name, frame.lineno)] += 1
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in NOT_THE_PROJECT_S:
+            found[(what, detail, path.relative_to(ROOT).as_posix(), frame.name, frame.lineno)] += 1
             return
 
 
 def is_ours(device):
-    """Whether this names the pretended device."""
+    """Whether a device or its name is the pretended one."""
     return isinstance(device, (str, torch.device)) and torch.device(device).type == kind
 
 
@@ -55,7 +70,7 @@ def bare(tree):
 
 
 class There(torch.Tensor):
-    """A tensor of the device."""
+    """A tensor on the pretended device."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: torch.device(kind, 0))
@@ -65,7 +80,12 @@ class There(torch.Tensor):
     @staticmethod
     def __new__(cls, inside):
         tensor = torch.Tensor._make_wrapper_subclass(
-            cls, inside.size(), strides=inside.stride(), storage_offset=inside.storage_offset(), dtype=inside.dtype)
+            cls,
+            inside.size(),
+            strides=inside.stride(),
+            storage_offset=inside.storage_offset(),
+            dtype=inside.dtype,
+        )
         tensor.inside = inside
         return tensor
 
@@ -97,11 +117,12 @@ class There(torch.Tensor):
             if not isinstance(x, torch.Tensor) or isinstance(x, There):
                 return x
             return known[id(x)] if id(x) in known else There(x)
+
         return tree_map(there, result)
 
 
 def looked_at(name, args, kwargs):
-    """Note what the device would make of an operator."""
+    """Note what the device would refuse of an operator."""
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, There)]
     if name in WAITING:
@@ -119,7 +140,7 @@ def looked_at(name, args, kwargs):
 
 
 class Pretence(TorchFunctionMode):
-    """Gives wrappers to whoever asks for the device, and CPU data to whoever takes something back."""
+    """Wraps tensors made on the device or moved to it, and unwraps those moved back."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -135,10 +156,14 @@ class Pretence(TorchFunctionMode):
                 return getattr(first.inside, name)(*args[1:])
             if name == "resize_":  # a wrapper's size is fixed
                 shape = args[1] if len(args) == 2 else args[1:]
-                return first if tuple(first.shape) == tuple(shape) else There(first.inside.new_empty(shape))
+                return (
+                    first
+                    if tuple(first.shape) == tuple(shape)
+                    else There(first.inside.new_empty(shape))
+                )
             if name == "unflatten":
                 dim = args[1] % first.dim()
-                return first.reshape(*first.shape[:dim], *args[2], *first.shape[dim + 1:])
+                return first.reshape(*first.shape[:dim], *args[2], *first.shape[dim + 1 :])
         if is_ours(kwargs.get("device")):
             return self.made(function, args, {**kwargs, "device": None}, kwargs.get("dtype"))
         result = function(*args, **kwargs)
@@ -154,7 +179,11 @@ class Pretence(TorchFunctionMode):
             note("wide", function.__name__)
         kwargs.pop("device")
         if args and isinstance(args[0], There):  # as_tensor of what is there
-            return args[0] if dtype in (None, args[0].dtype) else torch.ops.aten._to_copy(args[0], dtype=dtype)
+            return (
+                args[0]
+                if dtype in (None, args[0].dtype)
+                else torch.ops.aten._to_copy(args[0], dtype=dtype)
+            )
         result = function(*args, **kwargs)
         return result if isinstance(result, There) else There(result.detach())
 
@@ -172,11 +201,16 @@ class Pretence(TorchFunctionMode):
         if dtype is torch.float64 and (is_ours(device) or device is None and on_device):
             note("wide", "to")
         if dtype not in (None, tensor.dtype):
-            tensor = torch.ops.aten._to_copy(tensor, dtype=dtype) if on_device else torch.Tensor.type(tensor, dtype)
+            tensor = (
+                torch.ops.aten._to_copy(tensor, dtype=dtype)
+                if on_device
+                else torch.Tensor.type(tensor, dtype)
+            )
         if device is None or is_ours(device) == on_device:
             return tensor
         if on_device:
-            # PyTorch's own code groups gradients by device, and is told of the CPU that lies beneath the wrapper.
+            # PyTorch's own code groups gradients by device, and is told of the CPU that lies
+            # beneath the wrapper.
             if not sys._getframe(2).f_code.co_filename.startswith(LIBRARY):
                 note("wait", "to cpu")
             return tensor.inside
@@ -190,7 +224,9 @@ def module_to(module, *args, **kwargs):
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and not isinstance(parameter.data, There):
-                part._parameters[name] = torch.nn.Parameter(There(parameter.detach().clone()), parameter.requires_grad)
+                part._parameters[name] = torch.nn.Parameter(
+                    There(parameter.detach().clone()), parameter.requires_grad
+                )
                 parameters.append(part._parameters[name])
         for name, buffer in part._buffers.items():
             if buffer is not None and not isinstance(buffer, There):
@@ -215,11 +251,23 @@ true_module_to, true_pad_packed = torch.nn.Module.to, torch._VF._pad_packed_sequ
 def replace_torch_s_own():
     """What PyTorch says of its devices, and what it does to one of them."""
     torch.nn.Module.to, torch._VF._pad_packed_sequence = module_to, pad_packed
-    torch.cuda.is_available, torch.backends.mps.is_available = lambda: kind == "cuda", lambda: kind == "mps"
-    torch.cuda.device_count, torch.cuda.mem_get_info = lambda: 1, lambda device=None: (10**11, 10**11)
+    torch.cuda.is_available, torch.backends.mps.is_available = (
+        lambda: kind == "cuda",
+        lambda: kind == "mps",
+    )
+    torch.cuda.device_count, torch.cuda.mem_get_info = (
+        lambda: 1,
+        lambda device=None: (10**11, 10**11),
+    )
     torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all = list, lambda states: None
-    torch.cuda.get_rng_state, torch.cuda.set_rng_state = lambda device=None: None, lambda state, device=None: None
+    torch.cuda.get_rng_state, torch.cuda.set_rng_state = (
+        lambda device=None: None,
+        lambda state, device=None: None,
+    )
     torch.mps.get_rng_state, torch.mps.set_rng_state = lambda: None, lambda state: None
+    torch.backends.mps.is_macos_or_newer = lambda major, minor: (
+        True
+    )  # which autocast of PyTorch 2.6 asks
     torch.cuda.is_initialized = lambda: kind == "cuda"
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.get_device_name = lambda device=None: "pretended"
@@ -246,7 +294,7 @@ def run(script, *flags):
 if __name__ == "__main__":
     kind = sys.argv[1]
     commands = json.loads(sys.argv[2])
-    sys.path[0] = str(ROOT)
+    sys.path.insert(0, str(ROOT))
     replace_torch_s_own()
     codes = []
     for command in commands:

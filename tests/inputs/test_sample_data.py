@@ -1,4 +1,7 @@
-"""The sample data set: the same everywhere, complete or absent, and laid out as the loaders read it."""
+"""The sample data set.
+
+The same on every machine, complete or absent, in the layout that loaders read.
+"""
 
 import errno
 import hashlib
@@ -11,15 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_script
 from PIL import Image
 
-import sample_data
-from errors import InputError
-from features import encode_photo, encoder_from, read_features_json
+from features.description import read_features_json
+from features.encoders import encode_photo, encoder_from
+from inputs import sample_data
+from runtime.errors import InputError
 
 CAPTIONS_PER_IMAGE = 5
+
 SPLITS = {"train": 500, "dev": 200, "test": 200}
+
 # of all captions, features and pixels; if it changes, so do the results that README.md gives
 DIGEST = "9ea5fdd4c1a10b07128b804cf2bc3ff6b29b185fd0629e2b46da84bdac81b0d5"
 
@@ -39,13 +44,20 @@ def few(monkeypatch):
 
 def read_split(folder, split):
     features = np.load(folder / "sample_precomp" / f"{split}_ims.npy")
-    captions = (folder / "sample_precomp" / f"{split}_caps.txt").read_bytes().decode("utf-8").split("\n")[:-1]
+    captions = (
+        (folder / "sample_precomp" / f"{split}_caps.txt")
+        .read_bytes()
+        .decode("utf-8")
+        .split("\n")[:-1]
+    )
     names = (folder / "sample_precomp" / f"{split}_ids.txt").read_text().splitlines()
     return features, captions, names
 
 
 def file_bytes(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def test_two_draws_have_the_same_bytes(drawn, tmp_path):
@@ -58,7 +70,9 @@ def test_another_seed_draws_something_else(few, tmp_path):
     sample_data.draw(tmp_path / "1", seed=1)
     first, second = file_bytes(tmp_path / "0"), file_bytes(tmp_path / "1")
     assert first.keys() == second.keys()
-    assert [path for path in first if first[path] == second[path] and not path.stem.endswith("_ids")] == []
+    assert [
+        path for path in first if first[path] == second[path] and not path.stem.endswith("_ids")
+    ] == []
 
 
 def test_all_machines_draw_the_same(drawn):
@@ -67,7 +81,9 @@ def test_all_machines_draw_the_same(drawn):
         features, captions, names = read_split(drawn, split)
         digest.update(features.astype("<f4").tobytes() + "\n".join(captions).encode())
         for name in names:
-            digest.update(np.asarray(Image.open(drawn / "sample_precomp" / "images" / name)).tobytes())
+            digest.update(
+                np.asarray(Image.open(drawn / "sample_precomp" / "images" / name)).tobytes()
+            )
     assert digest.hexdigest() == DIGEST
 
 
@@ -85,7 +101,9 @@ def test_precomp_layout(drawn, split):
 def test_images_are_all_there_and_in_one_split_each(drawn):
     names = [name for split in SPLITS for name in read_split(drawn, split)[2]]
     assert len(set(names)) == len(names)
-    assert sorted(names) == sorted(path.name for path in (drawn / "sample_precomp" / "images").iterdir())
+    assert sorted(names) == sorted(
+        path.name for path in (drawn / "sample_precomp" / "images").iterdir()
+    )
 
 
 def test_no_two_images_have_equal_features(drawn):
@@ -112,7 +130,11 @@ def test_json_layout(drawn):
     data = json.loads((drawn / "sample" / "dataset_sample.json").read_text())
     assert data["dataset"] == "sample"
     splits = [image["split"] for image in data["images"]]
-    assert {split: splits.count(split) for split in set(splits)} == {"train": 60, "val": 20, "test": 20}
+    assert {split: splits.count(split) for split in set(splits)} == {
+        "train": 60,
+        "val": 20,
+        "test": 20,
+    }
     assert [image["imgid"] for image in data["images"]] == list(range(100))
     sentences = [sentence for image in data["images"] for sentence in image["sentences"]]
     assert [sentence["sentid"] for sentence in sentences] == list(range(CAPTIONS_PER_IMAGE * 100))
@@ -145,7 +167,9 @@ def test_size_is_modest(drawn):
     assert sum(map(len, file_bytes(drawn).values())) < 5e6
 
 
-@pytest.mark.parametrize("present, absent", [("sample_precomp", "sample"), ("sample", "sample_precomp")])
+@pytest.mark.parametrize(
+    "present, absent", [("sample_precomp", "sample"), ("sample", "sample_precomp")]
+)
 def test_existing_folder_is_left_alone(few, tmp_path, present, absent):
     (tmp_path / present).mkdir()
     (tmp_path / present / "mine.txt").write_text("keep")
@@ -193,9 +217,14 @@ def test_a_data_folder_that_cannot_be_made_is_refused_by_its_flag(few, tmp_path,
     assert "\n" not in str(caught.value) and file_bytes(tmp_path) == {Path("taken"): b"x"}
 
 
-@pytest.mark.parametrize("step, number", [("mkdtemp", errno.EROFS), ("mkdtemp", errno.EACCES), ("save", errno.ENOSPC)])
-def test_a_data_folder_that_cannot_be_written_is_refused_by_its_flag(few, tmp_path, monkeypatch, step, number):
+@pytest.mark.parametrize(
+    "step, number", [("mkdtemp", errno.EROFS), ("mkdtemp", errno.EACCES), ("save", errno.ENOSPC)]
+)
+def test_a_data_folder_that_cannot_be_written_is_refused_by_its_flag(
+    few, tmp_path, monkeypatch, step, number
+):
     """Read-only, another user's, full."""
+
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
 
@@ -209,20 +238,6 @@ def test_drawn_data_is_not_drawn_again_where_nothing_can_be_written(few, tmp_pat
     sample_data.draw(tmp_path)
     monkeypatch.setattr(tempfile, "mkdtemp", None)
     assert sample_data.draw(tmp_path) == []
-
-
-def test_the_script_ends_with_2_and_one_line(tmp_path):
-    (tmp_path / "taken").write_text("x")
-    result = run_script("sample_data.py", "--data_path", "taken", cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "--data_path taken" in result.stderr and len(result.stderr.splitlines()) == 1
-
-
-def test_script_says_what_it_did(few, tmp_path, capsys):
-    sample_data.main(["--data_path", str(tmp_path / "data")])
-    assert capsys.readouterr().out.count("drawn") == 2
-    sample_data.main(["--data_path", str(tmp_path / "data")])
-    assert capsys.readouterr().out.count("left alone") == 2
 
 
 @pytest.mark.parametrize("side", [14, 20, 28])
@@ -259,7 +274,10 @@ def test_descriptions_against_plain_loops():
             if y < 95 and x < 95:
                 patch = (colours[y][x], colours[y][x + 1], colours[y + 1][x], colours[y + 1][x + 1])
                 for colour in set(patch):
-                    edges[colour, sum(2**place for place, other in enumerate(patch) if other == colour)] += 1
+                    edges[
+                        colour,
+                        sum(2**place for place, other in enumerate(patch) if other == colour),
+                    ] += 1
     shares = edges[:, 1:15] / edges[:, 1:15].sum(axis=1, keepdims=True)
     described = sample_data.describe_pixels(pixels)
     np.testing.assert_array_equal(described[: 9 * 27], np.round(100 * np.sqrt(areas)).ravel())
@@ -270,7 +288,9 @@ def test_features_depend_on_training_statistics_alone(few):
     examples = sample_data.draw_examples(seed=0)
     features, _ = sample_data.compute_features(examples)
     training = [example for example in examples if example.split == "train"]
-    np.testing.assert_array_equal(sample_data.compute_features(training)[0], features[: len(training)])
+    np.testing.assert_array_equal(
+        sample_data.compute_features(training)[0], features[: len(training)]
+    )
 
 
 def test_features_json_is_enough_to_see_a_drawn_picture(drawn):
@@ -285,7 +305,9 @@ def test_features_json_is_enough_to_see_a_drawn_picture(drawn):
 
 def test_another_seed_s_features_are_not_taken_for_these(few, tmp_path):
     sample_data.draw(tmp_path, seed=1)
-    with pytest.raises(InputError, match="the encoder that can be built here has features by sample"):
+    with pytest.raises(
+        InputError, match="the encoder that can be built here has features by sample"
+    ):
         encoder_from(read_features_json(tmp_path / "sample_precomp"))
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from gru import last_states, prefix_tree, word_states
+from layers.gru import last_states, prefix_tree, word_states
 
 WORDS = 4  # few, so that captions begin alike
+
 LENGTHS = [[1], [4], [5, 3, 3, 1], [2] * 6, [7, 1], [6] * 4 + [3] * 30]
 
 
@@ -21,7 +22,9 @@ def nan_in_fresh_memory():
 def batch(lengths):
     """Captions (B, T) of random words, 0 past their lengths."""
     captions = torch.randint(1, WORDS, (len(lengths), lengths[0]))
-    return captions * (torch.arange(lengths[0]) < torch.tensor(lengths).unsqueeze(1)), torch.tensor(lengths)
+    return captions * (torch.arange(lengths[0]) < torch.tensor(lengths).unsqueeze(1)), torch.tensor(
+        lengths
+    )
 
 
 def theirs(rnn, embed, captions, lengths):
@@ -29,19 +32,31 @@ def theirs(rnn, embed, captions, lengths):
     return (ends[-2] + ends[-1]) / 2 if rnn.bidirectional else ends[-1]
 
 
-@pytest.mark.parametrize("lengths, num_layers, dtype, tolerance", [
-    *((lengths, layers, torch.float64, 1e-12) for lengths in LENGTHS for layers in (1, 3)),
-    ([5, 3, 3, 1], 2, torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize(
+    "lengths, num_layers, dtype, tolerance",
+    [
+        *((lengths, layers, torch.float64, 1e-12) for lengths in LENGTHS for layers in (1, 3)),
+        ([5, 3, 3, 1], 2, torch.float32, 1e-6),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["ahead", "both ways"])
 def test_states_and_gradients_equal_pytorch_s(bidirectional, lengths, num_layers, dtype, tolerance):
     torch.manual_seed(sum(lengths) + num_layers)
     rnn = torch.nn.GRU(3, 4, num_layers, batch_first=True, bidirectional=bidirectional).to(dtype)
     embed = torch.nn.Embedding(WORDS, 3, dtype=dtype)
     captions, lengths = batch(lengths)
-    weights, parameters = torch.randn(len(lengths), 4, dtype=dtype), [*rnn.parameters(), *embed.parameters()]
+    weights, parameters = (
+        torch.randn(len(lengths), 4, dtype=dtype),
+        [*rnn.parameters(), *embed.parameters()],
+    )
     (mine, my_gradients), (other, other_gradients) = (
         (states, torch.autograd.grad((states * weights).sum(), parameters))
-        for states in (last_states(rnn, embed, captions, lengths), theirs(rnn, embed, captions, lengths)))
+        for states in (
+            last_states(rnn, embed, captions, lengths),
+            theirs(rnn, embed, captions, lengths),
+        )
+    )
     assert mine.dtype == dtype and (mine - other).abs().max() < tolerance
     for a, b in zip(my_gradients, other_gradients, strict=True):
         assert (a - b).abs().max() < tolerance * max(1, b.abs().max())
@@ -53,20 +68,40 @@ def all_of_theirs(rnn, embed, captions, lengths):
     return states.unflatten(2, (2, -1)).mean(2) if rnn.bidirectional else states
 
 
-@pytest.mark.parametrize("lengths, num_layers, dtype, tolerance", [
-    *((lengths, layers, torch.float64, 1e-10) for lengths in [*LENGTHS, [3, 2, 1, 1]] for layers in (1, 3)),
-    ([5, 3, 3, 1], 2, torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize(
+    "lengths, num_layers, dtype, tolerance",
+    [
+        *(
+            (lengths, layers, torch.float64, 1e-10)
+            for lengths in [*LENGTHS, [3, 2, 1, 1]]
+            for layers in (1, 3)
+        ),
+        ([5, 3, 3, 1], 2, torch.float32, 1e-5),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["ahead", "both ways"])
-def test_every_word_s_states_and_gradients_equal_pytorch_s(bidirectional, lengths, num_layers, dtype, tolerance):
+def test_every_word_s_states_and_gradients_equal_pytorch_s(
+    bidirectional, lengths, num_layers, dtype, tolerance
+):
     torch.manual_seed(sum(lengths) + num_layers)
     rnn = torch.nn.GRU(3, 4, num_layers, batch_first=True, bidirectional=bidirectional).to(dtype)
     embed = torch.nn.Embedding(WORDS, 3, dtype=dtype)
     captions, lengths = batch(lengths)
-    weights, parameters = torch.randn(*captions.shape, 4, dtype=dtype), [*rnn.parameters(), *embed.parameters()]
+    weights, parameters = (
+        torch.randn(*captions.shape, 4, dtype=dtype),
+        [*rnn.parameters(), *embed.parameters()],
+    )
     (mine, my_gradients), (other, other_gradients) = (
         (states, torch.autograd.grad((states * weights).sum(), parameters))
-        for states in (word_states(rnn, embed, captions, lengths), all_of_theirs(rnn, embed, captions, lengths)))
-    assert mine.dtype == dtype and mine.shape == other.shape and (mine - other).abs().max() < tolerance
+        for states in (
+            word_states(rnn, embed, captions, lengths),
+            all_of_theirs(rnn, embed, captions, lengths),
+        )
+    )
+    assert (
+        mine.dtype == dtype and mine.shape == other.shape and (mine - other).abs().max() < tolerance
+    )
     for a, b in zip(my_gradients, other_gradients, strict=True):
         assert (a - b).abs().max() < tolerance * max(1, b.abs().max())
 
@@ -94,11 +129,16 @@ def test_bf16_products_are_near_at_every_word(bidirectional):
     states = word_states(rnn, embed, captions, lengths, torch.bfloat16)
     assert states.dtype == torch.float32
     assert 0 < (states - all_of_theirs(rnn, embed, captions, lengths)).abs().max() < 0.02
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(states.sum(), rnn.parameters()))
+    assert all(
+        g.dtype == torch.float32 for g in torch.autograd.grad(states.sum(), rnn.parameters())
+    )
 
 
 def test_both_directions_refuse_a_second_backward():
-    rnn, embed = torch.nn.GRU(3, 4, batch_first=True, bidirectional=True), torch.nn.Embedding(WORDS, 3)
+    rnn, embed = (
+        torch.nn.GRU(3, 4, batch_first=True, bidirectional=True),
+        torch.nn.Embedding(WORDS, 3),
+    )
     states = word_states(rnn, embed, *batch([3, 2]))
     states[0].sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="add the losses up before backward"):
@@ -108,9 +148,14 @@ def test_both_directions_refuse_a_second_backward():
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["ahead", "both ways"])
 @pytest.mark.parametrize("lengths", [[2, 3], [2, 0]], ids=str)
 def test_captions_in_another_order_are_refused_at_every_word(lengths, bidirectional):
-    rnn, embed = torch.nn.GRU(2, 3, batch_first=True, bidirectional=bidirectional), torch.nn.Embedding(WORDS, 2)
+    rnn, embed = (
+        torch.nn.GRU(2, 3, batch_first=True, bidirectional=bidirectional),
+        torch.nn.Embedding(WORDS, 2),
+    )
     with pytest.raises(ValueError, match="longest first"):
-        word_states(rnn, embed, torch.ones(len(lengths), 3, dtype=torch.int64), torch.tensor(lengths))
+        word_states(
+            rnn, embed, torch.ones(len(lengths), 3, dtype=torch.int64), torch.tensor(lengths)
+        )
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["ahead", "both ways"])
@@ -119,10 +164,15 @@ def test_bf16_products_are_near(bidirectional):
     rnn = torch.nn.GRU(8, 16, batch_first=True, bidirectional=bidirectional)
     embed = torch.nn.Embedding(WORDS, 8)
     captions, lengths = batch([5, 5, 3, 2])
-    states, exact = last_states(rnn, embed, captions, lengths, torch.bfloat16), theirs(rnn, embed, captions, lengths)
+    states, exact = (
+        last_states(rnn, embed, captions, lengths, torch.bfloat16),
+        theirs(rnn, embed, captions, lengths),
+    )
     assert states.dtype == torch.float32
     assert 1e-4 < (states - exact).abs().max() < 0.02  # rounded, and not as float32 is
-    for near, gradient in zip(*(torch.autograd.grad(last.sum(), rnn.parameters()) for last in (states, exact))):
+    for near, gradient in zip(
+        *(torch.autograd.grad(last.sum(), rnn.parameters()) for last in (states, exact))
+    ):
         assert near.dtype == torch.float32
         assert 1e-4 < (near - gradient).abs().max() / gradient.abs().max() < 0.02
 
@@ -142,12 +192,17 @@ def test_the_tree_has_every_distinct_prefix_once(lengths):
     torch.manual_seed(3)
     captions, lengths = batch(lengths)
     rows = [row[:length] for row, length in zip(captions.tolist(), lengths.tolist())]
-    prefixes = [{tuple(row[:n]) for row in rows if len(row) >= n} for n in range(1, len(rows[0]) + 1)]
+    prefixes = [
+        {tuple(row[:n]) for row in rows if len(row) >= n} for n in range(1, len(rows[0]) + 1)
+    ]
     tree = prefix_tree(captions, lengths)
     assert tree.sizes == [len(level) for level in prefixes]
     # Walking up from each caption's end spells it backwards.
-    parent_of = [None] * tree.sizes[0] + [parent for parents, size in zip(tree.parents, tree.sizes[1:])
-                                          for parent in parents[:size].tolist()]
+    parent_of = [None] * tree.sizes[0] + [
+        parent
+        for parents, size in zip(tree.parents, tree.sizes[1:])
+        for parent in parents[:size].tolist()
+    ]
     for row, node in zip(rows, tree.ends.tolist()):
         spelled = []
         while node is not None:
@@ -166,4 +221,6 @@ def test_extreme_inputs_stay_finite():
 def test_captions_in_another_order_are_refused(lengths):
     rnn, embed = torch.nn.GRU(2, 3, batch_first=True), torch.nn.Embedding(WORDS, 2)
     with pytest.raises(ValueError, match="longest first"):
-        last_states(rnn, embed, torch.ones(len(lengths), 3, dtype=torch.int64), torch.tensor(lengths))
+        last_states(
+            rnn, embed, torch.ones(len(lengths), 3, dtype=torch.int64), torch.tensor(lengths)
+        )

@@ -1,17 +1,27 @@
 """Pooling against the released VSE-infinity code's numbers, and against plain loops."""
 
-import json
 import math
 
 import pytest
 import torch
-from conftest import REFERENCE, states_equal
 
-import pooling
-from pooling import GPO, POOLINGS, drop_regions, kmax_pool, max_pool, mean_pool, positional_encoding, region_lengths
+from layers import pooling
+from layers.pooling import (
+    GPO,
+    POOLINGS,
+    kmax_pool,
+    max_pool,
+    mean_pool,
+    positional_encoding,
+    region_lengths,
+)
+from tests.helpers.made import REFERENCE, states_equal
 
 RELEASED = torch.load(REFERENCE / "vse_infty" / "gpo.pt", weights_only=True)
-CASES = pytest.mark.parametrize("case", RELEASED["cases"], ids=["36 regions", "12 regions", "no full length"])
+
+CASES = pytest.mark.parametrize(
+    "case", RELEASED["cases"], ids=["36 regions", "12 regions", "no full length"]
+)
 
 
 def released_gpo():
@@ -31,6 +41,7 @@ def drawn(*shape):
 
 # Against the released code ----------------------------------------------------------------------
 
+
 def test_one_seed_gives_the_released_initial_weights():
     torch.manual_seed(RELEASED["options"]["seed"])
     state = GPO(RELEASED["options"]["d_pe"], RELEASED["options"]["d_hidden"]).state_dict()
@@ -47,7 +58,10 @@ def test_the_positional_encoding_is_the_released_one():
 def test_pooled_features_and_weights_equal_the_released_ones(case):
     pooled, weights = released_gpo().double()(case["features"].double(), case["lengths"])
     assert (pooled - case["pooled"]).abs().max() < 1e-10
-    assert weights.shape == case["pool_weights"].shape and (weights - case["pool_weights"]).abs().max() < 1e-10
+    assert (
+        weights.shape == case["pool_weights"].shape
+        and (weights - case["pool_weights"]).abs().max() < 1e-10
+    )
     pooled, _ = released_gpo()(case["features"], case["lengths"])
     assert pooled.dtype == torch.float32 and (pooled - case["pooled_float32"]).abs().max() < 1e-6
 
@@ -59,23 +73,35 @@ def test_gradients_equal_the_released_ones(case):
     assert (features.grad - case["grad_features"]).abs().max() < 1e-10
     parameters = dict(module.named_parameters())
     for name, expected in case["grad_state"].items():
-        assert (parameters[name].grad - expected).abs().max() < 1e-9 * max(1, expected.abs().max()), name
+        assert (parameters[name].grad - expected).abs().max() < 1e-9 * max(
+            1, expected.abs().max()
+        ), name
 
 
 # Generalized pooling ----------------------------------------------------------------------------
 
+
 def gru_direction(weights, suffix, inputs):
     """The states after each of the inputs (lists of numbers), by the equations of a GRU."""
-    w_in, w_out, b_in, b_out = (weights[f"gru.{kind}_l0{suffix}"] for kind in
-                                ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    w_in, w_out, b_in, b_out = (
+        weights[f"gru.{kind}_l0{suffix}"]
+        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
     size, states = len(w_out[0]), []
     state = [0.0] * size
     for x in inputs:
         from_input = [sum(a * b for a, b in zip(row, x)) + bias for row, bias in zip(w_in, b_in)]
-        from_state = [sum(a * b for a, b in zip(row, state)) + bias for row, bias in zip(w_out, b_out)]
+        from_state = [
+            sum(a * b for a, b in zip(row, state)) + bias for row, bias in zip(w_out, b_out)
+        ]
         reset = [1 / (1 + math.exp(-from_input[i] - from_state[i])) for i in range(size)]
-        update = [1 / (1 + math.exp(-from_input[size + i] - from_state[size + i])) for i in range(size)]
-        new = [math.tanh(from_input[2 * size + i] + reset[i] * from_state[2 * size + i]) for i in range(size)]
+        update = [
+            1 / (1 + math.exp(-from_input[size + i] - from_state[size + i])) for i in range(size)
+        ]
+        new = [
+            math.tanh(from_input[2 * size + i] + reset[i] * from_state[2 * size + i])
+            for i in range(size)
+        ]
         state = [(1 - update[i]) * new[i] + update[i] * state[i] for i in range(size)]
         states.append(state)
     return states
@@ -84,11 +110,19 @@ def gru_direction(weights, suffix, inputs):
 def theta_loop(module, length, width):
     """The weights of `length` ranked values."""
     weights = {name: value.tolist() for name, value in module.state_dict().items()}
-    table = [[(math.sin, math.cos)[i % 2](p * math.exp(-(i - i % 2) * math.log(10000) / width)) for i in range(width)]
-             for p in range(length)]
+    table = [
+        [
+            (math.sin, math.cos)[i % 2](p * math.exp(-(i - i % 2) * math.log(10000) / width))
+            for i in range(width)
+        ]
+        for p in range(length)
+    ]
     ahead = gru_direction(weights, "", table)
     back = gru_direction(weights, "_reverse", table[::-1])[::-1]
-    scores = [sum(v * (a + b) / 2 for v, a, b in zip(weights["linear.weight"][0], *pair)) for pair in zip(ahead, back)]
+    scores = [
+        sum(v * (a + b) / 2 for v, a, b in zip(weights["linear.weight"][0], *pair))
+        for pair in zip(ahead, back)
+    ]
     shares = [math.exp(score / 0.1) for score in scores]
     return [share / sum(shares) for share in shares]
 
@@ -100,12 +134,16 @@ def test_gpo_equals_a_loop(lengths):
     assert weights.shape == (4, max(lengths), 1)
     for item, length in enumerate(lengths):
         theta = theta_loop(module, length, 4)
-        assert weights[item, :, 0].tolist() == pytest.approx(theta + [0] * (max(lengths) - length), abs=1e-6)
+        assert weights[item, :, 0].tolist() == pytest.approx(
+            theta + [0] * (max(lengths) - length), abs=1e-6
+        )
         assert weights[item, length:].eq(0).all()
         for feature in range(5):
             ranked = sorted(features[item, :length, feature].tolist(), reverse=True)
             expected = sum(share * value for share, value in zip(theta, ranked))
-            assert pooled[item, feature].item() == pytest.approx(expected, abs=1e-6)  # the encoding is in float32
+            assert pooled[item, feature].item() == pytest.approx(
+                expected, abs=1e-6
+            )  # the encoding is in float32
 
 
 def test_gpo_s_gradients_equal_the_difference_quotients():
@@ -143,6 +181,7 @@ def test_an_odd_width_is_refused():
 
 # Every pooling ----------------------------------------------------------------------------------
 
+
 def mean_loop(values):
     return sum(values) / len(values)
 
@@ -159,8 +198,10 @@ LOOPS = {"mean": mean_loop, "max": max, "kmax": kmax_loop}
 def test_simple_poolings_equal_a_loop(name, lengths):
     features = drawn(3, 7, 4)
     found = POOLINGS[name](features, torch.tensor(lengths))
-    expected = [[LOOPS[name](features[item, :length, feature].tolist()) for feature in range(4)]
-                for item, length in enumerate(lengths)]
+    expected = [
+        [LOOPS[name](features[item, :length, feature].tolist()) for feature in range(4)]
+        for item, length in enumerate(lengths)
+    ]
     assert found.tolist() == [pytest.approx(row, abs=1e-12) for row in expected]
 
 
@@ -168,8 +209,10 @@ def test_simple_poolings_equal_a_loop(name, lengths):
 def test_kmax_takes_the_stated_number(k):
     features, lengths = drawn(2, 4, 3), torch.tensor([4, 2])
     found = kmax_pool(features, lengths, k)
-    expected = [[kmax_loop(features[item, :length, feature].tolist(), k) for feature in range(3)]
-                for item, length in enumerate(lengths.tolist())]
+    expected = [
+        [kmax_loop(features[item, :length, feature].tolist(), k) for feature in range(3)]
+        for item, length in enumerate(lengths.tolist())
+    ]
     assert found.tolist() == [pytest.approx(row, abs=1e-12) for row in expected]
 
 
@@ -186,10 +229,16 @@ def test_gradients_equal_the_difference_quotients(name):
 @pytest.mark.parametrize("name", ALL)
 def test_padding_never_matters(name, padding):
     lengths, features = torch.tensor([2, 5, 1]), drawn(3, 5, 4).float()
-    expected = torch.cat([ALL[name](features[item:item + 1, :length], lengths[item:item + 1])
-                          for item, length in enumerate(lengths.tolist())])
+    expected = torch.cat(
+        [
+            ALL[name](features[item : item + 1, :length], lengths[item : item + 1])
+            for item, length in enumerate(lengths.tolist())
+        ]
+    )
     padded = torch.nn.functional.pad(features, (0, 0, 0, 2))
-    padded.masked_fill_((torch.arange(7) >= lengths.unsqueeze(1)).unsqueeze(2), padding).requires_grad_()
+    padded.masked_fill_(
+        (torch.arange(7) >= lengths.unsqueeze(1)).unsqueeze(2), padding
+    ).requires_grad_()
     found = ALL[name](padded, lengths)
     found.sum().backward()
     assert torch.allclose(found, expected, rtol=1e-6)
@@ -212,66 +261,24 @@ def test_lengths_that_cannot_be_are_refused(name, lengths):
 
 # Regions ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rows, expected", [
-    ([1, 1, 1], 3), ([1, 0, 0], 1), ([1, 0, 1], 3), ([0, 1, 0], 2), ([0, 0, 0], 1), ([1, math.nan, 0], 2)], ids=str)
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([1, 1, 1], 3),
+        ([1, 0, 0], 1),
+        ([1, 0, 1], 3),
+        ([0, 1, 0], 2),
+        ([0, 0, 0], 1),
+        ([1, math.nan, 0], 2),
+    ],
+    ids=str,
+)
 def test_zero_rows_at_the_end_are_padding(rows, expected):
     images = torch.zeros(2, 3, 4)
     images[0, :, 2] = torch.tensor(rows)
     images[1] = 1
     assert region_lengths(images).tolist() == [expected, 3]
-
-
-def numbered_images(lengths, longest):
-    """Image b's region p is [100 b + p + 1, 1], p below its length; zeros behind."""
-    images = torch.zeros(len(lengths), longest, 2)
-    for item, length in enumerate(lengths):
-        for place in range(length):
-            images[item, place] = torch.tensor([100 * item + place + 1, 1])
-    return images
-
-
-def kept_regions(images, rate, seed=0):
-    """For each image the first numbers of the regions that are left; checks that only zeros follow."""
-    draws = torch.rand(images.shape[:2], generator=torch.Generator().manual_seed(seed))
-    left = drop_regions(images, region_lengths(images), rate, draws)
-    lists = [[row[0] for row in image if row[1]] for image in left.tolist()]
-    assert left.shape[1] == max(map(len, lists))
-    assert all(left[item, len(numbers):].eq(0).all() for item, numbers in enumerate(lists))
-    return lists
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.2, 0.9, 1.0])
-def test_regions_that_are_left_keep_their_order(rate):
-    lengths = [9, 1, 4, 9, 2]
-    for item, numbers in enumerate(kept_regions(numbered_images(lengths, 9), rate)):
-        assert numbers == sorted(set(numbers)) and numbers
-        assert set(numbers) <= {100 * item + place + 1 for place in range(lengths[item])}
-
-
-def test_without_a_rate_every_region_is_left():
-    images = numbered_images([3, 2], 5)
-    assert torch.equal(drop_regions(images, region_lengths(images), 0.0, torch.rand(images.shape[:2])), images[:, :3])
-
-
-def test_one_region_is_left_of_each_image_and_not_always_the_same():
-    lists = kept_regions(numbered_images([3] * 300, 3), 1.0)
-    assert all(len(numbers) == 1 for numbers in lists)
-    counts = [sum(numbers[0] % 100 == place for item, numbers in enumerate(lists)) for place in (1, 2, 3)]
-    assert sum(counts) == 300 and min(counts) > 60
-
-
-def test_a_fifth_of_the_regions_is_dropped():
-    """Of 36 that is 28.8 +- 2.4, by the binomial distribution."""
-    counts = torch.tensor([len(numbers) for numbers in kept_regions(numbered_images([36] * 4000, 36), 0.2)]).double()
-    assert counts.mean().item() == pytest.approx(28.8, abs=4 * 2.4 / 4000 ** 0.5)
-    assert counts.std().item() == pytest.approx(2.4, abs=0.12)
-    released = json.loads((REFERENCE / "vse_infty" / "augmentation.json").read_text())["rates"]
-    assert counts.mean().item() == pytest.approx(released["regions_kept_mean"], abs=0.2)
-
-
-def test_the_draws_follow_from_the_generator():
-    images = numbered_images([9] * 4, 9)
-    assert kept_regions(images, 0.5, seed=1) == kept_regions(images, 0.5, seed=1) != kept_regions(images, 0.5, seed=2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")

@@ -1,27 +1,40 @@
-"""The search page in a real browser, Chromium without a window: what a person does, and what the page then shows."""
+"""The search page in headless Chromium: what a person does, and what the page then shows."""
 
 import shutil
 import threading
 
 import pytest
-from fake_searcher import FakeSearcher
+from selenium.common.exceptions import NoSuchElementException, WebDriverException
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 from waitress import wasyncore
 
-import serve
+from pages import serve
+from tests.helpers.fake_searcher import FakeSearcher
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="the page's tests in a browser need selenium")
-from selenium.common.exceptions import NoSuchElementException, WebDriverException  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="the page's tests in a browser need selenium"
+)
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
 DRIVER = shutil.which("chromedriver")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="no Chromium with its chromedriver is installed (Debian: apt-get install chromium "
-                                     "chromium-driver)")]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not (BROWSER and DRIVER),
+        reason="no Chromium with its chromedriver is installed (Debian: apt-get install chromium "
+        "chromium-driver)",
+    ),
+]
+
 NARROW, WIDE = 420, 1400  # pixels
+
 DROP = """
 const [address, done] = arguments;
 fetch(address).then((answer) => answer.blob()).then((blob) => {
@@ -36,6 +49,7 @@ fetch(address).then((answer) => answer.blob()).then((blob) => {
   done("");
 }).catch((error) => done(String(error)));
 """
+
 LOADED = """
 for (const photo of arguments[0]) photo.loading = "eager";
 return arguments[0].every((photo) => photo.complete && photo.naturalWidth);
@@ -43,7 +57,7 @@ return arguments[0].every((photo) => photo.complete && photo.naturalWidth);
 
 
 def start_browser(**preferences):
-    """A browser of its own; skips the test, with the browser's words, where there is one that doesn't start."""
+    """A separate browser; skips the test, with the browser's message, if it does not start."""
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
@@ -65,7 +79,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Where a running server is."""
+    """The address of a running server."""
     searcher = FakeSearcher(tmp_path_factory.mktemp("photos"))
     searcher.gallery.texts[11].append("<img src=x onerror=document.title='taken'>")
     server = serve.make_server(serve.make_app(searcher), "127.0.0.1", 0)
@@ -77,25 +91,35 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """The browser at the first page; at the end nothing was refused or broken, and nothing came from elsewhere."""
+    """The browser at the first page.
+
+    At the end nothing was refused or broken, and nothing came from elsewhere.
+    """
     browser.get(address)
     browser.get_log("browser")
     size(browser, WIDE)
     yield browser
     assert browser.get_log("browser") == []
-    fetched = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    fetched = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
     assert [name for name in fetched if not name.startswith(address + "/")] == []
 
 
 def size(browser, width, scheme="light"):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == NARROW})
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {
-        "features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == NARROW},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
 
 
 def results(browser, label="Results"):
     """The names and scores in a list, by its label, once the page has it and its photos."""
+
     def shown(driver):
         try:
             grid = driver.find_element(By.CSS_SELECTOR, f'ol[aria-label="{label}"]')
@@ -103,18 +127,28 @@ def results(browser, label="Results"):
             return None
         photos = driver.find_elements(By.CSS_SELECTOR, "ol img")
         return grid if driver.execute_script(LOADED, photos) else None
+
     grid = WebDriverWait(browser, 20).until(shown)
     cards = grid.find_elements(By.CSS_SELECTOR, "li.card")
-    return [(card.find_element(By.CSS_SELECTOR, ".name").text, card.find_element(By.CSS_SELECTOR, ".score").text)
-            for card in cards]
+    return [
+        (
+            card.find_element(By.CSS_SELECTOR, ".name").text,
+            card.find_element(By.CSS_SELECTOR, ".score").text,
+        )
+        for card in cards
+    ]
 
 
 def click(browser, text):
     browser.find_element(By.PARTIAL_LINK_TEXT, text).click()
 
 
-CORRECTED = [("star/green.png", "0.667"), ("star/blue.png", "0.667"), ("star/white.png", "0.667"),
-             ("star/red.png", "0.600")]  # 2 of 3 words, and 3 of 3 less the correction's 0.4
+CORRECTED = [
+    ("star/green.png", "0.667"),
+    ("star/blue.png", "0.667"),
+    ("star/white.png", "0.667"),
+    ("star/red.png", "0.600"),
+]  # 2 of 3 words, and 3 of 3 less the correction's 0.4
 
 
 def test_words_are_typed_and_the_correction_switched(page):
@@ -122,9 +156,14 @@ def test_words_are_typed_and_the_correction_switched(page):
     assert results(page)[:4] == CORRECTED and page.title == "a red star"
     click(page, "With and without")
     assert results(page, "With correction")[:4] == CORRECTED
-    assert results(page, "Without correction")[:2] == [("star/red.png", "1.000"), ("star/green.png", "0.667")]
-    left, right = (page.find_element(By.CSS_SELECTOR, f'ol[aria-label="{label}"]').rect
-                   for label in ("With correction", "Without correction"))
+    assert results(page, "Without correction")[:2] == [
+        ("star/red.png", "1.000"),
+        ("star/green.png", "0.667"),
+    ]
+    left, right = (
+        page.find_element(By.CSS_SELECTOR, f'ol[aria-label="{label}"]').rect
+        for label in ("With correction", "Without correction")
+    )
     assert left["x"] + left["width"] <= right["x"] and left["y"] == right["y"]  # side by side
     click(page, "Corrected only")
     assert results(page)[:4] == CORRECTED
@@ -151,9 +190,13 @@ def test_a_photo_is_chosen(page, tmp_path, address):
 def test_a_photo_that_is_too_large_is_said_to_be(page, tmp_path):
     (tmp_path / "large.jpg").write_bytes(bytes(24 * 2**20))
     page.find_element(By.ID, "photo").send_keys(str(tmp_path / "large.jpg"))
-    note = WebDriverWait(page, 20).until(lambda driver: driver.find_element(By.CSS_SELECTOR, '[role="alert"]'))
+    note = WebDriverWait(page, 20).until(
+        lambda driver: driver.find_element(By.CSS_SELECTOR, '[role="alert"]')
+    )
     assert "more than 20 MB" in note.text
-    assert ["413" in line["message"] for line in page.get_log("browser")] == [True]  # the browser's own remark on it
+    assert ["413" in line["message"] for line in page.get_log("browser")] == [
+        True
+    ]  # the browser's own remark on it
 
 
 def test_the_keyboard_is_enough(page):
@@ -167,17 +210,24 @@ def test_the_keyboard_is_enough(page):
     focused = page.switch_to.active_element
     assert focused.value_of_css_property("outline-style") == "solid"
     focused.send_keys(Keys.ENTER)
-    assert {name for name, _ in results(page, "Photos like it")[:2]} == {"star/white.png", "tree/white.png"}
+    assert {name for name, _ in results(page, "Photos like it")[:2]} == {
+        "star/white.png",
+        "tree/white.png",
+    }
 
 
-@pytest.mark.parametrize("path", ["/", "/?q=a+star", "/?q=a+star&compare=1", "/like/3", "/hubs", "/api"])
+@pytest.mark.parametrize(
+    "path", ["/", "/?q=a+star", "/?q=a+star&compare=1", "/like/3", "/hubs", "/api"]
+)
 def test_it_fits_a_phone_and_the_dark(page, address, path):
     papers = []
     for width, scheme in ((NARROW, "light"), (NARROW, "dark"), (WIDE, "dark")):
         size(page, width, scheme)
         page.get(address + path)
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
-        papers.append(page.find_element(By.TAG_NAME, "body").value_of_css_property("background-color"))
+        papers.append(
+            page.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
+        )
     assert papers[0] == "rgba(252, 252, 250, 1)" and papers[1] == papers[2] == "rgba(23, 23, 26, 1)"
 
 
@@ -185,7 +235,10 @@ def test_texts_of_others_do_nothing(page, address):
     page.get(address + "/?q=white+tree")
     assert results(page)[0][0] == "tree/white.png" and page.title == "white tree"
     page.find_element(By.TAG_NAME, "summary").click()
-    assert "<img src=x onerror=document.title='taken'>" in page.find_element(By.TAG_NAME, "details").text
+    assert (
+        "<img src=x onerror=document.title='taken'>"
+        in page.find_element(By.TAG_NAME, "details").text
+    )
 
 
 def test_words_need_no_script(address):
@@ -194,7 +247,9 @@ def test_words_need_no_script(address):
         driver.get(address)
         driver.find_element(By.ID, "q").send_keys("a blue tree")
         driver.find_element(By.CSS_SELECTOR, "form.words button").click()
-        first = WebDriverWait(driver, 20).until(lambda page: page.find_element(By.CSS_SELECTOR, "li.card .name"))
+        first = WebDriverWait(driver, 20).until(
+            lambda page: page.find_element(By.CSS_SELECTOR, "li.card .name")
+        )
         assert first.text == "tree/blue.png"
         driver.find_element(By.PARTIAL_LINK_TEXT, "With and without").click()
         assert len(driver.find_elements(By.CSS_SELECTOR, ".sides ol")) == 2

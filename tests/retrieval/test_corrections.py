@@ -1,15 +1,25 @@
 """Corrections against plain double loops of their papers' formulas, their limiting cases, and the NNN package."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-import corrections
-from corrections import METHODS, Correction, corrections_of, parameters_of, rank_corrected, tune
-from evaluation import metrics_of
-from ranking import SOURCES, Cosine, rank_both_ways
+import compute_results
+from retrieval import corrections
+from retrieval.corrections import (
+    METHODS,
+    Correction,
+    corrections_of,
+    parameters_of,
+    rank_corrected,
+    tune,
+)
+from retrieval.metrics import metrics_of
+from retrieval.ranking import rank_both_ways
+from retrieval.similarity import SOURCES, Cosine
 
 TOLERANCE = 1e-6
 
@@ -27,16 +37,25 @@ def dot(a, b):
 
 
 def mean_of_nearest(item, others, k):
-    return sum(sorted((dot(item, other) for other in others), reverse=True)[:k]) / min(k, len(others))
+    return sum(sorted((dot(item, other) for other in others), reverse=True)[:k]) / min(
+        k, len(others)
+    )
 
 
-# Each formula as its paper has it: the corrected score of query q and target t. They order a query's targets as
-# S - shift does, where the paper's score is increasing in it; so both are compared after the paper's score is
-# brought to the scale of S and a term of the query alone is taken off.
+# Each formula as its paper has it: the corrected score of query q and target t. They order a
+# query's targets as S - shift does, where the paper's score is increasing in it; so both are
+# compared after the paper's score is brought to the scale of S and a term of the query alone is
+# taken off.
+
 
 def loop_csls(k):
-    return [[(2 * dot(q, t) - mean_of_nearest(q, TARGETS, k) - mean_of_nearest(t, BANK, k)) / 2 for t in TARGETS]
-            for q in QUERIES]
+    return [
+        [
+            (2 * dot(q, t) - mean_of_nearest(q, TARGETS, k) - mean_of_nearest(t, BANK, k)) / 2
+            for t in TARGETS
+        ]
+        for q in QUERIES
+    ]
 
 
 def loop_nnn(k, alpha):
@@ -44,9 +63,17 @@ def loop_nnn(k, alpha):
 
 
 def loop_inverted_softmax(temperature):
-    return [[temperature * math.log(math.exp(dot(q, t) / temperature)
-                                    / sum(math.exp(dot(b, t) / temperature) for b in BANK)) for t in TARGETS]
-            for q in QUERIES]
+    return [
+        [
+            temperature
+            * math.log(
+                math.exp(dot(q, t) / temperature)
+                / sum(math.exp(dot(b, t) / temperature) for b in BANK)
+            )
+            for t in TARGETS
+        ]
+        for q in QUERIES
+    ]
 
 
 def loop_qbnorm(temperature, k):
@@ -61,7 +88,10 @@ def loop_qbnorm(temperature, k):
 
 
 def loop_sinkhorn(temperature, iterations):
-    """exp(S / T) of the bank and the targets, balanced: every target to a sum of 1 / n, then every query to 1 / m."""
+    """exp(S / T) of the bank and the targets, balanced.
+
+    Every target to a sum of 1 / n, then every query to 1 / m.
+    """
     kernel = [[math.exp(dot(b, t) / temperature) for t in TARGETS] for b in BANK]
     n, m = len(TARGETS), len(BANK)
     u, v = [1.0] * m, [1.0] * n
@@ -69,17 +99,37 @@ def loop_sinkhorn(temperature, iterations):
         if iteration:
             u = [1 / m / sum(kernel[b][t] * v[t] for t in range(n)) for b in range(m)]
         v = [1 / n / sum(kernel[b][t] * u[b] for b in range(m)) for t in range(n)]
-    return [[temperature * math.log(math.exp(dot(q, TARGETS[t]) / temperature) * v[t]) for t in range(n)]
-            for q in QUERIES]
+    return [
+        [
+            temperature * math.log(math.exp(dot(q, TARGETS[t]) / temperature) * v[t])
+            for t in range(n)
+        ]
+        for q in QUERIES
+    ]
 
 
-CASES = [("csls", {"k": 1}), ("csls", {"k": 4}), ("csls", {"k": 100}), ("nnn", {"k": 1, "alpha": 0.75}),
-         ("nnn", {"k": 5, "alpha": 0.3}), ("inverted_softmax", {"temperature": 0.05}),
-         ("inverted_softmax", {"temperature": 1.0}), ("qbnorm", {"temperature": 0.1, "k": 1}),
-         ("qbnorm", {"temperature": 0.1, "k": 3}), ("sinkhorn", {"temperature": 0.1, "iterations": 1}),
-         ("sinkhorn", {"temperature": 0.1, "iterations": 2}), ("sinkhorn", {"temperature": 0.2, "iterations": 10})]
-LOOPS = {"csls": loop_csls, "nnn": loop_nnn, "inverted_softmax": loop_inverted_softmax, "qbnorm": loop_qbnorm,
-         "sinkhorn": loop_sinkhorn}
+CASES = [
+    ("csls", {"k": 1}),
+    ("csls", {"k": 4}),
+    ("csls", {"k": 100}),
+    ("nnn", {"k": 1, "alpha": 0.75}),
+    ("nnn", {"k": 5, "alpha": 0.3}),
+    ("inverted_softmax", {"temperature": 0.05}),
+    ("inverted_softmax", {"temperature": 1.0}),
+    ("qbnorm", {"temperature": 0.1, "k": 1}),
+    ("qbnorm", {"temperature": 0.1, "k": 3}),
+    ("sinkhorn", {"temperature": 0.1, "iterations": 1}),
+    ("sinkhorn", {"temperature": 0.1, "iterations": 2}),
+    ("sinkhorn", {"temperature": 0.2, "iterations": 10}),
+]
+
+LOOPS = {
+    "csls": loop_csls,
+    "nnn": loop_nnn,
+    "inverted_softmax": loop_inverted_softmax,
+    "qbnorm": loop_qbnorm,
+    "sinkhorn": loop_sinkhorn,
+}
 
 
 def bank_source(side, targets, bank, measure="cosine"):
@@ -87,8 +137,10 @@ def bank_source(side, targets, bank, measure="cosine"):
     return SOURCES[measure](*((bank, targets) if side == "i2t" else (targets, bank)))
 
 
-def corrected_scores(name, parameters, queries=QUERIES, targets=TARGETS, bank=BANK, dtype=torch.float64, side="i2t"):
-    """S - shift of the queries that the correction is for, S of the others."""
+def corrected_scores(
+    name, parameters, queries=QUERIES, targets=TARGETS, bank=BANK, dtype=torch.float64, side="i2t"
+):
+    """S - shift for queries that are corrected, S for the others."""
     queries, targets, bank = (torch.as_tensor(x, dtype=dtype) for x in (queries, targets, bank))
     (correction,) = corrections_of(side, bank_source(side, targets, bank), [(name, parameters)])
     scores = queries @ targets.T
@@ -103,7 +155,9 @@ def up_to_a_constant_a_query(scores):
     return scores - scores.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("side, dtype", [("i2t", torch.float64), ("t2i", torch.float32)], ids=["i2t", "t2i"])
+@pytest.mark.parametrize(
+    "side, dtype", [("i2t", torch.float64), ("t2i", torch.float32)], ids=["i2t", "t2i"]
+)
 @pytest.mark.parametrize("name, parameters", CASES, ids=str)
 def test_corrections_agree_with_their_papers_formula_in_a_loop(name, parameters, dtype, side):
     ours = up_to_a_constant_a_query(corrected_scores(name, parameters, dtype=dtype, side=side))
@@ -150,21 +204,32 @@ def test_the_block_size_changes_nothing(monkeypatch, name, parameters, block):
 def test_order_similarity_takes_the_images_first(side):
     """-||max(0, caption - image)||, whichever of them are the targets."""
     targets, bank = torch.as_tensor(TARGETS).abs(), torch.as_tensor(BANK).abs()
-    (correction,) = corrections_of(side, bank_source(side, targets, bank, "order"), [("nnn", {"k": 2, "alpha": 1.0})])
+    (correction,) = corrections_of(
+        side, bank_source(side, targets, bank, "order"), [("nnn", {"k": 2, "alpha": 1.0})]
+    )
     for target, shift in zip(TARGETS, correction.shift.tolist()):
-        pairs = [(abs(b), abs(target)) if side == "i2t" else (abs(target), abs(b)) for b in BANK]  # image, caption
-        similarities = [-math.sqrt(sum(max(0, c - i) ** 2 for i, c in zip(image, caption))) for image, caption in pairs]
+        pairs = [
+            (abs(b), abs(target)) if side == "i2t" else (abs(target), abs(b)) for b in BANK
+        ]  # image, caption
+        similarities = [
+            -math.sqrt(sum(max(0, c - i) ** 2 for i, c in zip(image, caption)))
+            for image, caption in pairs
+        ]
         assert shift == pytest.approx(sum(sorted(similarities)[-2:]) / 2, abs=TOLERANCE)
 
 
 # Limiting cases ---------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["inverted_softmax", "sinkhorn"])
 def test_at_infinite_temperature_a_target_loses_its_mean_similarity_to_the_bank(name):
     ours = corrected_scores(name, parameters_of(name, temperature=1e5))
     # Sinkhorn's terms of the bank are then constant, too: its first iteration is all there is.
-    assert torch.allclose(up_to_a_constant_a_query(ours),
-                          up_to_a_constant_a_query(QUERIES @ TARGETS.T - (TARGETS @ BANK.T).mean(1)), atol=1e-5)
+    assert torch.allclose(
+        up_to_a_constant_a_query(ours),
+        up_to_a_constant_a_query(QUERIES @ TARGETS.T - (TARGETS @ BANK.T).mean(1)),
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("name", ["inverted_softmax", "nnn"])
@@ -174,39 +239,61 @@ def test_at_temperature_zero_or_k_of_one_a_target_loses_its_largest_similarity(n
     assert np.allclose(corrected_scores(name, parameters), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, parameters", [("csls", {"k": 10}), ("nnn", {"k": 10, "alpha": 1.0}),
-                                              ("inverted_softmax", {"temperature": 0.05}),
-                                              ("sinkhorn", {"temperature": 0.05, "iterations": 10})])
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("csls", {"k": 10}),
+        ("nnn", {"k": 10, "alpha": 1.0}),
+        ("inverted_softmax", {"temperature": 0.05}),
+        ("sinkhorn", {"temperature": 0.05, "iterations": 10}),
+    ],
+)
 def test_with_a_bank_of_one_a_target_loses_its_similarity_to_it(name, parameters):
     lost = (TARGETS @ BANK[0]) * (0.5 if name == "csls" else 1.0)
     ours = corrected_scores(name, parameters, bank=BANK[:1])
-    assert np.allclose(up_to_a_constant_a_query(ours), up_to_a_constant_a_query(QUERIES @ TARGETS.T - lost), atol=1e-9)
+    assert np.allclose(
+        up_to_a_constant_a_query(ours),
+        up_to_a_constant_a_query(QUERIES @ TARGETS.T - lost),
+        atol=1e-9,
+    )
 
 
 def test_qbnorm_with_a_bank_of_one_touches_only_queries_of_its_nearest_target():
     ours = corrected_scores("qbnorm", {"temperature": 0.05, "k": 1}, bank=QUERIES[:1])
     plain = torch.as_tensor(QUERIES) @ torch.as_tensor(TARGETS).T
     same = plain.argmax(1) == plain[0].argmax()
-    assert [bool(torch.equal(a, b)) for a, b in zip(ours, plain)] == (~same).tolist() and same.any() and not same.all()
+    assert (
+        [bool(torch.equal(a, b)) for a, b in zip(ours, plain)] == (~same).tolist()
+        and same.any()
+        and not same.all()
+    )
 
 
 def test_csls_is_nnn_with_half_the_weight():
-    assert torch.equal(corrected_scores("csls", {"k": 4}), corrected_scores("nnn", {"k": 4, "alpha": 0.5}))
+    assert torch.equal(
+        corrected_scores("csls", {"k": 4}), corrected_scores("nnn", {"k": 4, "alpha": 0.5})
+    )
 
 
 def test_sinkhorn_gives_every_target_its_share_of_the_bank():
     targets, bank = torch.as_tensor(TARGETS), torch.as_tensor(BANK)
     shift = corrections.sinkhorn(targets @ bank.T, temperature=0.2, iterations=200)
-    plan = ((targets @ bank.T - shift.unsqueeze(1)) / 0.2).softmax(0)  # each bank query spreads one unit
+    plan = ((targets @ bank.T - shift.unsqueeze(1)) / 0.2).softmax(
+        0
+    )  # each bank query spreads one unit
     assert torch.allclose(plan.sum(1), torch.full((13,), 17 / 13, dtype=torch.float64), atol=1e-6)
-    assert not torch.allclose((targets @ bank.T / 0.2).softmax(0).sum(1), torch.full((13,), 17 / 13).double(), atol=0.1)
+    assert not torch.allclose(
+        (targets @ bank.T / 0.2).softmax(0).sum(1), torch.full((13,), 17 / 13).double(), atol=0.1
+    )
 
 
 @pytest.mark.parametrize("k, alpha", [(1, 0.75), (5, 0.5), (16, 1.0)])
 def test_nnn_agrees_with_its_authors_package(k, alpha):
     nnn = pytest.importorskip("nnn")
     queries, targets, bank = (x.astype(np.float32) for x in (QUERIES, TARGETS, BANK))
-    ranker = nnn.NNNRanker(nnn.NNNRetriever(6), targets, bank, alternate_ks=k, batch_size=4, alternate_weight=alpha)
+    ranker = nnn.NNNRanker(
+        nnn.NNNRetriever(6), targets, bank, alternate_ks=k, batch_size=4, alternate_weight=alpha
+    )
     scores, items = ranker.search(queries, len(targets))
     ours = corrected_scores("nnn", {"k": k, "alpha": alpha}, dtype=torch.float32)
     assert np.allclose(ours.gather(1, torch.as_tensor(items)), scores, atol=1e-5)
@@ -214,9 +301,12 @@ def test_nnn_agrees_with_its_authors_package(k, alpha):
 
 # Both directions of an evaluation ---------------------------------------------------------------
 
+
 def evaluation(n, seed=5, width=20, nearness=1.5):
     images, captions = (torch.as_tensor(unit_rows(rows, width, seed + rows)) for rows in (n, 5 * n))
-    return images, torch.nn.functional.normalize(captions + nearness * images.repeat_interleave(5, 0))
+    return images, torch.nn.functional.normalize(
+        captions + nearness * images.repeat_interleave(5, 0)
+    )
 
 
 @pytest.mark.parametrize("measure", ["cosine", "order"])
@@ -224,20 +314,33 @@ def evaluation(n, seed=5, width=20, nearness=1.5):
 def test_corrected_ranks_and_items_are_those_of_the_corrected_matrix(name, measure):
     images, captions = evaluation(SOURCES[measure].tile_images + 4)
     bank_images, bank_captions = evaluation(24, seed=9)
-    matrix = images @ captions.T if measure == "cosine" else -(captions - images.unsqueeze(1)).clamp(min=0).norm(dim=2)
+    matrix = (
+        images @ captions.T
+        if measure == "cosine"
+        else -(captions - images.unsqueeze(1)).clamp(min=0).norm(dim=2)
+    )
     wanted = [(name, parameters_of(name, temperature=0.1, k=3))]
-    (i2t,), (t2i,) = (corrections_of("i2t", SOURCES[measure](bank_images, captions), wanted),
-                      corrections_of("t2i", SOURCES[measure](images, bank_captions), wanted))
+    (i2t,), (t2i,) = (
+        corrections_of("i2t", SOURCES[measure](bank_images, captions), wanted),
+        corrections_of("t2i", SOURCES[measure](images, bank_captions), wanted),
+    )
     plain = rank_both_ways(images, captions, measure, top=10)
     ((to_text, to_image),) = rank_corrected(SOURCES[measure](images, captions), plain, [(i2t, t2i)])
     own = torch.arange(len(captions)) // 5
-    for ranking, scores, correction, is_own in ((to_text, matrix, i2t, own == torch.arange(len(images))[:, None]),
-                                                (to_image, matrix.T, t2i, own[:, None] == torch.arange(len(images)))):
+    for ranking, scores, correction, is_own in (
+        (to_text, matrix, i2t, own == torch.arange(len(images))[:, None]),
+        (to_image, matrix.T, t2i, own[:, None] == torch.arange(len(images))),
+    ):
         corrected = scores - correction.shift
         if correction.activation is not None:
-            corrected = torch.where(correction.activation[scores.argmax(1)][:, None], corrected, scores)
+            corrected = torch.where(
+                correction.activation[scores.argmax(1)][:, None], corrected, scores
+            )
         best_own = corrected.masked_fill(~is_own, -torch.inf).amax(1, keepdim=True)
-        assert ranking.ranks.tolist() == (corrected.masked_fill(is_own, -torch.inf) > best_own).sum(1).tolist()
+        assert (
+            ranking.ranks.tolist()
+            == (corrected.masked_fill(is_own, -torch.inf) > best_own).sum(1).tolist()
+        )
         assert ranking.items.tolist() == corrected.topk(10).indices.tolist()
 
 
@@ -246,37 +349,53 @@ def test_a_shift_of_nothing_changes_nothing():
     plain = rank_both_ways(images, captions, top=10)
     nothing = Correction(captions.new_zeros(200)), Correction(captions.new_zeros(40))
     ((to_text, to_image),) = rank_corrected(Cosine(images, captions), plain, [nothing])
-    assert torch.equal(to_text.items, plain[0].items) and torch.equal(to_image.ranks, plain[1].ranks)
+    assert torch.equal(to_text.items, plain[0].items) and torch.equal(
+        to_image.ranks, plain[1].ranks
+    )
 
 
 def test_tuning_takes_what_has_the_best_recalls_of_each_direction():
     images, captions = evaluation(60, seed=8, nearness=0.5)
     bank_images, bank_captions = evaluation(50, seed=3)
-    source, banks = Cosine(images, captions), (Cosine(bank_images, captions), Cosine(images, bank_captions))
+    source, banks = (
+        Cosine(images, captions),
+        (Cosine(bank_images, captions), Cosine(images, bank_captions)),
+    )
     chosen = tune(["nnn"], source, banks, {})[0]
     plain = rank_both_ways(images, captions)
 
     def recalls(parameters, side):
-        pair = [corrections_of(way, bank, [("nnn", parameters)])[0] for way, bank in zip(("i2t", "t2i"), banks)]
+        pair = [
+            corrections_of(way, bank, [("nnn", parameters)])[0]
+            for way, bank in zip(("i2t", "t2i"), banks)
+        ]
         return sum(metrics_of(rank_corrected(source, plain, [pair])[0])[side][:3])
 
     for side in (0, 1):
-        tried = [recalls({"k": k, "alpha": alpha}, side) for k in corrections.GRIDS["nnn"]["k"]
-                 for alpha in corrections.GRIDS["nnn"]["alpha"]]
+        tried = [
+            recalls({"k": k, "alpha": alpha}, side)
+            for k in corrections.GRIDS["nnn"]["k"]
+            for alpha in corrections.GRIDS["nnn"]["alpha"]
+        ]
         assert recalls(chosen[side], side) == max(tried) > recalls(chosen[1 - side], side)
     assert chosen.rsum == pytest.approx(recalls(chosen.i2t, 0) + recalls(chosen.t2i, 1))
 
 
 def test_tuning_leaves_what_is_given():
     source = Cosine(*evaluation(20))
-    ((i2t, t2i, _),) = tune(["nnn"], source, (source, source), {"k": 7, "alpha": None, "temperature": 3.0})
+    ((i2t, t2i, _),) = tune(
+        ["nnn"], source, (source, source), {"k": 7, "alpha": None, "temperature": 3.0}
+    )
     assert i2t["k"] == t2i["k"] == 7 and set(i2t) == {"k", "alpha"}
 
 
 def test_several_methods_are_tuned_as_each_alone_is():
     images, captions = evaluation(40, nearness=0.5)
     bank_images, bank_captions = evaluation(30, seed=3)
-    source, banks = Cosine(images, captions), (Cosine(bank_images, captions), Cosine(images, bank_captions))
+    source, banks = (
+        Cosine(images, captions),
+        (Cosine(bank_images, captions), Cosine(images, bank_captions)),
+    )
     names = ["sinkhorn", "csls", "qbnorm"]
     assert tune(names, source, banks, {}) == [tune([name], source, banks, {})[0] for name in names]
 
@@ -285,25 +404,71 @@ def test_what_tuning_chooses_from():
     """Measured results depend on it."""
     temperatures = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
     assert corrections.GRIDS == {
-        "csls": {"k": (1, 5, 10, 20, 50, 100, 200, 500)}, "inverted_softmax": {"temperature": temperatures},
-        "qbnorm": {"temperature": temperatures}, "sinkhorn": {"temperature": temperatures},
-        "nnn": {"k": (8, 16, 32, 64, 128, 256, 512), "alpha": (0.25, 0.5, 0.75, 1.0, 1.25)}}
+        "csls": {"k": (1, 5, 10, 20, 50, 100, 200, 500)},
+        "inverted_softmax": {"temperature": temperatures},
+        "qbnorm": {"temperature": temperatures},
+        "sinkhorn": {"temperature": temperatures},
+        "nnn": {"k": (8, 16, 32, 64, 128, 256, 512), "alpha": (0.25, 0.5, 0.75, 1.0, 1.25)},
+    }
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("csls", {"k": 10}), ("inverted_softmax", {"temperature": 0.05}), ("qbnorm", {"temperature": 0.05, "k": 1}),
-    ("nnn", {"k": 128, "alpha": 0.75}), ("sinkhorn", {"temperature": 0.05, "iterations": 10})])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("csls", {"k": 10}),
+        ("inverted_softmax", {"temperature": 0.05}),
+        ("qbnorm", {"temperature": 0.05, "k": 1}),
+        ("nnn", {"k": 128, "alpha": 0.75}),
+        ("sinkhorn", {"temperature": 0.05, "iterations": 10}),
+    ],
+)
 def test_without_parameters_a_correction_takes_the_documented_ones(name, expected):
     similarities = torch.as_tensor(TARGETS @ unit_rows(200, 6, 8).T)
     assert torch.equal(METHODS[name](similarities), METHODS[name](similarities, **expected))
-    assert parameters_of(name) == {key: value for key, value in expected.items() if key != "iterations"}
+    assert parameters_of(name) == {
+        key: value for key, value in expected.items() if key != "iterations"
+    }
 
 
 def test_parameters_are_the_defaults_but_for_what_is_given():
     assert parameters_of("qbnorm", k=None, temperature=0.1, alpha=3) == {"temperature": 0.1, "k": 1}
 
 
-@pytest.mark.parametrize("i2t, t2i, words", [
-    ({"k": 3, "alpha": 0.5}, {"k": 3, "alpha": 0.5}, "k=3 alpha=0.5"), ({"k": 3}, {"k": 4}, "i2t k=3, t2i k=4")])
+@pytest.mark.parametrize(
+    "i2t, t2i, words",
+    [
+        ({"k": 3, "alpha": 0.5}, {"k": 3, "alpha": 0.5}, "k=3 alpha=0.5"),
+        ({"k": 3}, {"k": 4}, "i2t k=3, t2i k=4"),
+    ],
+)
 def test_parameters_in_words_are_said_once_where_they_are_the_same(i2t, t2i, words):
     assert corrections.in_words({"i2t": i2t, "t2i": t2i}) == words
+
+
+def test_another_correction_is_added_in_this_module_alone(evaluated, monkeypatch, capsys):
+    """A function of the similarities and its grid.
+
+    Chosen by its name, tuned on dev, printed and written.
+    """
+
+    def share_of_the_mean(similarities, alpha=1.0):
+        return alpha * similarities.mean(1)
+
+    monkeypatch.setitem(corrections.METHODS, "mean", share_of_the_mean)
+    monkeypatch.setitem(corrections.GRIDS, "mean", {"alpha": (0.0, 0.5)})
+    flags = ["--correction", "mean", "--save_json", "out.json"]
+    nnn = ["--correction", "nnn", "--correction_k", "100000", "--save_json", "nnn.json"]
+    compute_results.main([*flags, "--correction_alpha", "0.7"])
+    assert "mean" in capsys.readouterr().out
+    compute_results.main([*nnn, "--correction_alpha", "0.7"])
+    mine, same = (
+        json.loads((evaluated / f"{name}.json").read_text())["corrections"][method]
+        for name, method in (("out", "mean"), ("nnn", "nnn"))
+    )
+    assert mine["i2t"] == pytest.approx(same["i2t"]) and mine["t2i"] == pytest.approx(same["t2i"])
+    compute_results.main([*flags, "--tune_correction"])
+    found = json.loads((evaluated / "out.json").read_text())["corrections"]["mean"]["parameters"]
+    assert {side: list(own) for side, own in found.items()} == {"i2t": ["alpha"], "t2i": ["alpha"]}
+    assert all(own["alpha"] in (0.0, 0.5) for own in found.values())
+    compute_results.main(["--correction", "all", "--save_json", "all.json"])
+    assert list(json.loads((evaluated / "all.json").read_text())["corrections"])[-1] == "mean"

@@ -3,24 +3,30 @@
 import json
 from argparse import Namespace
 from functools import cache
+from pathlib import Path
 
-import loops
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, tree
-from test_compute_results import approximately, as_dict, mean_of
-from test_cross_attention import loop_score
-from test_regions import refused
 
 import compute_results
-from ensemble import Ensemble, Mean, Together
 from evaluation import Checkpoint, Evaluation, load_for_evaluation, print_evaluation
-from loss import SIMILARITIES
-from ranking import Cosine, Order, rank_shifted
+from retrieval.ensemble import Ensemble, Together
+from retrieval.ranking import rank_shifted
+from runtime.errors import InputError
+from tests.helpers import loops
+from tests.helpers.made import REFERENCE, tree
+from tests.layers.test_cross_attention import loop_score
+from tests.test_compute_results import approximately, as_dict, mean_of
+from tests.test_regions import refused
 
-RECORDED = {case["name"]: case for case in json.loads((REFERENCE / "vse_infty" / "metrics.json").read_text())}
+RECORDED = {
+    case["name"]: case
+    for case in json.loads((REFERENCE / "vse_infty" / "metrics.json").read_text())
+}
+
 ARRAYS = dict(np.load(REFERENCE / "vse_infty" / "metrics.npz"))
+
 ENSEMBLES = [("t2i", "i2t"), ("vse", "i2t"), ("t2i", "vse"), ("vse", "t2i", "i2t")]
 
 
@@ -30,7 +36,11 @@ def paths(*runs):
 
 @pytest.fixture
 def matrices(models):
-    """A function of a run, and the splits of images and captions: their similarities, pair by pair, as an array."""
+    """A function of a run, and the splits of images and captions.
+
+    Their similarities, pair by pair, as an array.
+    """
+
     @cache
     def loaded(run, split):
         checkpoint = load_for_evaluation(Namespace(model_path=paths(run)[0], device="cpu"))
@@ -44,8 +54,12 @@ def matrices(models):
             return images.double().numpy() @ captions.double().numpy().T
         score = cache(lambda image, words: loop_score(image, words, opt))
         images = [tuple(map(tuple, image)) for image in images.tolist()]
-        words = [tuple(map(tuple, words[:n])) for words, n in zip(captions.padded().tolist(), captions.lengths)]
+        words = [
+            tuple(map(tuple, words[:n]))
+            for words, n in zip(captions.padded().tolist(), captions.lengths)
+        ]
         return np.array([[score(image, caption) for caption in words] for image in images])
+
     return matrix
 
 
@@ -67,96 +81,81 @@ def holds(content, to_text, to_image):
 
 # Against VSE-infinity's -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("folds, printed", [(1, "printed_ensemble_with_folds"),
-                                            (5, "printed_ensemble_with_folds_fold5")])
+
+@pytest.mark.parametrize(
+    "folds, printed", [(1, "printed_ensemble_with_folds"), (5, "printed_ensemble_with_folds_fold5")]
+)
 def test_the_mean_of_two_models_prints_the_released_lines(capsys, folds, printed):
     opt = Namespace(measure="cosine", cross_attn=None, logger_name="runs/x")
     names = ("folds", "ensemble_partner")
     ensemble = Ensemble([Checkpoint(None, opt, None)] * 2)
-    images, captions = (Together([torch.from_numpy(ARRAYS[f"{name}_{side}_embeddings"]) for name in names])
-                        for side in ("image", "caption"))
+    images, captions = (
+        Together([torch.from_numpy(ARRAYS[f"{name}_{side}_embeddings"]) for name in names])
+        for side in ("image", "caption")
+    )
     dataset = Namespace(image_of=torch.arange(200) // 5)
     result = Evaluation(ensemble, dataset, images, captions, [], [None] * folds, None)
-    result = result.ranked([rank_shifted(ensemble.similarities(*part[:2]), image_of=part[2])[0]
-                            for part in result.parts()])
+    result = result.ranked(
+        [
+            rank_shifted(ensemble.similarities(*part[:2]), image_of=part[2])[0]
+            for part in result.parts()
+        ]
+    )
     print_evaluation(result)
     assert capsys.readouterr().out.splitlines() == RECORDED["ensemble_partner"][printed]
 
 
-# The source -------------------------------------------------------------------------------------
-
-def sources(kinds=(torch.float64, torch.float64, torch.float64)):
-    """Three sources of 9 images and 20 captions, and the mean of their matrices in float64."""
-    generator = torch.Generator().manual_seed(1)
-    made, matrices = [], []
-    for source, kind in zip((Cosine, Order, Cosine), kinds):
-        images, captions = (torch.randn(n, 4, generator=generator, dtype=torch.float64).to(kind) for n in (9, 20))
-        made.append(source(images, captions))
-        matrices.append(SIMILARITIES["order" if source is Order else "cosine"](images.double(), captions.double()))
-    return Mean(made), sum(matrices) / 3
-
-
-def test_tiles_pairs_and_rows_across_are_the_mean_s():
-    source, matrix = sources()
-    assert (source.n_images, source.n_captions, source.tile_images) == (9, 20, Order.tile_images)
-    tile = source.tile(slice(2, 7), slice(3, 12), (6, 10))
-    assert tile.dtype == torch.float64 and (tile - matrix[2:7, 3:12]).abs().max() < 1e-14
-    assert (source.across("i2t", slice(4, 9)) - matrix.t()[4:9]).abs().max() < 1e-14
-    assert (source.across("t2i", slice(4, 9)) - matrix[4:9]).abs().max() < 1e-14
-    images, captions = torch.tensor([0, 8, 3]), torch.tensor([19, 0, 2])
-    assert (source.pairs(images, captions) - matrix[images, captions]).abs().max() < 1e-14
-
-
-@pytest.mark.parametrize("kinds, expected", [
-    ((torch.float32,) * 3, torch.float32), ((torch.float32, torch.float64, torch.float32), torch.float64),
-    ((torch.float64, torch.float32, torch.float32), torch.float64)], ids=str)
-def test_scores_are_of_the_widest_type(kinds, expected):
-    source, matrix = sources(kinds)
-    tile = source.tile(slice(0, 9), slice(0, 20), (9, 20))
-    assert tile.dtype == expected and (tile - matrix).abs().max() < 1e-6
-
-
-def test_the_members_scores_are_left_as_they_are():
-    """Cosine's tile is its own block of memory, which it gives out again."""
-    source, _ = sources()
-    before = source.sources[0].tile(slice(0, 9), slice(0, 20), (9, 20))
-    kept = before.clone()
-    source.tile(slice(0, 9), slice(0, 20), (9, 20))
-    assert torch.equal(before, kept)
-
-
 # From the command line --------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("runs", ENSEMBLES, ids=" ".join)
 def test_figures_are_those_of_the_averaged_matrices(models, matrices, capsys, runs):
     content = json_of(models, ["--model_path", *paths(*runs)])
     expected = figures(sum(map(matrices, runs)) / len(runs))
     assert holds(content, *expected) and content["model_path"] == paths(*runs)
-    assert content["data_name"] == ["vectors_precomp" if run == "vse" else "regions_precomp" for run in runs]
-    assert capsys.readouterr().out.splitlines()[2] == "Image to text: " + " ".join(f"{x:.1f}" for x in expected[0])
+    assert content["data_name"] == [
+        "vectors_precomp" if run == "vse" else "regions_precomp" for run in runs
+    ]
+    assert capsys.readouterr().out.splitlines()[2] == "Image to text: " + " ".join(
+        f"{x:.1f}" for x in expected[0]
+    )
 
 
 def test_an_ensemble_of_a_model_and_itself_is_the_model(models):
     alone = json_of(models, ["--model_path", *paths("i2t")])
     twice = json_of(models, ["--model_path", *paths("i2t", "i2t")])
-    assert alone.pop("model_path") == paths("i2t")[0] and alone.pop("data_name") == "regions_precomp"
+    assert (
+        alone.pop("model_path") == paths("i2t")[0] and alone.pop("data_name") == "regions_precomp"
+    )
     assert {name: twice[name] for name in alone} == alone
 
 
 def test_folds_are_averaged_fold_by_fold(models, matrices):
     content = json_of(models, ["--model_path", *paths("vse", "i2t"), "--fold5"])
     scores = (matrices("vse") + matrices("i2t")) / 2
-    folds = [figures(scores[4 * f:4 * f + 4, 20 * f:20 * f + 20]) for f in range(5)]
+    folds = [figures(scores[4 * f : 4 * f + 4, 20 * f : 20 * f + 20]) for f in range(5)]
     assert all(holds(found, *fold) for found, fold in zip(content["folds"], folds))
     assert holds(content, *mean_of(folds))
 
 
 def test_a_correction_takes_each_model_s_own_bank(models, matrices):
-    content = json_of(models, ["--model_path", *paths("t2i", "vse"), "--correction", "nnn", "--correction_k", "4",
-                               "--correction_alpha", "0.6"])
+    content = json_of(
+        models,
+        [
+            "--model_path",
+            *paths("t2i", "vse"),
+            "--correction",
+            "nnn",
+            "--correction_k",
+            "4",
+            "--correction_alpha",
+            "0.6",
+        ],
+    )
 
     def mean(*splits):
         return (matrices("t2i", *splits) + matrices("vse", *splits)) / 2
+
     scores = mean()
     off_captions = 0.6 * np.sort(mean("train", "test").T)[:, -4:].mean(1)
     off_images = 0.6 * np.sort(mean("test", "train"))[:, -4:].mean(1)
@@ -168,18 +167,38 @@ def test_a_correction_takes_each_model_s_own_bank(models, matrices):
 def test_parts_of_what_several_embed_are_parts_of_each():
     both = Together([torch.arange(6).view(3, 2), torch.arange(12).view(3, 2, 2)])
     chosen = torch.tensor([2, 0])
-    assert [part.tolist() for part in both[chosen].parts] == [part[chosen].tolist() for part in both.parts]
+    assert [part.tolist() for part in both[chosen].parts] == [
+        part[chosen].tolist() for part in both.parts
+    ]
 
 
 def test_everything_goes_on_it(models, capsys):
-    content = json_of(models, ["--model_path", *paths("vse", "t2i"), "--hubness", "--correction", "all",
-                               "--tune_correction", "--report", "page", "--save_csv", "out.csv"])
+    content = json_of(
+        models,
+        [
+            "--model_path",
+            *paths("vse", "t2i"),
+            "--hubness",
+            "--correction",
+            "all",
+            "--tune_correction",
+            "--report",
+            "page",
+            "--save_csv",
+            "out.csv",
+        ],
+    )
     output, page = capsys.readouterr().out, (models / "page" / "report.html").read_text()
     assert "sinkhorn" in output and "parameters chosen on dev" in output and "hubness" in content
-    assert ", ".join(paths("vse", "t2i")) in page and "data/vectors_precomp, data/regions_precomp" in page
+    assert (
+        ", ".join(paths("vse", "t2i")) in page
+        and "data/vectors_precomp, data/regions_precomp" in page
+    )
     assert "mean of cosine, t2i" in page
     assert (models / "out.csv").read_text().startswith("runs/vse + runs/t2i, ")
-    again = json_of(models, ["--model_path", *paths("vse", "t2i"), "--correction", "csls", "--transductive"])
+    again = json_of(
+        models, ["--model_path", *paths("vse", "t2i"), "--correction", "csls", "--transductive"]
+    )
     assert again["correction_bank"].startswith("transductive") and again["rsum"] == content["rsum"]
 
 
@@ -188,14 +207,28 @@ def test_each_checkpoint_may_have_data_and_vocabulary_of_its_own(models):
     (models / "data" / "vectors_precomp").rename(models / "data" / "moved_precomp")
     (models / "vocab").rename(models / "words")
     (models / "elsewhere").mkdir()
-    (models / "words" / "regions_precomp_vocab.json").rename(models / "elsewhere" / "regions_precomp_vocab.json")
-    moved = json_of(models, ["--model_path", *paths("vse", "t2i"), "--data_name", "moved_precomp", "regions_precomp",
-                             "--vocab_path", "words", "elsewhere"])
+    (models / "words" / "regions_precomp_vocab.json").rename(
+        models / "elsewhere" / "regions_precomp_vocab.json"
+    )
+    moved = json_of(
+        models,
+        [
+            "--model_path",
+            *paths("vse", "t2i"),
+            "--data_name",
+            "moved_precomp",
+            "regions_precomp",
+            "--vocab_path",
+            "words",
+            "elsewhere",
+        ],
+    )
     assert moved.pop("data_name") == ["moved_precomp", "regions_precomp"]
     assert moved == {name: value for name, value in plain.items() if name != "data_name"}
 
 
 # Bad input --------------------------------------------------------------------------------------
+
 
 def other_captions(folder):
     path = folder / "data" / "vectors_precomp" / "test_caps.txt"
@@ -205,13 +238,17 @@ def other_captions(folder):
 def fewer_images(folder):
     path = folder / "data" / "vectors_precomp"
     np.save(path / "test_ims.npy", np.load(path / "test_ims.npy")[:10])
-    (path / "test_caps.txt").write_text("".join((path / "test_caps.txt").read_text().splitlines(True)[:50]))
+    (path / "test_caps.txt").write_text(
+        "".join((path / "test_caps.txt").read_text().splitlines(True)[:50])
+    )
 
 
 def other_layout(folder):
     """The same captions, but of two images each in one place and of five in another."""
     path = folder / "data" / "vectors_precomp"
-    (path / "test_ids.txt").write_text("".join(f"{min(c // 5, 18) if c != 4 else 1}\n" for c in range(100)))
+    (path / "test_ids.txt").write_text(
+        "".join(f"{min(c // 5, 18) if c != 4 else 1}\n" for c in range(100))
+    )
     np.save(path / "test_ims.npy", np.load(path / "test_ims.npy")[:19])
 
 
@@ -230,23 +267,86 @@ def nothing(folder):
 
 
 BOTH = ["--model_path", *paths("vse", "t2i")]
+
 BAD = {
     "other captions": (other_captions, BOTH, ["ensemble", "vectors_precomp", "regions_precomp"]),
-    "fewer images": (fewer_images, BOTH, ["ensemble", "10 images, 50 captions", "20 images, 100 captions"]),
+    "fewer images": (
+        fewer_images,
+        BOTH,
+        ["ensemble", "10 images, 50 captions", "20 images, 100 captions"],
+    ),
     "captions of other images": (other_layout, BOTH, ["ensemble", "19 images", "20 images"]),
-    "a vocabulary that fits one of them": (other_words, ["--model_path", *paths("t2i", "i2t"), "--vocab_path", "vocab",
-                                                         "more"], ["vocabulary", "runs/i2t"]),
-    "two data sets for three models": (nothing, ["--model_path", *paths("vse", "t2i", "i2t"), "--data_name",
-                                                 "vectors_precomp", "regions_precomp"], ["--data_name has 2", "3"]),
-    "two vocabularies for one model": (nothing, ["--model_path", *paths("vse"), "--vocab_path", "vocab", "vocab"],
-                                       ["--vocab_path has 2", "1"]),
-    "one data set for vectors and regions": (nothing, [*BOTH, "--data_name", "regions_precomp"],
-                                             ["over vectors", "5 regions"]),
-    "a second file that is not there": (nothing, ["--model_path", *paths("vse"), "runs/none.pth.tar"], ["runs/none"]),
+    "a vocabulary that fits one of them": (
+        other_words,
+        ["--model_path", *paths("t2i", "i2t"), "--vocab_path", "vocab", "more"],
+        ["vocabulary", "runs/i2t"],
+    ),
+    "two data sets for three models": (
+        nothing,
+        [
+            "--model_path",
+            *paths("vse", "t2i", "i2t"),
+            "--data_name",
+            "vectors_precomp",
+            "regions_precomp",
+        ],
+        ["--data_name has 2", "3"],
+    ),
+    "two vocabularies for one model": (
+        nothing,
+        ["--model_path", *paths("vse"), "--vocab_path", "vocab", "vocab"],
+        ["--vocab_path has 2", "1"],
+    ),
+    "one data set for vectors and regions": (
+        nothing,
+        [*BOTH, "--data_name", "regions_precomp"],
+        ["over vectors", "5 regions"],
+    ),
+    "a second file that is not there": (
+        nothing,
+        ["--model_path", *paths("vse"), "runs/none.pth.tar"],
+        ["runs/none"],
+    ),
     "embeddings of several": (nothing, [*BOTH, "--save_embeddings"], ["--save_embeddings", "2"]),
-    "a bank of other captions": (lambda folder: (folder / "data/vectors_precomp/train_caps.txt").write_text("a\n" * 60),
-                                 [*BOTH, "--correction", "nnn"], ["ensemble", "train"]),
+    "a bank of other captions": (
+        lambda folder: (folder / "data/vectors_precomp/train_caps.txt").write_text("a\n" * 60),
+        [*BOTH, "--correction", "nnn"],
+        ["ensemble", "train"],
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (0, "embeddings of images that are zero"),
+        (1e38, "has weights beyond 1e+15"),
+        (1e14, "embeddings of images that are (zero|not finite)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "runs, flags",
+    [(["vse"], []), (["vse", "i2t"], []), (["vse", "t2i"], ["--rerank", "3"])],
+    ids=str,
+)
+def test_a_model_that_gives_nothing_finite_is_not_evaluated(
+    models, capsys, runs, flags, value, words
+):
+    """Its weights are finite, as those of a run at far too high a learning rate.
+
+    The last of several is such.
+    """
+    path = paths(runs[-1])[0]
+    content = torch.load(path, weights_only=False)
+    for weight in content["model"][0].values():
+        weight.fill_(value)
+    torch.save(content, path)
+    for name in ("vectors", "regions"):
+        features = np.load(f"data/{name}_precomp/test_ims.npy").astype(np.float32)
+        np.save(f"data/{name}_precomp/test_ims.npy", 1e9 * features)
+    with pytest.raises(InputError, match=words.replace("+", r"\+")):
+        compute_results.main(["--model_path", *paths(*runs), "--device", "cpu", *flags])
+    assert not capsys.readouterr().out and not Path("ranks.pth.tar").exists()
 
 
 @pytest.mark.parametrize("kind", BAD)

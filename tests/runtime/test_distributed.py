@@ -1,4 +1,7 @@
-"""Several processes against one, on this machine: gradients, whole runs, faults. A launch of torchrun takes seconds."""
+"""Several processes against one, on this machine.
+
+Gradients, whole runs, faults. Each launch of torchrun takes seconds.
+"""
 
 import json
 import os
@@ -10,35 +13,81 @@ import sys
 from pathlib import Path
 
 import pytest
-import together
 import torch
-from conftest import RAW, REFERENCE, RELEASED, ROOT, TINY, load, tree, write_flickr, write_image
-from test_regions import write_regions
 
 import compute_results
-import distributed
 import extract_features
 import reproduce
 import train
-from device import choose_device
-from errors import InputError
-from shares import share_batch_norm, shares
+from runtime.device import choose_device
+from runtime.errors import InputError
+from tests.helpers import together
+from tests.helpers.made import (
+    RAW,
+    REFERENCE,
+    RELEASED,
+    ROOT,
+    TINY,
+    load,
+    tree,
+    write_flickr,
+    write_image,
+)
+from tests.helpers.together import check_same_gradients, whole
+from tests.test_regions import write_regions
 
-TOGETHER = str(ROOT / "tests" / "together.py")
-TRAIN = ["--data_name", "f8k_precomp", "--embed_size", "32", "--word_dim", "16", "--batch_size", "60",
-         "--learning_rate", "0.002", "--num_epochs", "3", "--log_step", "1", "--val_step", "50",
-         "--device", "cpu", "--caption_reading", "text"]  # 20 steps an epoch
+TOGETHER = str(ROOT / "tests" / "helpers" / "together.py")
+
+TRAIN = [
+    "--data_name",
+    "f8k_precomp",
+    "--embed_size",
+    "32",
+    "--word_dim",
+    "16",
+    "--batch_size",
+    "60",
+    "--learning_rate",
+    "0.002",
+    "--num_epochs",
+    "3",
+    "--log_step",
+    "1",
+    "--val_step",
+    "50",
+    "--device",
+    "cpu",
+    "--caption_reading",
+    "text",
+]  # 20 steps an epoch
+
 BANK = ["--memory_bank", "--mb_rate", "0.3", "--mb_k", "40"]
+
 SCAN_RELEASED = REFERENCE / "scan" / "checkpoints"
+
 RUN = "runs/runX/checkpoint.pth.tar"
 
 
 def torchrun(n, script, *flags, restarts=0):
     """A running torchrun of n processes on this machine."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "--max-restarts",
-         str(restarts), str(ROOT / script), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(n),
+            "--max-restarts",
+            str(restarts),
+            str(ROOT / script),
+            *flags,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
 
 
 def ended(process):
@@ -49,8 +98,12 @@ def ended(process):
 
 def workers(process):
     """The process ids of torchrun's workers, in the order of their ranks."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    return sorted(int(pid) for pid in found if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    return sorted(
+        int(pid) for pid in found if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()
+    )
 
 
 def read_until(process, words):
@@ -69,17 +122,21 @@ def log_of(folder):
 
 def furthest(one, other):
     """The largest difference of two checkpoints' weights, relative to the largest weight of each tensor."""
-    return max(float((value - theirs[name]).abs().max() / value.abs().max())
-               for state, theirs in zip(one["model"], other["model"]) for name, value in state.items())
+    return max(
+        float((value - theirs[name]).abs().max() / value.abs().max())
+        for state, theirs in zip(one["model"], other["model"])
+        for name, value in state.items()
+    )
 
 
 def check_same_run(one, other, weights, losses):
-    """Two run folders tell of the same run, to rounding."""
+    """Check that two run folders record the same run, up to rounding."""
     contents = [load(Path(folder, "checkpoint.pth.tar")) for folder in (one, other)]
     assert furthest(*contents) <= weights
     logs = [log_of(folder) for folder in (one, other)]
     assert [(line["kind"], line["step"], line["epoch"]) for line in logs[0]] == [
-        (line["kind"], line["step"], line["epoch"]) for line in logs[1]]
+        (line["kind"], line["step"], line["epoch"]) for line in logs[1]
+    ]
     recalls = ["r1", "r5", "r10", "r1i", "r5i", "r10i", "rsum"]
     for mine, theirs in zip(*logs):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=losses)
@@ -95,47 +152,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-# Shares -----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-@pytest.mark.parametrize("alike", [False, True])
-def test_each_pair_is_in_one_share_and_shares_are_balanced(n, alike):
-    generator = torch.Generator().manual_seed(n)
-    lengths = torch.randint(3, 20, (60,), generator=generator).sort(descending=True).values
-    words = torch.randint(1, 50, (60, 20), generator=generator) * (torch.arange(20) < lengths.unsqueeze(1))
-    found = shares(lengths, n, words if alike else None)
-    assert sorted(torch.cat(found).tolist()) == list(range(60)) and len(found) == n
-    assert all(places.tolist() == sorted(places.tolist()) for places in found)
-    loads = [int(lengths[places].sum()) for places in found]
-    assert max(loads) - min(loads) <= 2 * 20
-
-
-def test_captions_that_begin_alike_go_to_one_process():
-    words = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 9], [5, 6, 7, 1]])
-    one, other = shares(torch.tensor([4, 4, 4, 4]), 2, words)
-    assert {tuple(one.tolist()), tuple(other.tolist())} == {(0, 2), (1, 3)}
-
-
-def test_fewer_pairs_than_processes():
-    assert [len(one) for one in shares(torch.tensor([3]), 3)] == [1, 0, 0]
-    assert sum(len(one) for one in shares(torch.tensor([3]), 3, torch.tensor([[1, 2, 3]]))) == 1
-
-
 # Gradients --------------------------------------------------------------------------------------
-
-def whole(name):
-    """As together.gradients_of, by one plain backward pass over the whole batch, sorted by length as a loader does."""
-    model, loader, criterion, similarity, bank, _ = together.case(name)
-    indices = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(3))
-    indices = torch.tensor(sorted(indices.tolist(), key=lambda i: -int(loader.dataset.lengths[i])))
-    words = torch.zeros(len(indices), int(loader.dataset.lengths.max()), dtype=torch.int64)
-    for row, index in enumerate(indices.tolist()):
-        words[row, :loader.dataset.lengths[index]] = loader.dataset.word_ids[index]
-    embeddings = model.forward_emb(loader.dataset.images[indices], words, loader.dataset.lengths[indices])
-    loss = criterion.of_similarities(similarity(*embeddings), *embeddings[:2], *(bank or (None,) * 3), indices)
-    loss.backward()
-    return ({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers()),
-            loss.detach())
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +162,6 @@ def of_four(tmp_path_factory):
     code, _, said = ended(torchrun(4, TOGETHER, "compute", str(out)))
     assert code == 0, said
     return torch.load(out, weights_only=False)
-
-
-def check_same_gradients(found, expected, limit):
-    assert found[0].keys() == expected[0].keys()  # what has none gets none, or AdamW's decay would move it
-    largest = max(float(value.abs().max()) for value in expected[0].values())
-    for key, value in expected[0].items():
-        assert float((found[0][key] - value).abs().max()) <= limit * largest, key
-    for key, value in expected[1].items():
-        torch.testing.assert_close(found[1][key], value, rtol=limit, atol=limit)
-    assert float(found[2]) == pytest.approx(float(expected[2]), rel=1e-12, abs=1e-14)
 
 
 @pytest.mark.parametrize("name", together.CASES)
@@ -174,21 +181,8 @@ def test_four_processes_rank_as_one_to_the_bit(number, of_four):
             assert torch.equal(one.ranks, other.ranks) and torch.equal(one.items, other.items)
 
 
-def test_batch_norm_over_processes_is_exact_where_the_mean_is_large(monkeypatch):
-    rows = 100 + 0.1 * torch.randn(4096, 6, generator=torch.Generator().manual_seed(1))
-    exact, shared = torch.nn.BatchNorm1d(6).double(), torch.nn.Sequential(torch.nn.BatchNorm1d(6))
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    share_batch_norm(shared)
-    assert (shared(rows) - exact(rows.double())).abs().max() < 5e-3
-    assert torch.allclose(shared[0].running_var, exact.running_var.float(), rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", [name for name in together.CASES if "micro" in name])
-def test_pieces_have_the_whole_batch_s_gradients(name):
-    check_same_gradients(together.gradients_of(name), whole(name), 1e-12)
-
-
 # Runs -------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
@@ -209,7 +203,11 @@ def test_two_processes_train_as_one_with_the_bank(folder, one_process):
     check_same_run(one_process / "bank", "runs/runX", 3e-5, 1e-6)
     assert out.count("rsum") == 4 and said.count("Memory bank: ") == 2  # one process speaks
     record = json.loads(Path("runs/runX/run.json").read_text())
-    assert (record["processes"], record["backend"], record["result"]["outcome"]) == (2, "gloo", "finished")
+    assert (record["processes"], record["backend"], record["result"]["outcome"]) == (
+        2,
+        "gloo",
+        "finished",
+    )
 
 
 def test_two_processes_train_as_one_in_bf16(folder):
@@ -217,21 +215,39 @@ def test_two_processes_train_as_one_in_bf16(folder):
     code, _, said = ended(torchrun(2, "train.py", *flags))
     assert code == 0, said
     train.main([*flags, "--logger_name", "runs/one"])
-    assert furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX"))) <= 1e-2
+    assert (
+        furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX")))
+        <= 1e-2
+    )
 
 
 @pytest.fixture
 def in_double(monkeypatch):
     """train.py in this process computes in float64, as `together.py double` does."""
-    for where, name in ((train, "build_model"), (together.data.PrecompDataset, "_rows"),
-                        (together.data.ImageDataset, "image")):
+    for where, name in (
+        (train, "build_model"),
+        (together.data.PrecompDataset, "_rows"),
+        (together.data.ImageDataset, "image"),
+    ):
         monkeypatch.setattr(where, name, getattr(where, name))  # put back at the end
     together.in_double()
 
 
 def test_four_processes_train_as_one_in_double(folder, in_double):
-    flags = [*TRAIN, "--num_epochs", "1", "--max_violation", "--measure", "order", "--use_abs", "--batch_size", "109"]
-    code, _, said = ended(torchrun(4, TOGETHER, "double", *flags))  # 1200 pairs: the last batch has one
+    flags = [
+        *TRAIN,
+        "--num_epochs",
+        "1",
+        "--max_violation",
+        "--measure",
+        "order",
+        "--use_abs",
+        "--batch_size",
+        "109",
+    ]
+    code, _, said = ended(
+        torchrun(4, TOGETHER, "double", *flags)
+    )  # 1200 pairs: the last batch has one
     assert code == 0, said
     train.main([*flags, "--logger_name", "runs/one"])
     check_same_run("runs/one", "runs/runX", 1e-10, 1e-12)
@@ -240,8 +256,18 @@ def test_four_processes_train_as_one_in_double(folder, in_double):
 
 def test_regions_and_words_train_on_three_processes_and_in_pieces_as_on_one(folder, in_double):
     write_regions(folder / "data" / "tiny_precomp")
-    flags = [*TINY, "--cross_attn", "t2i", "--bi_gru", "--drop_words", "0.2", "--drop_regions", "0.4", "--log_step",
-             "1"]  # 60 captions: 16, 16, 16, 12
+    flags = [
+        *TINY,
+        "--cross_attn",
+        "t2i",
+        "--bi_gru",
+        "--drop_words",
+        "0.2",
+        "--drop_regions",
+        "0.4",
+        "--log_step",
+        "1",
+    ]  # 60 captions: 16, 16, 16, 12
     code, _, said = ended(torchrun(3, TOGETHER, "double", *flags, "--micro_batch", "3"))
     assert code == 0, said
     train.main([*flags, "--logger_name", "runs/one"])
@@ -252,11 +278,23 @@ def test_regions_and_words_train_on_three_processes_and_in_pieces_as_on_one(fold
 
 def test_photos_train_on_three_processes_as_on_one(folder, in_double):
     write_flickr(Path("data/f8k"))
-    flags = [*RAW, "--data_name", "f8k", "--finetune", "--crop_size", "64", "--batch_size", "9"]  # 20 captions: 9, 9, 2
+    flags = [
+        *RAW,
+        "--data_name",
+        "f8k",
+        "--finetune",
+        "--crop_size",
+        "64",
+        "--batch_size",
+        "9",
+    ]  # 20 captions: 9, 9, 2
     code, _, said = ended(torchrun(3, TOGETHER, "double", *flags))
     assert code == 0, said
     train.main([*flags, "--logger_name", "runs/one"])
-    assert furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX"))) <= 1e-7
+    assert (
+        furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX")))
+        <= 1e-7
+    )
     Path("data/f8k/images/2.png").write_bytes(b"broken")
     code, _, said = ended(torchrun(3, "train.py", *flags, "--logger_name", "runs/broken"))
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -264,7 +302,9 @@ def test_photos_train_on_three_processes_as_on_one(folder, in_double):
     assert re.findall(r"exitcode +: (-?\d+)", said) == ["2", "2", "2"], said
 
 
-def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_go_on(folder, one_process):
+def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_go_on(
+    folder, one_process
+):
     process = torchrun(3, "train.py", *TRAIN, *BANK)
     read_until(process, "Epoch: [1][3/20]")
     os.kill(workers(process)[1], signal.SIGTERM)
@@ -273,13 +313,17 @@ def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_go_on(
     stopped_at = load(RUN)["Eiters"]
     assert 23 < stopped_at < 60 and log_of("runs/runX")[-1]["step"] == stopped_at
     train.main([*TRAIN, *BANK, "--resume", "auto", "--num_epochs", "2", "--micro_batch", "25"])
-    code, _, said = ended(torchrun(2, "train.py", *TRAIN, *BANK, "--resume", "auto", "--dist_timeout", "60"))
+    code, _, said = ended(
+        torchrun(2, "train.py", *TRAIN, *BANK, "--resume", "auto", "--dist_timeout", "60")
+    )
     assert code == 0, said
     check_same_run(one_process / "bank", "runs/runX", 3e-5, 1e-6)
 
 
 def test_a_process_that_is_killed_is_started_again_and_the_run_ends_the_same(folder, one_process):
-    process = torchrun(2, "train.py", *TRAIN, *BANK, "--resume", "auto", "--save_step", "1", restarts=1)
+    process = torchrun(
+        2, "train.py", *TRAIN, *BANK, "--resume", "auto", "--save_step", "1", restarts=1
+    )
     read_until(process, "Epoch: [1][5/20]")
     os.kill(workers(process)[1], signal.SIGKILL)
     code, _, said = ended(process)
@@ -290,47 +334,94 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_ends_the_same(fol
 
 @pytest.mark.parametrize("run", ["mb"])
 def test_an_evaluation_by_three_processes_prints_the_released_lines_once(folder, run):
-    code, out, said = ended(torchrun(3, "compute_results.py", "--model_path", f"runs/{run}/model_best.pth.tar",
-                                     "--data_path", "data", "--vocab_path", "vocab", "--device", "cpu"))
+    code, out, said = ended(
+        torchrun(
+            3,
+            "compute_results.py",
+            "--model_path",
+            f"runs/{run}/model_best.pth.tar",
+            "--data_path",
+            "data",
+            "--vocab_path",
+            "vocab",
+            "--device",
+            "cpu",
+        )
+    )
     assert code == 0, said
     assert out.splitlines() == json.loads((RELEASED / "expected.json").read_text())[run]["printed"]
     assert Path("ranks.pth.tar").exists()
 
 
 @pytest.mark.parametrize("run", ["t2i"])
-def test_an_evaluation_of_regions_by_two_processes_prints_what_one_does_once(tmp_path, monkeypatch, capsys, run):
+def test_an_evaluation_of_regions_by_two_processes_prints_what_one_does_once(
+    tmp_path, monkeypatch, capsys, run
+):
     for name in ("data", "vocab", "runs"):
         shutil.copytree(SCAN_RELEASED / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    flags = ["--model_path", f"runs/{run}/model_best.pth.tar", "--device", "cpu", "--hubness", "--correction", "qbnorm",
-             "--correction_bank_images", "9"]
+    flags = [
+        "--model_path",
+        f"runs/{run}/model_best.pth.tar",
+        "--device",
+        "cpu",
+        "--hubness",
+        "--correction",
+        "qbnorm",
+        "--correction_bank_images",
+        "9",
+    ]
     code, out, said = ended(torchrun(2, "compute_results.py", *flags))
     assert code == 0, said
     expected = json.loads((SCAN_RELEASED / "expected.json").read_text())[run]["printed"][3:]
-    assert out.splitlines()[:len(expected)] == expected
+    assert out.splitlines()[: len(expected)] == expected
     compute_results.main(flags)
     assert out == capsys.readouterr().out
 
 
-def test_photos_encoded_by_two_processes_are_those_of_one(tmp_path, monkeypatch):  # one block of photos: one waits
+def test_photos_encoded_by_two_processes_are_those_of_one(
+    tmp_path, monkeypatch
+):  # one block of photos: one waits
     monkeypatch.chdir(tmp_path)
     for number in range(5):
         write_image(tmp_path / "photos" / f"{number}.png", number)
-    flags = ["--images", "photos", "--encoder", "shufflenet_v2_x0_5", "--encoder_weights", "none", "--workers", "0",
-             "--device", "cpu", "--batch_size", "2"]
+    flags = [
+        "--images",
+        "photos",
+        "--encoder",
+        "shufflenet_v2_x0_5",
+        "--encoder_weights",
+        "none",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "2",
+    ]
     code, out, said = ended(torchrun(2, "extract_features.py", *flags, "--output", "together"))
-    assert code == 0 and out.count("gallery photos") == 1 and said.count("photos a second") == 1, said
+    assert code == 0 and out.count("gallery photos") == 1 and said.count("photos a second") == 1, (
+        said
+    )
     extract_features.main([*flags, "--output", "alone"])
     assert tree(tmp_path / "together") == tree(tmp_path / "alone")
 
 
 # Bad input --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script, flags, sentence", [
-    ("train.py", [*TRAIN, "--batch_size", "1"], "--batch_size 1 for 2 processes"),
-    (TOGETHER, ["differing", "--no_such_flag", "1", *TRAIN], "--no_such_flag"),
-    (TOGETHER, ["differing", "--margin", "0.3", *TRAIN], "the processes differ in --margin: give all the same"),
-])
+
+@pytest.mark.parametrize(
+    "script, flags, sentence",
+    [
+        ("train.py", [*TRAIN, "--batch_size", "1"], "--batch_size 1 is too small for 2 processes"),
+        (TOGETHER, ["differing", "--no_such_flag", "1", *TRAIN], "--no_such_flag"),
+        (
+            TOGETHER,
+            ["differing", "--margin", "0.3", *TRAIN],
+            "the processes differ in --margin: give all of them the same",
+        ),
+    ],
+)
 def test_bad_input_ends_all_processes_with_one_sentence(folder, script, flags, sentence):
     code, out, said = ended(torchrun(2, script, *flags))
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -339,7 +430,9 @@ def test_bad_input_ends_all_processes_with_one_sentence(folder, script, flags, s
     assert not Path("runs/runX").exists()
 
 
-@pytest.mark.parametrize("name, reason", [("cuda:3", "each process takes the GPU of its number"), ("mps", "torchrun")])
+@pytest.mark.parametrize(
+    "name, reason", [("cuda:3", "each process takes one GPU of its machine"), ("mps", "torchrun")]
+)
 def test_a_device_that_processes_cannot_share_is_refused(name, reason, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
     with pytest.raises(InputError, match=reason):

@@ -1,4 +1,4 @@
-"""Checkpoints in and out, hostile ones included."""
+"""Checkpoints: saved, loaded, resumed, and refused, hostile ones included."""
 
 import errno
 import math
@@ -11,29 +11,47 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import RELEASED, load, states_equal, tree
 
-import checkpoint
-from errors import InputError
 from model import VSE
+from runtime.errors import InputError
+from tests.helpers.made import RELEASED, load, states_equal, tree
+from training import checkpoint
 
 SIZES = {"img_dim": 5, "embed_size": 4, "word_dim": 3, "vocab_size": 9, "num_layers": 1}
+
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", *"abcde"]
 
 
 def options(**changes):
     """A released run's options, as far as they matter here."""
-    return Namespace(**{"data_name": "tiny_precomp", "finetune": False, "cnn_type": "vgg19", "use_abs": False,
-                        "no_imgnorm": False, "measure": "cosine", "local_alpha": 30.0, "batch_size": 128, **SIZES,
-                        **changes})
+    return Namespace(
+        **{
+            "data_name": "tiny_precomp",
+            "finetune": False,
+            "cnn_type": "vgg19",
+            "use_abs": False,
+            "no_imgnorm": False,
+            "measure": "cosine",
+            "local_alpha": 30.0,
+            "batch_size": 128,
+            **SIZES,
+            **changes,
+        }
+    )
 
 
 def released(opt=None, **changes):
     """A checkpoint dict as the released code makes it."""
     torch.manual_seed(0)
     model = VSE(options())
-    return {"epoch": 3, "model": [model.img_enc.state_dict(), model.txt_enc.state_dict()], "best_rsum": 12.5,
-            "opt": opt or options(), "Eiters": 7, **changes}
+    return {
+        "epoch": 3,
+        "model": [model.img_enc.state_dict(), model.txt_enc.state_dict()],
+        "best_rsum": 12.5,
+        "opt": opt or options(),
+        "Eiters": 7,
+        **changes,
+    }
 
 
 def refused(path, *named):
@@ -69,14 +87,23 @@ def test_what_is_saved_loads_the_same(tmp_path, legacy):
     found = checkpoint.load(str(tmp_path / "run.pth.tar"))
     assert states_equal(found["model"], content["model"])
     assert {name: found[name] for name in ("epoch", "best_rsum", "Eiters", "vocabulary")} == {
-        "epoch": 3, "best_rsum": 12.5, "Eiters": 7, "vocabulary": WORDS}
+        "epoch": 3,
+        "best_rsum": 12.5,
+        "Eiters": 7,
+        "vocabulary": WORDS,
+    }
     assert vars(content["opt"]).items() <= vars(found["opt"]).items()
     assert os.listdir(tmp_path) == ["run.pth.tar"]
 
 
-@pytest.mark.parametrize("scalar", [np.float64(12.5), np.float32(12.5), np.int64(12), np.int32(12), np.bool_(True)],
-                         ids=lambda scalar: type(scalar).__name__)
-@pytest.mark.parametrize("module", [b"numpy._core.multiarray", b"numpy.core.multiarray"], ids=["numpy 2", "numpy 1"])
+@pytest.mark.parametrize(
+    "scalar",
+    [np.float64(12.5), np.float32(12.5), np.int64(12), np.int32(12), np.bool_(True)],
+    ids=lambda scalar: type(scalar).__name__,
+)
+@pytest.mark.parametrize(
+    "module", [b"numpy._core.multiarray", b"numpy.core.multiarray"], ids=["numpy 2", "numpy 1"]
+)
 def test_numpy_scalars_of_either_numpy_load(tmp_path, scalar, module):
     """The released code's best_rsum is one."""
     path = tmp_path / "run.pth.tar"
@@ -101,16 +128,47 @@ def test_a_checkpoint_from_cuda_loads_without_it(tmp_path, monkeypatch):
 
 def test_options_that_an_older_checkpoint_lacks_take_their_defaults(tmp_path):
     """VSE++'s first ones."""
-    checkpoint.save(str(tmp_path / "old.pth.tar"), released(opt=Namespace(data_name="tiny_precomp", data_path="/else")))
+    checkpoint.save(
+        str(tmp_path / "old.pth.tar"),
+        released(opt=Namespace(data_name="tiny_precomp", data_path="/else")),
+    )
     content = checkpoint.load(str(tmp_path / "old.pth.tar"))
     assert vars(content["opt"]) == {
-        "data_name": "tiny_precomp", "data_path": "/else", **SIZES, "vocab_path": "./vocab/", "measure": "cosine",
-        "use_abs": False, "no_imgnorm": False, "finetune": False, "cnn_type": "vgg19", "crop_size": 224,
-        "batch_size": 128, "workers": 10, "use_restval": False, "logger_name": "runs/runX", "margin": 0.2,
-        "max_violation": False, "sum_violation": False, "memory_bank": False, "text_pooling": "last", "bi_gru": False,
-        "no_txtnorm": False, "precomp_enc_type": "basic", "drop_words": 0.0, "drop_regions": 0.0, "weight_decay": 0.0,
-        "raw_feature_norm": "clipped_l2norm", "agg_func": "LogSumExp", "lambda_lse": 6.0, "lambda_softmax": 9.0,
-        "image_pooling": None, "regions": None, "vocab_name": None, "cross_attn": None}
+        "data_name": "tiny_precomp",
+        "data_path": "/else",
+        **SIZES,
+        "vocab_path": "./vocab/",
+        "measure": "cosine",
+        "use_abs": False,
+        "no_imgnorm": False,
+        "finetune": False,
+        "cnn_type": "vgg19",
+        "crop_size": 224,
+        "batch_size": 128,
+        "workers": 10,
+        "use_restval": False,
+        "logger_name": "runs/runX",
+        "margin": 0.2,
+        "max_violation": False,
+        "sum_violation": False,
+        "memory_bank": False,
+        "text_pooling": "last",
+        "bi_gru": False,
+        "no_txtnorm": False,
+        "precomp_enc_type": "basic",
+        "drop_words": 0.0,
+        "drop_regions": 0.0,
+        "weight_decay": 0.0,
+        "raw_feature_norm": "clipped_l2norm",
+        "agg_func": "LogSumExp",
+        "lambda_lse": 6.0,
+        "lambda_softmax": 9.0,
+        "text_encoder": "gru",
+        "image_pooling": None,
+        "regions": None,
+        "vocab_name": None,
+        "cross_attn": None,
+    }
     assert checkpoint.caption_reading(content) == "text"
 
 
@@ -120,17 +178,25 @@ def test_options_that_not_even_say_which_data_they_were_for_take_the_defaults_to
     assert (opt.data_name, opt.data_path) == ("precomp", "data")
 
 
-@pytest.mark.parametrize("features", ["resnet18", {"format": 1, "encoder": "resnet18"}, {"format": 10**6}, [1]])
+@pytest.mark.parametrize(
+    "features", ["resnet18", {"format": 1, "encoder": "resnet18"}, {"format": 10**6}, [1]]
+)
 def test_odd_words_on_the_features_are_refused(tmp_path, features):
     torch.save(released(features=features), tmp_path / "run.pth.tar")
     refused(tmp_path / "run.pth.tar", "features")
 
 
-@pytest.mark.parametrize("opt, marker, reading", [
-    (options(), {}, "released"), (options(data_name="f8k"), {}, "text"),
-    (options(), {"caption_reading": "text"}, "text"),
-    (options(data_name="f8k"), {"caption_reading": "released"}, "released"),
-    (Namespace(data_name="coco_precomp"), {}, "text")], ids=["HAL", "HAL raw", "ours", "ours forced", "VSE++"])
+@pytest.mark.parametrize(
+    "opt, marker, reading",
+    [
+        (options(), {}, "released"),
+        (options(data_name="f8k"), {}, "text"),
+        (options(), {"caption_reading": "text"}, "text"),
+        (options(data_name="f8k"), {"caption_reading": "released"}, "released"),
+        (Namespace(data_name="coco_precomp"), {}, "text"),
+    ],
+    ids=["HAL", "HAL raw", "ours", "ours forced", "VSE++"],
+)
 def test_the_caption_reading_is_the_training_s(tmp_path, opt, marker, reading):
     checkpoint.save(str(tmp_path / "run.pth.tar"), released(opt=opt, **marker))
     assert checkpoint.caption_reading(checkpoint.load(str(tmp_path / "run.pth.tar"))) == reading
@@ -145,18 +211,25 @@ def test_saving_over_a_checkpoint_keeps_it_where_saving_fails(tmp_path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("spent", [OSError(28, "No space left on device"), None], ids=["after its OSError", "alone"])
+@pytest.mark.parametrize(
+    "spent", [OSError(28, "No space left on device"), None], ids=["after its OSError", "alone"]
+)
 def test_the_zip_writer_s_own_error_on_a_full_disk_is_one_sentence(tmp_path, monkeypatch, spent):
     def stumbling(content, file):
         file.write(b"PK half of it")
-        error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        error = RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
+        )
         error.__context__ = spent
         raise error
+
     checkpoint.save(str(tmp_path / "run.pth.tar"), released())
     before = tree(tmp_path)
     monkeypatch.setattr(torch, "save", stumbling)
     reason = spent.strerror if spent else ".*unexpected pos 704 vs 598"
-    with pytest.raises(InputError, match=f"run.pth.tar could not be written .{reason}.: free some space"):
+    with pytest.raises(
+        InputError, match=f"run.pth.tar could not be written .{reason}.: free some space"
+    ):
         checkpoint.save(str(tmp_path / "run.pth.tar"), released())
     assert tree(tmp_path) == before
 
@@ -164,26 +237,34 @@ def test_the_zip_writer_s_own_error_on_a_full_disk_is_one_sentence(tmp_path, mon
 def test_another_runtime_error_while_saving_stays_what_it_is(tmp_path, monkeypatch):
     def broken(content, file):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         checkpoint.save(str(tmp_path / "run.pth.tar"), released())
     assert tree(tmp_path) == {}
 
 
-@pytest.mark.parametrize("parts", [1, 7, 400])  # where in the file the room ends: in the writer, at its end, in ours
+@pytest.mark.parametrize(
+    "parts", [1, 7, 400]
+)  # where in the file the room ends: in the writer, at its end, in ours
 def test_a_disk_that_fills_up_within_a_checkpoint_keeps_the_old_one(small_disk, parts):
     disk = small_disk(500)
     path = str(disk / "run.pth.tar")
     checkpoint.save(path, {str(part): torch.ones(40_000 // parts) for part in range(parts)})
     before = tree(disk)
-    with pytest.raises(InputError, match="run.pth.tar could not be written .No space left on device"):
+    with pytest.raises(
+        InputError, match="run.pth.tar could not be written .No space left on device"
+    ):
         checkpoint.save(path, {str(part): torch.ones(120_000 // parts) for part in range(parts)})
     assert tree(disk) == before
 
 
 # Files that are refused -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, found", [("absent", "No such file"), ("folder", "not a regular file")])
+
+@pytest.mark.parametrize(
+    "name, found", [("absent", "No such file"), ("folder", "not a regular file")]
+)
 def test_a_file_that_is_not_there_is_named(tmp_path, name, found):
     (tmp_path / "folder").mkdir()
     refused(tmp_path / name, found)
@@ -195,7 +276,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, share, legacy):
     path = tmp_path / "run.pth.tar"
     torch.save(released(), path, _use_new_zipfile_serialization=not legacy)
     content = path.read_bytes()
-    path.write_bytes(content[:int(share * len(content))])
+    path.write_bytes(content[: int(share * len(content))])
     refused(path)
 
 
@@ -218,8 +299,18 @@ def test_a_checkpoint_with_spoilt_bytes_is_refused_or_still_has_its_shape(tmp_pa
         assert found["model"][0]["fc.weight"].shape[1] == found["opt"].img_dim
 
 
-@pytest.mark.parametrize("content", [b"hello", b"\x80\x02}.", b"PK\x03\x04nothing", pickle.dumps({"model": 1}),
-                                     b"\x89PNG\r\n\x1a\n", b"\x00" * 4096], ids=range(6))
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello",
+        b"\x80\x02}.",
+        b"PK\x03\x04nothing",
+        pickle.dumps({"model": 1}),
+        b"\x89PNG\r\n\x1a\n",
+        b"\x00" * 4096,
+    ],
+    ids=range(6),
+)
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / "run.pth.tar").write_bytes(content)
     refused(tmp_path / "run.pth.tar")
@@ -232,7 +323,7 @@ def test_a_zip_of_something_else_is_refused(tmp_path):
 
 
 class Smuggled:
-    """Calls `function` with `arguments` where a pickle of it is loaded."""
+    """Calls `function` with `arguments` when a pickle of it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -241,17 +332,30 @@ class Smuggled:
         return self.call
 
 
-@pytest.mark.parametrize("function, argument, place, legacy", [
-    *((os.system, "touch smuggled", place, legacy) for place in ("model", "opt", "in opt", "extra", "alone")
-      for legacy in (False, True)),
-    (eval, "open('smuggled', 'w')", "model", False), (exec, "open('smuggled', 'w')", "model", False)])
-def test_a_checkpoint_that_would_run_code_is_refused_by_its_name(tmp_path, monkeypatch, function, argument, place,
-                                                                 legacy):
+@pytest.mark.parametrize(
+    "function, argument, place, legacy",
+    [
+        *(
+            (os.system, "touch smuggled", place, legacy)
+            for place in ("model", "opt", "in opt", "extra", "alone")
+            for legacy in (False, True)
+        ),
+        (eval, "open('smuggled', 'w')", "model", False),
+        (exec, "open('smuggled', 'w')", "model", False),
+    ],
+)
+def test_a_checkpoint_that_would_run_code_is_refused_by_its_name(
+    tmp_path, monkeypatch, function, argument, place, legacy
+):
     monkeypatch.chdir(tmp_path)
     code = Smuggled(function, argument)
-    content = {"model": lambda: released(model=code), "opt": lambda: released(opt=code),
-               "in opt": lambda: released(opt=options(batch_size=code)), "extra": lambda: released(more=[code]),
-               "alone": lambda: code}[place]()
+    content = {
+        "model": lambda: released(model=code),
+        "opt": lambda: released(opt=code),
+        "in opt": lambda: released(opt=options(batch_size=code)),
+        "extra": lambda: released(more=[code]),
+        "alone": lambda: code,
+    }[place]()
     torch.save(content, "run.pth.tar", _use_new_zipfile_serialization=not legacy)
     message = refused(tmp_path / "run.pth.tar")
     assert function.__name__ in message and "cut short" not in message
@@ -264,9 +368,11 @@ def test_options_of_another_class_are_refused(tmp_path):
 
 
 def state(part, **changes):
-    """The released model's states with one part's changed; a None takes the name out."""
+    """The released model's states with some values changed; None removes a name."""
     states = released()["model"]
-    states[part] = {name: value for name, value in {**states[part], **changes}.items() if value is not None}
+    states[part] = {
+        name: value for name, value in {**states[part], **changes}.items() if value is not None
+    }
     return states
 
 
@@ -288,8 +394,9 @@ BROKEN = {
     "a flat layer": lambda: released(model=state(0, **{"fc.weight": torch.ones(20)})),
     "a layer of text": lambda: released(model=state(0, **{"fc.weight": "weights"})),
     "no embedding": lambda: released(model=state(1, **{"embed.weight": None})),
-    "a transformer over words": lambda: released(model=[state(0)[0], {"bert.encoder.layer.0.output.dense.weight":
-                                                                      torch.ones(4, 3)}]),
+    "a transformer over words": lambda: released(
+        model=[state(0)[0], {"bert.encoder.layer.0.output.dense.weight": torch.ones(4, 3)}]
+    ),
     "no recurrent weights": lambda: released(model=state(1, **{"rnn.weight_hh_l0": None})),
     "a tensor without its values": lambda: released(model=state(1, **{"embed.weight": giant()})),
     "another embed_size": lambda: released(opt=options(embed_size=5)),
@@ -305,20 +412,32 @@ BROKEN = {
     "an unknown measure": lambda: released(opt=options(measure="potato")),
     "a crop_size of nothing": lambda: released(opt=options(crop_size=0)),
     "a negative number of workers": lambda: released(opt=options(workers=-1)),
-    "a vocabulary of no words": lambda: released(opt=options(vocab_size=0), model=state(
-        1, **{"embed.weight": torch.ones(0, 3)})),
-    "no input weights": lambda: released(opt=options(num_layers=0), model=state(1, **{"rnn.weight_ih_l0": None})),
+    "a vocabulary of no words": lambda: released(
+        opt=options(vocab_size=0), model=state(1, **{"embed.weight": torch.ones(0, 3)})
+    ),
+    "no input weights": lambda: released(
+        opt=options(num_layers=0), model=state(1, **{"rnn.weight_ih_l0": None})
+    ),
     "a switch of another type": lambda: released(opt=options(use_abs="no")),
     "a switch that is a number": lambda: released(opt=options(use_abs=1)),
-    "another embed_size of raw images": lambda: released(opt=options(data_name="f8k", embed_size=5)),
-    "a tensor without memory": lambda: released(model=state(1, **{"embed.weight": torch.empty(9, 3, device="meta")})),
+    "another embed_size of raw images": lambda: released(
+        opt=options(data_name="f8k", embed_size=5)
+    ),
+    "a tensor without memory": lambda: released(
+        model=state(1, **{"embed.weight": torch.empty(9, 3, device="meta")})
+    ),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.int8, torch.bool, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.int64, torch.int8, torch.bool, torch.float8_e5m2], ids=str
+)
 @pytest.mark.parametrize("part, name", [(0, "fc.weight"), (0, "fc.bias"), (1, "rnn.weight_ih_l0")])
 def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, part, name, dtype):
-    """Loading would cast them in silence: complex numbers lose a half, others what follows the point."""
+    """Loading would cast them in silence.
+
+    Complex numbers lose a half, others what follows the point.
+    """
     whole = state(part)[part][name]
     torch.save(released(model=state(part, **{name: whole.to(dtype)})), tmp_path / "run.pth.tar")
     refused(tmp_path / "run.pth.tar", name, str(dtype).removeprefix("torch."))
@@ -334,7 +453,9 @@ def test_weights_of_another_precision_are_taken(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("part, name", [(0, "fc.weight"), (0, "fc.bias"), (1, "embed.weight"), (1, "rnn.bias_hh_l0")])
+@pytest.mark.parametrize(
+    "part, name", [(0, "fc.weight"), (0, "fc.bias"), (1, "embed.weight"), (1, "rnn.bias_hh_l0")]
+)
 def test_weights_that_are_not_finite_are_refused_by_their_name(tmp_path, part, name, value):
     spoilt = state(part)[part][name].clone()
     spoilt.view(-1)[-1] = value
@@ -343,23 +464,40 @@ def test_weights_that_are_not_finite_are_refused_by_their_name(tmp_path, part, n
 
 
 def test_weights_beyond_float32_are_refused(tmp_path):
-    """Where the model is, they would be infinite."""
+    """In the model's float32 they would be infinite."""
     large = torch.full((4, 5), 1e300, dtype=torch.float64)
     torch.save(released(model=state(0, **{"fc.weight": large})), tmp_path / "run.pth.tar")
     refused(tmp_path / "run.pth.tar", "fc.weight", "infinity")
 
 
 def test_batch_norm_s_counter_of_a_full_model_is_an_integer(tmp_path):
-    torch.save(released(model=state(0, **{"cnn.module.bn1.num_batches_tracked": torch.tensor(7)})),
-               tmp_path / "run.pth.tar")
-    assert checkpoint.load(str(tmp_path / "run.pth.tar"))["model"][0]["cnn.module.bn1.num_batches_tracked"] == 7
+    torch.save(
+        released(model=state(0, **{"cnn.module.bn1.num_batches_tracked": torch.tensor(7)})),
+        tmp_path / "run.pth.tar",
+    )
+    assert (
+        checkpoint.load(str(tmp_path / "run.pth.tar"))["model"][0][
+            "cnn.module.bn1.num_batches_tracked"
+        ]
+        == 7
+    )
 
 
-@pytest.mark.parametrize("changes", [
-    {"batch_size": 1, "crop_size": 1, "workers": 0}, {"margin": 1}, {"data_name": "f8k", "img_dim": 4096},
-    {"measure": "order"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 1, "crop_size": 1, "workers": 0},
+        {"margin": 1},
+        {"data_name": "f8k", "img_dim": 4096},
+        {"measure": "order"},
+    ],
+    ids=str,
+)
 def test_options_at_their_bounds_are_taken(tmp_path, changes):
-    """An int is a number where a float is expected; raw images' img_dim is not their CNN's width."""
+    """An int is a number where a float is expected.
+
+    Raw images' img_dim is not their CNN's width.
+    """
     torch.save(released(opt=options(**changes)), tmp_path / "run.pth.tar")
     opt = checkpoint.load(str(tmp_path / "run.pth.tar"))["opt"]
     assert {name: getattr(opt, name) for name in changes} == changes
@@ -371,7 +509,9 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, kind):
     refused(tmp_path / "run.pth.tar")
 
 
-@pytest.mark.parametrize("words", ["words", {"a": 1}, [1, 2], [*WORDS, None], WORDS[1:], [*WORDS, "a"]], ids=str)
+@pytest.mark.parametrize(
+    "words", ["words", {"a": 1}, [1, 2], [*WORDS, None], WORDS[1:], [*WORDS, "a"]], ids=str
+)
 def test_a_checkpoint_s_vocabulary_is_checked(words):
     with pytest.raises(InputError, match=r"run\.pth\.tar"):
         checkpoint.vocabulary(released(vocabulary=words), "run.pth.tar")
@@ -381,12 +521,25 @@ def test_a_checkpoint_s_vocabulary_numbers_its_words():
     assert checkpoint.vocabulary(released(vocabulary=WORDS), "run.pth.tar").words == WORDS
 
 
-@pytest.mark.parametrize("states", [
-    lambda: state(0, **{"fc.bias": None}), lambda: state(0, **{"fc.bias": torch.ones(5)}),
-    lambda: state(1, more=torch.ones(1)), lambda: state(1, **{"rnn.bias_hh_l0": None}),
-    lambda: state(0, **{"graph.0.weight": torch.ones(1)}),
-    lambda: state(0, **{"mlp.layers.0.weight": torch.ones(2, 5)})],
-    ids=["missing", "shape", "unknown", "missing text", "reasoning over regions", "an encoder of regions"])
+@pytest.mark.parametrize(
+    "states",
+    [
+        lambda: state(0, **{"fc.bias": None}),
+        lambda: state(0, **{"fc.bias": torch.ones(5)}),
+        lambda: state(1, more=torch.ones(1)),
+        lambda: state(1, **{"rnn.bias_hh_l0": None}),
+        lambda: state(0, **{"graph.0.weight": torch.ones(1)}),
+        lambda: state(0, **{"mlp.layers.0.weight": torch.ones(2, 5)}),
+    ],
+    ids=[
+        "missing",
+        "shape",
+        "unknown",
+        "missing text",
+        "reasoning over regions",
+        "an encoder of regions",
+    ],
+)
 def test_weights_that_do_not_fit_are_refused(states):
     with pytest.raises(InputError, match=r"run\.pth\.tar") as caught:
         checkpoint.load_weights(VSE(options()), released(model=states()), "run.pth.tar")
@@ -402,6 +555,7 @@ def test_the_cnn_of_a_full_model_is_left_out():
 
 # Taking up a run --------------------------------------------------------------------------------
 
+
 def run_of(seed, fused=None, **changes):
     torch.manual_seed(seed)
     model = VSE(options(**changes))
@@ -409,7 +563,9 @@ def run_of(seed, fused=None, **changes):
 
 
 def step(model, optimizer):
-    images, captions = model.forward_emb(torch.ones(2, 5), torch.tensor([[1, 4, 2], [1, 5, 2]]), [3, 3])
+    images, captions = model.forward_emb(
+        torch.ones(2, 5), torch.tensor([[1, 4, 2], [1, 5, 2]]), [3, 3]
+    )
     optimizer.zero_grad()
     (images * captions).sum().backward()
     optimizer.step()
@@ -425,7 +581,9 @@ def saved(tmp_path):
     model, optimizer = run_of(1)
     step(model, optimizer)
     path = str(tmp_path / "run.pth.tar")
-    content = checkpoint.content_of(model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5, None)
+    content = checkpoint.content_of(
+        model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5, None
+    )
     checkpoint.save(path, content)
     return path, model, optimizer, torch.rand(1)
 
@@ -454,12 +612,18 @@ def test_a_restored_run_goes_on_as_the_first_would_have(saved):
     assert states_equal([model.state_dict()], [other.state_dict()])
 
 
-@pytest.mark.parametrize("then, now", [(False, True), (None, True), (True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    "then, now", [(False, True), (None, True), (True, False), (True, True), (False, False)]
+)
 def test_a_run_goes_on_with_the_fused_step_of_the_machine_it_goes_on_on(tmp_path, then, now):
     path, (model, optimizer) = str(tmp_path / "run.pth.tar"), run_of(1, fused=then)
     step(model, optimizer)
-    checkpoint.save(path, checkpoint.content_of(model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5,
-                                                None))
+    checkpoint.save(
+        path,
+        checkpoint.content_of(
+            model, optimizer, options(caption_reading="text"), Words, 2, 9, 33.5, None
+        ),
+    )
     other, its_optimizer = run_of(2, fused=now)
     checkpoint.restore(checkpoint.load(path), path, other, its_optimizer, options(), print)
     assert [group["fused"] for group in its_optimizer.param_groups] == [now]
@@ -475,46 +639,80 @@ def test_a_run_goes_on_with_the_fused_step_of_the_machine_it_goes_on_on(tmp_path
     assert all(state["step"] == 2 for state in its_optimizer.state.values())
 
 
-@pytest.mark.parametrize("name, value", [("embed_size", 6), ("word_dim", 5), ("num_layers", 2), ("measure", "order"),
-                                         ("use_abs", True), ("no_imgnorm", True), ("data_name", "other_precomp"),
-                                         ("vocab_size", 10)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("embed_size", 6),
+        ("word_dim", 5),
+        ("num_layers", 2),
+        ("measure", "order"),
+        ("use_abs", True),
+        ("no_imgnorm", True),
+        ("data_name", "other_precomp"),
+        ("vocab_size", 10),
+    ],
+)
 def test_a_run_of_another_model_is_not_restored(saved, name, value):
     path = saved[0]
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match=f"--resume.*--{name}"):
-        checkpoint.restore(checkpoint.load(path), path, model, optimizer, options(**{name: value}), print)
+        checkpoint.restore(
+            checkpoint.load(path), path, model, optimizer, options(**{name: value}), print
+        )
 
 
-@pytest.mark.parametrize("change", [
-    {"epoch": -1}, {"epoch": 0.7}, {"Eiters": "3"}, {"best_rsum": math.nan}, {"best_rsum": math.inf}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": -1},
+        {"epoch": 0.7},
+        {"Eiters": "3"},
+        {"best_rsum": math.nan},
+        {"best_rsum": math.inf},
+    ],
+    ids=str,
+)
 def test_a_place_that_no_run_can_have_is_refused(saved, change):
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match="--resume.*damaged"):
-        checkpoint.restore({**checkpoint.load(saved[0]), **change}, saved[0], model, optimizer, options(), print)
+        checkpoint.restore(
+            {**checkpoint.load(saved[0]), **change}, saved[0], model, optimizer, options(), print
+        )
 
 
 def test_the_optimizer_s_settings_are_this_run_s(saved):
     model, optimizer = run_of(2)
     content = checkpoint.load(saved[0])
     content["optimizer"]["param_groups"][0].update(betas=(5, "x"), amsgrad=True, weight_decay="x")
-    expected = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    expected = {
+        name: value for name, value in optimizer.param_groups[0].items() if name != "params"
+    }
     checkpoint.restore(content, saved[0], model, optimizer, options(), print)
-    assert {name: value for name, value in optimizer.param_groups[0].items() if name != "params"} == expected
+    assert {
+        name: value for name, value in optimizer.param_groups[0].items() if name != "params"
+    } == expected
 
 
 def test_what_does_not_make_another_model_may_change_and_is_said(saved):
     path, said = saved[0], []
     model, optimizer = run_of(2)
     content = checkpoint.load(path)
-    names = ("data_path vocab_path cache_dir features_on_device logger_name resume init_from cnn_weights num_epochs "
-             "learning_rate lr_update workers device amp log_step val_step save_step save_all keep record_val "
-             "reset_train model_name skip_bad_steps collapse_patience on_collapse").split()
+    names = (
+        "data_path vocab_path cache_dir features_on_device logger_name resume init_from cnn_weights num_epochs "
+        "learning_rate lr_update workers device amp log_step val_step save_step save_all keep record_val "
+        "reset_train model_name skip_bad_steps collapse_patience on_collapse"
+    ).split()
     for name in names:
         setattr(content["opt"], name, "then")
-    now = options(**{name: "now" for name in names}, newly_made="now")  # an option of a later version, too
+    now = options(
+        **{name: "now" for name in names}, newly_made="now"
+    )  # an option of a later version, too
     checkpoint.restore(content, path, model, optimizer, now, said.append)
-    assert said == [f"--{name} was then before, and is now from here on" for name in names
-                    if name not in ("resume", "init_from")]
+    assert said == [
+        f"--{name} was then before, and is now from here on"
+        for name in names
+        if name not in ("resume", "init_from")
+    ]
 
 
 def test_a_released_checkpoint_is_not_restored_but_pointed_to_init_from():
@@ -523,15 +721,29 @@ def test_a_released_checkpoint_is_not_restored_but_pointed_to_init_from():
         checkpoint.restore(released(), "run.pth.tar", model, optimizer, options(), print)
 
 
-@pytest.mark.parametrize("damage", [
-    {"optimizer": 3}, {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}},
-    {"random_states": 3}, {"random_states": {}}, {"random_states": {"cpu": torch.zeros(3)}},
-    {"random_states": {"cpu": "state", "cuda": []}}, {"epoch": "two"}, {"epoch": None}, {"best_rsum": [1]}], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"optimizer": 3},
+        {"optimizer": {}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"random_states": 3},
+        {"random_states": {}},
+        {"random_states": {"cpu": torch.zeros(3)}},
+        {"random_states": {"cpu": "state", "cuda": []}},
+        {"epoch": "two"},
+        {"epoch": None},
+        {"best_rsum": [1]},
+    ],
+    ids=str,
+)
 def test_a_damaged_state_of_a_run_is_refused(saved, damage):
     path = saved[0]
     model, optimizer = run_of(2)
     with pytest.raises(InputError, match="--resume"):
-        checkpoint.restore({**checkpoint.load(path), **damage}, path, model, optimizer, options(), print)
+        checkpoint.restore(
+            {**checkpoint.load(path), **damage}, path, model, optimizer, options(), print
+        )
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
@@ -555,6 +767,7 @@ def test_an_optimizer_whose_steps_are_not_one_number_is_refused(saved):
 
 # The newest of a folder's -----------------------------------------------------------------------
 
+
 def write_at(path, when, **changes):
     """A checkpoint that was written `when` seconds into the era."""
     checkpoint.save(str(path), released(**changes))
@@ -566,7 +779,9 @@ def test_the_furthest_checkpoint_of_ours_is_taken_and_of_those_the_latest(tmp_pa
     assert checkpoint.newest(str(folder), said.append) == (None, "")
     write_at(folder / "released.pth.tar", 9, Eiters=99)
     assert checkpoint.newest(str(folder), said.append) == (None, "")
-    assert len(said) == 1 and said.pop().startswith(f"Passed over: {folder / 'released.pth.tar'} has no optimizer")
+    assert len(said) == 1 and said.pop().startswith(
+        f"Passed over: {folder / 'released.pth.tar'} has no optimizer"
+    )
     (folder / "released.pth.tar").unlink()
     write_at(folder / "b.pth.tar", 3, Eiters=8, optimizer={})
     write_at(folder / "c.pth.tar", 5, Eiters=7, optimizer={})
@@ -577,7 +792,12 @@ def test_the_furthest_checkpoint_of_ours_is_taken_and_of_those_the_latest(tmp_pa
         write_at(folder / f"{name}.pth.tar", 9, Eiters=odd, optimizer={})
     content, path = checkpoint.newest(str(folder), said.append)
     assert (path, content["epoch"]) == (str(folder / "a.pth.tar"), 11)
-    assert sorted(os.path.basename(line.split(".pth.tar")[0]) for line in said) == ["broken", "d", "e", "f"]
+    assert sorted(os.path.basename(line.split(".pth.tar")[0]) for line in said) == [
+        "broken",
+        "d",
+        "e",
+        "f",
+    ]
     assert all(line.startswith("Passed over: ") for line in said)
 
 
@@ -589,18 +809,43 @@ def test_the_usual_file_comes_before_others_that_are_further(tmp_path):
     assert checkpoint.newest(str(tmp_path), print)[1] == str(tmp_path / "model_best.pth.tar")
 
 
-@pytest.mark.parametrize("trouble, said", [
-    (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), "checkpoint.pth.tar cannot be read .Stale"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes"), "can't allocate memory"),
-    (MemoryError("no more"), "no more")], ids=str)
-def test_a_file_that_cannot_be_read_at_present_is_not_passed_over(tmp_path, monkeypatch, trouble, said):
+@pytest.mark.parametrize(
+    "trouble, said",
+    [
+        (
+            OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+            "checkpoint.pth.tar cannot be read .Stale",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes"),
+            "can't allocate memory",
+        ),
+        (MemoryError("no more"), "no more"),
+    ],
+    ids=str,
+)
+def test_a_file_that_cannot_be_read_at_present_is_not_passed_over(
+    tmp_path, monkeypatch, trouble, said
+):
     def stale(*_, **__):
         raise trouble
+
     write_at(tmp_path / "model_best.pth.tar", 9, Eiters=500, optimizer={})
     write_at(tmp_path / "checkpoint.pth.tar", 5, Eiters=600, optimizer={})
     monkeypatch.setattr(torch, "load", stale)
     with pytest.raises((InputError, RuntimeError, MemoryError), match=said):
         checkpoint.newest(str(tmp_path), print)
+
+
+@pytest.mark.parametrize("size", [5_000, 20_000, 68_000])
+def test_a_usual_file_that_is_cut_short_is_passed_over_for_the_whole_best_one(tmp_path, size):
+    """PyTorch seeks to before its start, and raises the OSError of a disk."""
+    said, filler = [], torch.ones(80_000)
+    write_at(tmp_path / "model_best.pth.tar", 5, Eiters=500, optimizer={}, filler=filler)
+    write_at(tmp_path / "checkpoint.pth.tar", 9, Eiters=600, optimizer={}, filler=filler)
+    os.truncate(tmp_path / "checkpoint.pth.tar", size)
+    assert checkpoint.newest(str(tmp_path), said.append)[1] == str(tmp_path / "model_best.pth.tar")
+    assert len(said) == 1 and "checkpoint.pth.tar is not a checkpoint, or is cut short" in said[0]
 
 
 def test_a_link_to_nothing_is_passed_over(tmp_path):
@@ -610,7 +855,9 @@ def test_a_link_to_nothing_is_passed_over(tmp_path):
 
 def test_a_checkpoint_that_a_run_from_scratch_would_replace_is_not_passed_over(tmp_path):
     write_at(tmp_path / "checkpoint.pth.tar", 5, Eiters=3)
-    with pytest.raises(InputError, match="--resume auto: .*checkpoint.pth.tar has no optimizer .* another"):
+    with pytest.raises(
+        InputError, match="--resume auto: .*checkpoint.pth.tar has no optimizer .* another"
+    ):
         checkpoint.newest(str(tmp_path), print)
 
 
@@ -624,11 +871,18 @@ def test_when_a_file_was_written_is_seen_to_the_nanosecond(tmp_path):
 
 # A place within an epoch ------------------------------------------------------------------------
 
+
 def progress_with(**changes):
-    """A run's place within its epoch as train.py saves it; changes: {"part" or "part_name": value}."""
-    progress = {"step_in_epoch": 4, "bank": [torch.ones(3, 4), torch.ones(3, 4), torch.tensor([0, 2**31 - 1, 7])],
-                "meters": {"Loss": {"val": 1.5, "avg": 1.25, "sum": 2.5, "count": 2}},
-                "watch": {"bad": 0, "collapsed": 3, "last_good": 0.5, "warned": False}}
+    """A run's progress within its epoch as train.py saves it.
+
+    changes: {"part" or "part_name": value}.
+    """
+    progress = {
+        "step_in_epoch": 4,
+        "bank": [torch.ones(3, 4), torch.ones(3, 4), torch.tensor([0, 2**31 - 1, 7])],
+        "meters": {"Loss": {"val": 1.5, "avg": 1.25, "sum": 2.5, "count": 2}},
+        "watch": {"bad": 0, "collapsed": 3, "last_good": 0.5, "warned": False},
+    }
     for name, value in changes.items():
         part, _, entry = name.partition("__")
         if not entry:
@@ -655,15 +909,34 @@ def test_a_place_within_an_epoch_is_taken_up(saved, changes):
     assert restored(saved, progress) is progress
 
 
-@pytest.mark.parametrize("changes", [
-    {"step_in_epoch": 4.0}, {"step_in_epoch": "4"}, {"step_in_epoch": True}, {"meters__val": "1"},
-    {"meters__avg": None}, {"meters__sum": "1"}, {"meters__count": "2"}, {"watch__bad": "0"}, {"watch__warned": "no"},
-    {"watch__collapsed": None}, {"watch__last_good": "0.5"}, {"bank": []}, {"bank__images": torch.ones(3, 5)},
-    {"bank__images": [1, 2, 3]}, {"bank__images": torch.zeros(1).expand(3, 4)}, {"bank__captions": torch.ones(2, 4)},
-    {"bank__captions": torch.ones(3, 5)}, {"bank__indices": torch.tensor([1, 2])},
-    {"bank__indices": torch.tensor([1.0, 2.0, 3.0])}, {"bank__indices": torch.ones(3, 1, dtype=torch.int64)},
-    {"bank__indices": torch.tensor([1, -1, 2])}, {"bank__indices": torch.tensor([1, 2**31, 2])}],
-    ids=lambda changes: next(iter(changes)))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step_in_epoch": 4.0},
+        {"step_in_epoch": "4"},
+        {"step_in_epoch": True},
+        {"meters__val": "1"},
+        {"meters__avg": None},
+        {"meters__sum": "1"},
+        {"meters__count": "2"},
+        {"watch__bad": "0"},
+        {"watch__warned": "no"},
+        {"watch__collapsed": None},
+        {"watch__last_good": "0.5"},
+        {"bank": []},
+        {"bank__images": torch.ones(3, 5)},
+        {"bank__images": [1, 2, 3]},
+        {"bank__images": torch.zeros(1).expand(3, 4)},
+        {"bank__captions": torch.ones(2, 4)},
+        {"bank__captions": torch.ones(3, 5)},
+        {"bank__indices": torch.tensor([1, 2])},
+        {"bank__indices": torch.tensor([1.0, 2.0, 3.0])},
+        {"bank__indices": torch.ones(3, 1, dtype=torch.int64)},
+        {"bank__indices": torch.tensor([1, -1, 2])},
+        {"bank__indices": torch.tensor([1, 2**31, 2])},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
 def test_a_damaged_place_within_an_epoch_is_refused(saved, changes):
     with pytest.raises(InputError, match="--resume.*damaged"):
         restored(saved, progress_with(**changes))

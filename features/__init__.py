@@ -1,0 +1,4 @@
+"""Feature arrays: made from photos by named networks, described, opened and checked.
+
+A new encoder of photos belongs in encoders.py.
+"""
