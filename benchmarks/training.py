@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from benchmarks.made_up import made_up_model, make_captions
+from benchmarks.made_up import made_up_model, make_captions, make_data
 from benchmarks.timing import Timer, gru_operations, resident_memory, row, spread
 from data import Loader, PrecompDataset
 from inputs.tokenizer import nltk_words
@@ -376,12 +376,8 @@ def bench_bank(options, timer, dataset, model):
 def bench_coco_memory(options, timer, vocab):
     """Measure training's memory on data of COCO's size, the memory-mapped features aside."""
     with tempfile.TemporaryDirectory() as folder:
-        shape = (COCO_IMAGES, COCO_WIDTH)
-        np.lib.format.open_memmap(
-            os.path.join(folder, "train_ims.npy"), "w+", np.float32, shape
-        ).flush()
-        with open(os.path.join(folder, "train_caps.txt"), "w", encoding="utf-8") as file:
-            file.write("\n".join(make_captions(COCO_CAPTIONS, np.random.default_rng(3))))
+        rng = np.random.default_rng(3)
+        make_data(folder, make_captions(COCO_CAPTIONS, rng), COCO_IMAGES, COCO_WIDTH, rng)
         start = time.perf_counter()
         dataset = PrecompDataset(folder, "train", vocab, cache_dir=folder)
         opened = time.perf_counter() - start

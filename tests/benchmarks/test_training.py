@@ -3,12 +3,14 @@
 import torch
 
 import benchmark
+from benchmarks import training
 from benchmarks.made_up import (
     made_up_model,
     made_up_vocabulary,
     make_captions,
     make_data,
 )
+from benchmarks.timing import Timer
 from benchmarks.training import ReferenceModel, reference_batches, step_operations
 from data import Loader, PrecompDataset
 from tests.helpers.made import BENCHMARK
@@ -56,3 +58,13 @@ def test_the_reference_model_embeds_as_ours_does(tmp_path):
     )
     for mine, other in zip(model.forward_emb(*batch), reference(*batch)):
         assert (mine - other).abs().max() < 1e-6
+
+
+def test_memory_on_coco_s_size_is_measured_on_features_that_training_takes(monkeypatch):
+    for name, size in (("IMAGES", 60), ("CAPTIONS", 300), ("WIDTH", 8)):
+        monkeypatch.setattr(training, f"COCO_{name}", size)
+    timer = Timer(torch.device("cpu"), 1)
+    options = benchmark.parse_args(BENCHMARK)
+    (lines,) = training.bench_coco_memory(options, timer, made_up_vocabulary())
+    memory, seconds = (line["ours"]["median"] for line in lines.values())
+    assert 10 < memory < 10_000 and 0 < seconds < 60
