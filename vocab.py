@@ -30,7 +30,14 @@ from runtime.files import check_regular, replacing
 
 # Stands for words that size augmentation hides; the last word of a vocabulary that has it.
 MASK = "<mask>"
-from_txt = read_captions  # its name in VSE++ code
+# Their names in VSE++ code.
+from_txt, from_coco_json = read_captions, read_coco_captions
+
+
+def from_flickr_json(path):
+    """All captions of a Karpathy-layout JSON file, in its order."""
+    return [caption for photo in read_karpathy(path) for caption in photo.captions]
+
 
 # Vocabulary -------------------------------------------------------------------------------------
 
@@ -49,7 +56,7 @@ class Vocabulary:
             self.idx += 1
 
     def __call__(self, word):
-        return self.word2idx.get(word, self.word2idx["<unk>"])
+        return self.word2idx[word if word in self.word2idx else "<unk>"]
 
     def __len__(self):
         return len(self.word2idx)
@@ -57,7 +64,7 @@ class Vocabulary:
     @property
     def words(self):
         """All words, in the order of their numbers."""
-        return [self.idx2word[index] for index in range(len(self.idx2word))]
+        return sorted(self.word2idx, key=self.word2idx.get)  # JSON gives idx2word's keys as text
 
 
 def vocabulary_of(words, source="the word list"):
@@ -99,22 +106,29 @@ def _caption_sources(folder, data_name):
     return [flickr_json_name(data_name)]
 
 
-def build_vocab(data_path, data_name, jsons=None, threshold=4):
+def build_vocab(
+    data_path, data_name, jsons=None, threshold=4, *, caption_file=None, caption_files=None
+):
     """The Vocabulary of the special words and every word that occurs at least `threshold` times.
 
-    Words are in the order of first appearance. jsons: {data_name: [file, ...]} overrides the
-    caption files; names are relative to `<data_path>/<data_name>`.
+    Words are in the order of first appearance.
+
+    jsons: {data_name: [file, ...]}, or the files alone, instead of the data set's own; names are
+        relative to `<data_path>/<data_name>`
+    caption_file, caption_files: SCAN code's names for `jsons`
     """
     counts = Counter()
     folder = os.path.join(data_path, data_name)
-    for name in (jsons or {}).get(data_name) or _caption_sources(folder, data_name):
+    files = jsons or caption_file or caption_files
+    if isinstance(files, dict):
+        files = files.get(data_name)
+    files = [files] if isinstance(files, str) else files
+    for name in files or _caption_sources(folder, data_name):
         path = os.path.join(folder, name)
         if path.endswith(".txt"):
             captions = read_captions(path)
-        elif data_name == "coco":
-            captions = read_coco_captions(path)
         else:
-            captions = [caption for photo in read_karpathy(path) for caption in photo.captions]
+            captions = (from_coco_json if data_name == "coco" else from_flickr_json)(path)
         for caption in captions:
             counts.update(tokenize(caption))
     return vocabulary_of(
@@ -128,18 +142,38 @@ def build_vocab(data_path, data_name, jsons=None, threshold=4):
 
 
 class _VocabularyUnpickler(pickle._Unpickler):
-    """Admits the vocabulary class only, so a stranger's pickle cannot run code.
+    """Admits a class named Vocabulary only, so a stranger's pickle cannot run code.
 
-    Based on the unpickler in Python: the one in C would allocate gigabytes for one damaged number.
+    The class may be of any module: none is imported, and `Record` takes its place. Based on the
+    unpickler in Python: the one in C would allocate gigabytes for one damaged number.
     """
 
     class Record:
         """Takes the pickled attributes, and does nothing."""
 
+    # What pickles of protocols 0 and 1 ask for besides the class.
+    OLDER = {
+        ("copy_reg", "_reconstructor"): lambda kind, base, state: kind(),
+        ("copyreg", "_reconstructor"): lambda kind, base, state: kind(),
+        ("__builtin__", "object"): object,
+        ("builtins", "object"): object,
+    }
+
     def find_class(self, module, name):
-        if (module, name) in {("vocab", "Vocabulary"), ("__main__", "Vocabulary")}:
+        if name == "Vocabulary":
             return self.Record
+        if (module, name) in self.OLDER:
+            return self.OLDER[module, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no vocabulary needs")
+
+
+def _unpickled(file):
+    """The record in a pickle. Python 2's plain strings are bytes: UTF-8, or else Latin-1."""
+    try:
+        return _VocabularyUnpickler(file, encoding="utf-8").load()
+    except UnicodeDecodeError:
+        file.seek(0)
+        return _VocabularyUnpickler(file, encoding="latin-1").load()
 
 
 def _load_pickle(path):
@@ -151,7 +185,7 @@ def _load_pickle(path):
                     f"vocabulary {path} is {kind[0]}, not a vocabulary pickle: {kind[1]}"
                 )
             file.seek(0)
-            record = _VocabularyUnpickler(file).load()
+            record = _unpickled(file)
         return vars(record) if isinstance(record, _VocabularyUnpickler.Record) else None
     except OSError as error:
         raise InputError(f"vocabulary {path} cannot be read ({error.strerror})") from error
@@ -196,6 +230,7 @@ def read_vocabulary(path):
     Raises InputError if the file is broken, contradicts itself, asks to run code, or lacks the
     special words.
     """
+    path = os.fspath(path)
     content = _load_pickle(path) if path.endswith(".pkl") else _load_json(path)
     numbers = content.get("word2idx") if isinstance(content, dict) else None
     if not isinstance(numbers, dict) or not all(isinstance(word, str) for word in numbers):
@@ -243,21 +278,23 @@ def find_vocabulary(vocab_path, data_name):
     return next(iter(found.values()), None)
 
 
+def serialize_vocab(vocab, dest):
+    """Write a Vocabulary to the file `dest` in SCAN's JSON: word2idx, idx2word and idx."""
+    content = {name: getattr(vocab, name) for name in ("word2idx", "idx2word", "idx")}
+    with replacing(os.fspath(dest), "w", encoding="utf-8") as file:
+        json.dump(content, file)
+
+
+deserialize_vocab = read_vocabulary  # its name in SCAN code
+
+
 def write_vocabulary(vocabulary, path):
-    """Write SCAN's JSON (word2idx, idx2word, idx); for a .pkl path the released code's pickle."""
-    if path.endswith(".pkl"):
-        with replacing(path) as file:
-            pickle.dump(vocabulary, file, protocol=2)
+    """Write SCAN's JSON (see `serialize_vocab`); for a .pkl path the released code's pickle."""
+    if not path.endswith(".pkl"):
+        serialize_vocab(vocabulary, path)
         return
-    with replacing(path, "w", encoding="utf-8") as file:
-        json.dump(
-            {
-                "word2idx": vocabulary.word2idx,
-                "idx2word": vocabulary.idx2word,
-                "idx": vocabulary.idx,
-            },
-            file,
-        )
+    with replacing(path) as file:
+        pickle.dump(vocabulary, file, protocol=2)
 
 
 # Script -----------------------------------------------------------------------------------------
