@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from memory_bank import MemoryBank, global_weights
+from memory_bank import MemoryBank, global_weights, numbers_on
 
 
 def cosine_sim(im, s):
@@ -84,23 +84,18 @@ def hal_loss(similarities, alpha=30.0, epsilon=0.3, weights=None, same=None, pos
     same: (B, B) bool, True for an image and another of its captions: such pairs are then no
         negatives. None counts them as negatives, as the released code does.
     positives: (m,) the column of each row's own pair, for similarities (m, n) of m of the batch's n
-        rows. The result is then these rows' share of the loss in one direction: the shares of
-        images and of captions, summed over all processes, are the loss of the whole batch.
+        rows; weights and same are then those of these rows. The result is these rows' share of the
+        loss in one direction: the shares of images and of captions (whose W is transposed), summed
+        over all processes, are the loss of the whole batch.
     """
     similarities = _at_least_float32(similarities)
-    rows, columns = similarities.shape
-    if positives is None and rows != columns:
+    own, pairs = _own_pairs(similarities, positives)
+    if same is not None and same.shape != own.shape:
         raise ValueError(
-            f"hal_loss: the similarities are {rows} x {columns}, not square, so the pairs are not "
-            "on the diagonal: name each row's own column with positives="
+            f"hal_loss: same= is {tuple(same.shape)}, the similarities are {tuple(own.shape)}: it "
+            "says for each of them whether image and caption belong together"
         )
     pair_weights, positive_weights = (1.0, 1.0) if weights is None else weights
-    if positives is None:
-        own = torch.eye(rows, dtype=torch.bool, device=similarities.device)
-        pairs = similarities.diagonal()
-    else:
-        own = positives.unsqueeze(1) == torch.arange(columns, device=similarities.device)
-        pairs = similarities.gather(1, positives.unsqueeze(1)).squeeze(1)
     # As in the released code, the diagonal is zeroed before exp, not left out: it adds exp(-a e) to
     # each sum, or 1 with the bank's weights (W_ii = 0). Leaving it out would change the loss.
     exponents = alpha * pair_weights * (similarities.masked_fill(own, 0) - epsilon)
@@ -109,9 +104,25 @@ def hal_loss(similarities, alpha=30.0, epsilon=0.3, weights=None, same=None, pos
     positive = (1 + (positive_weights * pairs).relu()).log()
     if positives is not None:
         # Each direction carries half of the positive term, so that both together have it once.
-        return (_log_one_plus_sum_exp(exponents, 1) / alpha - positive / 2).sum() / columns
+        return (_log_one_plus_sum_exp(exponents, 1) / alpha - positive / 2).sum() / own.shape[1]
     hubness = (_log_one_plus_sum_exp(exponents, 0) + _log_one_plus_sum_exp(exponents, 1)) / alpha
     return (hubness - positive).mean()
+
+
+def _own_pairs(similarities, positives):
+    """(own (m, n) bool, pairs (m,)): which entry of a row is its own pair, and its similarity."""
+    rows, columns = similarities.shape
+    if positives is not None:
+        positives = numbers_on(similarities.device, positives)
+        own = positives.unsqueeze(1) == torch.arange(columns, device=similarities.device)
+        return own, similarities.gather(1, positives.unsqueeze(1)).squeeze(1)
+    if rows != columns:
+        raise ValueError(
+            f"hal_loss: the similarities are {rows} x {columns}, not square, so the pairs are not "
+            "on the diagonal: name each row's own column with positives="
+        )
+    own = torch.eye(rows, dtype=torch.bool, device=similarities.device)
+    return own, similarities.diagonal()
 
 
 def _log_one_plus_sum_exp(exponents, dim):
@@ -139,18 +150,31 @@ class HAL(nn.Module):
         self.alpha, self.epsilon = alpha, epsilon
 
     def forward(self, im, s=None, ids=None, weights=None):
-        """The scalar loss of embeddings im and s, or of similarities im (B, B) alone.
+        """The loss of embeddings im and s, or of similarities im (B, B) alone: a mean over pairs.
 
         im, s: (B, D), L2-normalised.
-        ids: (B,) the pairs' image numbers; pairs of one image are then no negatives of each other.
+        ids: (B,) the pairs' image numbers, a tensor, list or tuple; pairs of one image are then no
+            negatives of each other.
         weights: as for `hal_loss`.
         """
         if s is not None:
             # Autocast would make this product in half precision, and alpha multiplies its error.
             with torch.autocast(im.device.type, enabled=False):
                 im = cosine_sim(_at_least_float32(im), _at_least_float32(s))
-        same = None if ids is None else ids.unsqueeze(1) == ids.unsqueeze(0)
+        same = None
+        if ids is not None:
+            ids = numbers_on(im.device, ids)
+            same = ids.unsqueeze(1) == ids.unsqueeze(0)
         return hal_loss(im, self.alpha, self.epsilon, weights, same)
+
+    def max_violation_on(self):
+        """Does nothing: for code that switches to the hardest negative after its first epochs.
+
+        HAL weights all negatives from the start, the hardest most.
+        """
+
+    def max_violation_off(self):
+        """Does nothing, as `max_violation_on`."""
 
     def extra_repr(self):
         """The two numbers, for `print(module)`."""

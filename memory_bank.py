@@ -48,11 +48,16 @@ def build_bank(model, batches):
     return MemoryBank(images, captions, indices.to(images.device))
 
 
+def numbers_on(device, numbers):
+    """Whole numbers, a tensor, list or tuple, as an int64 tensor on a device, without waiting."""
+    return torch.as_tensor(numbers).to(device, torch.int64, non_blocking=True)
+
+
 def in_batch(entries, indices):
     """(n,) bool: which entries (n,) are among a batch's indices (B,); never waits for a GPU."""
-    if entries.device.type == "cpu":
-        largest = int(torch.maximum(entries.max(), indices.max()))
-        if largest < LARGEST_TABLE:  # on a CPU, a look-up is faster than a search
+    if entries.device.type == "cpu" and not torch.compiler.is_compiling():
+        smallest, largest = (int(x) for x in torch.cat([entries, indices]).aminmax())
+        if 0 <= smallest and largest < LARGEST_TABLE:  # a look-up is faster than a search
             member = torch.zeros(largest + 1, dtype=torch.bool)
             member[indices] = True
             return member[entries]
@@ -62,6 +67,11 @@ def in_batch(entries, indices):
     return ordered.index_select(0, places) == entries
 
 
+def _exact(part):
+    """Half precision as float32; detached, since no_grad lets forward-mode derivatives through."""
+    return part.detach().to(torch.promote_types(part.dtype, torch.float32))
+
+
 @torch.no_grad()
 def global_weights(
     im, s, similarities, bank, indices, similarity=None, k=250, alpha=40.0, beta=40.0, epsilon=0.1
@@ -69,7 +79,8 @@ def global_weights(
     """HAL's weights of a batch's pairs: (W (B, B), w (B,)), detached, for `loss.hal_loss`.
 
     im, s, similarities: (B, D) embeddings and their (B, B) similarities.
-    bank, indices: a MemoryBank, and (B,) the batch's caption indices, which are left out of it.
+    bank, indices: a MemoryBank, and (B,) the batch's caption indices, which are left out of it;
+        both indices may be any whole numbers, also as lists or tuples.
     similarity: of embeddings (n, D) and (m, D); None is the cosine of L2-normalised ones.
     k: neighbours that count, at most the batch size (as released) and the bank's entries. If none
         is left, all weights are 1, those of the local loss.
@@ -80,12 +91,11 @@ def global_weights(
             "pair is compared with itself: give any numbers that name the captions"
         )
     similarity = similarity or (lambda queries, entries: queries @ entries.t())
-    im, s, similarities, images, captions = (
-        part.to(torch.promote_types(part.dtype, torch.float32))
-        for part in (im, s, similarities, bank.image_embeddings, bank.caption_embeddings)
+    im, s, similarities, images, captions = map(
+        _exact, (im, s, similarities, bank.image_embeddings, bank.caption_embeddings)
     )
     k = min(k, len(similarities), len(bank.indices))
-    excluded = in_batch(bank.indices, indices)
+    excluded = in_batch(*(numbers_on(im.device, part) for part in (bank.indices, indices)))
     # P and Q. Order similarity is not symmetric: as released, captions are its first argument in Q.
     with torch.autocast(im.device.type, enabled=False):
         nearest_captions, nearest_images = (

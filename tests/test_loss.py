@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from loss import (
     HAL,
@@ -30,6 +33,8 @@ from tests.helpers.made import REFERENCE, ROOT
 CASES = json.loads((REFERENCE / "losses.json").read_text())
 
 VSE_INFINITY = json.loads((REFERENCE / "vse_infty" / "losses.json").read_text())
+
+LAST_DIGITS = 1e-15  # what sums of a few float64 numbers may be off by
 
 BANK = ("bank_image_embeddings", "bank_caption_embeddings", "bank_indices")
 
@@ -231,6 +236,33 @@ def test_weighted_hal_equals_the_loop(n):
         [loops.Decimal(float(x)) for x in w],
     )
     assert float(hal_loss(S, 30.0, 0.3, (W, w))) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["local", "with weights"])
+@pytest.mark.parametrize(
+    "image_of", [range(1), range(2), range(24), [i // 3 for i in range(24)]], ids=str
+)
+@pytest.mark.parametrize("alpha, epsilon", [(30.0, 0.7), (5.0, -0.2)])
+def test_hal_and_its_gradient_equal_the_loops_as_far_as_float64_goes(
+    alpha, epsilon, image_of, weighted
+):
+    image_of = list(image_of)
+    n = len(image_of)
+    S, rows = matrix(n, seed=n)
+    S.requires_grad_()
+    draws = torch.Generator().manual_seed(n)
+    W = torch.rand(n, n, generator=draws, dtype=torch.float64).fill_diagonal_(0)
+    w = torch.rand(n, generator=draws, dtype=torch.float64)
+    parts = (
+        [[loops.Decimal(float(x)) for x in row] for row in W],
+        [loops.Decimal(float(x)) for x in w],
+    )
+    exact = (rows, alpha, epsilon, *(parts if weighted else (None, None)), image_of)
+    loss = HAL(alpha, epsilon)(S, ids=image_of, weights=(W, w) if weighted else None)
+    loss.backward()
+    assert loss.item() == pytest.approx(loops.hal(*exact), rel=LAST_DIGITS, abs=LAST_DIGITS)
+    expected = torch.tensor(loops.hal_gradient(*exact), dtype=torch.float64)
+    assert (S.grad - expected).abs().max() < LAST_DIGITS / n
 
 
 def test_where_nothing_can_overflow_local_hal_rounds_like_the_plain_formula():
@@ -446,6 +478,33 @@ def test_other_captions_of_the_same_image_are_no_negatives_if_their_images_are_n
     )
 
 
+@pytest.mark.parametrize(
+    "kind", [torch.tensor, list, tuple, np.array], ids=lambda kind: kind.__name__
+)
+def test_images_may_be_named_by_whatever_a_loader_returns(kind):
+    im, s = embeddings(5), embeddings(5, seed=1)
+    image_of = [2**40, 2**40, -3, 0, -3]
+    expected = loops.hal(loops.similarities(im.tolist(), s.tolist()), 30.0, 0.3, image_of=image_of)
+    assert float(HAL(30.0, 0.3)(im, s, kind(image_of))) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("ids", [[7], [1, 2, 3, 4]], ids=["one", "one too few"])
+def test_images_must_be_named_for_every_pair(ids):
+    """A single number would otherwise stand for all pairs and leave no negative."""
+    with pytest.raises(ValueError, match=rf"same= is \({len(ids)}, {len(ids)}\), .* \(5, 5\)"):
+        HAL()(embeddings(5), embeddings(5, seed=1), ids)
+
+
+def test_switching_hal_to_the_hardest_negative_changes_nothing():
+    """As VSE-infinity's training does, after its warm-up epochs."""
+    im, s = embeddings(5), embeddings(5, seed=1)
+    criterion = HAL()
+    before = float(criterion(im, s))
+    for switch in (criterion.max_violation_on, criterion.max_violation_off):
+        assert switch() is None and float(criterion(im, s)) == before
+        assert "Does nothing" in switch.__doc__
+
+
 def test_a_pair_that_is_no_negative_draws_no_gradient():
     S = matrix(3, seed=5)[0].requires_grad_()
     same = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
@@ -518,10 +577,117 @@ def test_half_precision_is_computed_in_float32(dtype, autocast):
     assert torch.equal(im.grad, exact[0].grad.to(dtype))
 
 
-def test_the_bank_asks_for_indices():
+def test_float16_keeps_gradients_that_the_plain_formula_rounds_to_zero():
+    """Of a batch of 128, HAL loses only those that float16 cannot hold."""
+    S = embeddings(128, 64, 0) @ embeddings(128, 64, 1).t()
+    found, plain = (S.half().requires_grad_() for _ in range(2))
+    HAL(30.0, 0.3)(found).backward()
+    E = torch.exp(30 * (plain.masked_fill(torch.eye(128, dtype=torch.bool), 0) - 0.3))
+    hubness = (torch.log(1 + E.sum(0)) + torch.log(1 + E.sum(1))) / 30
+    (hubness - torch.log(1 + plain.diagonal().relu())).mean().backward()
+    rows = [[loops.Decimal(float(x)) for x in row] for row in found.detach()]
+    exact = torch.tensor(loops.hal_gradient(rows, 30, 0.3), dtype=torch.float64)
+    zeros = [int((slope == 0).sum()) for slope in (found.grad, exact.half(), plain.grad)]
+    assert zeros[0] == zeros[1] < zeros[2] / 2, zeros
+    assert (found.grad.double() - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("missing", ["the bank's", "the batch's"])
+def test_the_bank_asks_for_indices(missing):
     im, s = embeddings(2), embeddings(2, seed=1)
+    of_bank, of_batch = torch.arange(2), torch.arange(2)
+    if missing == "the bank's":
+        of_bank = None
+    else:
+        of_batch = None
     with pytest.raises(ValueError, match="needs the captions' indices"):
-        global_weights(im, s, im @ s.t(), MemoryBank(im, s, None), torch.arange(2))
+        global_weights(im, s, im @ s.t(), MemoryBank(im, s, of_bank), of_batch)
+
+
+# PyTorch's transformations ----------------------------------------------------------------------
+
+NINE = MemoryBank(embeddings(9, seed=2), embeddings(9, seed=3), torch.arange(9))
+INDICES = torch.tensor([2, 5, 20, 21, 22, 23])  # two of them are in the bank
+TRANSFORMED = {
+    "local": lambda im, s: HAL(30.0, 0.3)(im, s),
+    "same images": lambda im, s: HAL(30.0, 0.3)(im, s, torch.tensor([0, 0, 1, 2, 2, 3])),
+    "similarities": lambda im, s: HAL(30.0, 0.3)(im @ s.t()),
+    "a share": lambda im, s: hal_loss(im[2:4] @ s.t(), positives=torch.tensor([2, 3])),
+    "bank": lambda im, s: hal_loss(
+        im @ s.t(), weights=global_weights(im, s, im @ s.t(), NINE, INDICES, k=4)
+    ),
+    "max": lambda im, s: max_margin_loss(im @ s.t()),
+}
+
+
+def with_gradients(function, im, s):
+    """(The loss, its gradients in im and s) of plain autograd."""
+    im, s = im.clone().requires_grad_(), s.clone().requires_grad_()
+    loss = function(im, s)
+    loss.backward()
+    return loss.detach(), im.grad, s.grad
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_torch_compile_takes_the_whole_function(name):
+    """Without a break: fullgraph=True raises at one."""
+    im, s = embeddings(6), embeddings(6, seed=1)
+    torch.compiler.reset()
+    compiled = torch.compile(TRANSFORMED[name], fullgraph=True, backend="aot_eager")
+    for found, expected in zip(
+        with_gradients(compiled, im, s), with_gradients(TRANSFORMED[name], im, s)
+    ):
+        assert (found - expected).abs().max() < 1e-15
+
+
+def test_torch_compile_s_own_code_gives_the_same_loss_and_gradients():
+    im, s = embeddings(6), embeddings(6, seed=1)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        TRANSFORMED["same images"], fullgraph=True, options={"compile_threads": 1}
+    )
+    try:
+        found = with_gradients(compiled, im, s)
+    except torch._inductor.exc.InductorError as error:
+        if "compiler" not in str(error).lower():
+            raise
+        pytest.skip(f"no C++ compiler for torch.compile here: {str(error).splitlines()[0]}")
+    for one, other in zip(found, with_gradients(TRANSFORMED["same images"], im, s)):
+        assert (one - other).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_torch_func_s_gradients_are_autograd_s(name):
+    im, s = embeddings(6), embeddings(6, seed=1)
+    _, *expected = with_gradients(TRANSFORMED[name], im, s)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        found = transform(TRANSFORMED[name], (0, 1))(im, s)
+        assert all((a - b).abs().max() < 1e-15 for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_torch_func_maps_over_batches(name):
+    """Three batches at once, and the gradient of each."""
+    ims, ss = (torch.stack([embeddings(6, seed=seed + k) for seed in range(3)]) for k in (0, 3))
+    found = torch.func.vmap(torch.func.grad_and_value(TRANSFORMED[name], (0, 1)))(ims, ss)
+    for number, (im, s) in enumerate(zip(ims, ss)):
+        loss, *slopes = with_gradients(TRANSFORMED[name], im, s)
+        assert abs(found[1][number] - loss) < 1e-15
+        for one, other in zip(found[0], slopes):
+            assert (one[number] - other).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("name", ["local", "bank"])
+def test_second_derivatives_are_those_of_the_formula(name):
+    """The shift that keeps exp from overflowing is left out of the graph, so that is no matter."""
+    im, s = (e.requires_grad_() for e in (embeddings(6), embeddings(6, seed=1)))
+    weights = global_weights(im, s, im @ s.t(), NINE, INDICES, k=4) if name == "bank" else None
+    assert torch.autograd.gradgradcheck(
+        lambda im, s: hal_loss(5 * im @ s.t(), 3.0, 0.3, weights), (im, s)
+    )
+
+
+# Copied elsewhere, and the bank's indices --------------------------------------------------------
 
 
 def test_indices_of_the_bank_may_be_any_numbers():
@@ -534,6 +700,41 @@ def test_indices_of_the_bank_may_be_any_numbers():
         im, s, im @ s.t(), MemoryBank(im, s, torch.tensor([2**40, 8, 9])), torch.tensor([1, 8, 2])
     )
     assert all(torch.equal(a, b) for a, b in zip(small, large))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor):
+                self.elements = max(self.elements, one.numel())
+        return out
+
+
+@pytest.mark.parametrize("far", [2**40, 2**63 - 1, -1, -(2**62)])
+def test_indices_far_apart_take_no_table_as_long_as_the_largest(far):
+    im, s = embeddings(3), embeddings(3, seed=1)
+    bank = MemoryBank(im, s, [far, 8, 2])
+    with LargestTensor() as largest:
+        found = global_weights(im, s, im @ s.t(), bank, (1, 8, far))
+    one_left = [part[2:].tolist() for part in (im, s)]
+    W, w = loops.global_weights(
+        im.tolist(), s.tolist(), [7, 7, 7], (*one_left, [2]), 3, 40, 40, 0.1
+    )
+    assert largest.elements < 100
+    for part, expected in zip(found, (W, w)):
+        expected = torch.tensor(np.array(expected, dtype=float))
+        assert (part - expected).abs().max() < 1e-12
+
+
+def test_a_bank_without_entries_gives_the_local_loss_s_weights():
+    im, s = embeddings(3), embeddings(3, seed=1)
+    nothing = MemoryBank(embeddings(0), embeddings(0), [])
+    assert all(part.eq(1).all() for part in global_weights(im, s, im @ s.t(), nothing, [1, 2, 3]))
 
 
 @pytest.mark.parametrize("n, temperature", [(1, 0.07), (6, 0.07), (6, 1.0)])
@@ -583,23 +784,63 @@ def test_a_loss_that_is_not_there_is_told(kind, reason):
         find_loss(kind)
 
 
+ALONE = """
+import json, sys
+import numpy as np, torch
+from loss import HAL, SIMILARITIES, hal_loss, max_margin_loss, sum_margin_loss
+from memory_bank import MemoryBank, global_weights
+
+torch.set_num_threads(1)
+folder, here = sys.argv[1:]
+found = {}
+for case in json.load(open(f"{folder}/losses.json")):
+    opt, numbers = case["options"], np.load(f"{folder}/{case['file']}")
+    numbers = {key: torch.from_numpy(np.asarray(value)) for key, value in numbers.items()}
+    im = numbers["image_embeddings"].requires_grad_()
+    s = numbers["caption_embeddings"].requires_grad_()
+    similarity = SIMILARITIES[opt["measure"]]
+    scores, weights = similarity(im, s), None
+    if case["uses_bank"]:
+        bank = MemoryBank(*(numbers[f"bank_{key}"] for key in (
+            "image_embeddings", "caption_embeddings", "indices")))
+        weights = global_weights(
+            im, s, scores, bank, numbers["indices"], similarity, opt["mb_k"],
+            opt["global_alpha"], opt["global_beta"], opt["global_ep_nega"])
+    if opt["max_violation"]:
+        loss = max_margin_loss(scores, opt["margin"])
+    elif opt["sum_violation"]:
+        loss = sum_margin_loss(scores, opt["margin"])
+    else:
+        loss = HAL(opt["local_alpha"], opt["local_ep"])(scores, weights=weights)
+    loss.backward()
+    off = [float((one.grad - numbers[f"grad_{kind}"]).abs().max())
+           for one, kind in ((im, "image"), (s, "caption"))]
+    found[case["name"]] = [abs(float(loss) - case["loss"]), *off]
+files = [module.__file__ or "" for module in sys.modules.values() if hasattr(module, "__file__")]
+print(json.dumps([found, sorted(file for file in files if file.startswith(here))]))
+"""
+
+
 def test_the_two_files_work_by_themselves(tmp_path):
-    """Copied into somebody's own project, with nothing else on the path."""
+    """Copied into an empty folder, with nothing else on the path, they give the released numbers."""
     for name in ("loss.py", "memory_bank.py"):
         shutil.copy(ROOT / name, tmp_path)
-    program = """
-import torch
-from loss import HAL, hal_loss
-from memory_bank import MemoryBank, global_weights
-im, s = torch.eye(4, 8), torch.eye(4, 8).roll(1, 1)
-bank = MemoryBank(im, s, torch.arange(4))
-weights = global_weights(im, s, im @ s.t(), bank, torch.arange(10, 14))
-print(float(HAL()(im, s)), float(hal_loss(im @ s.t(), 30.0, 0.3, weights)))
-"""
+    (tmp_path / "check.py").write_text(ALONE)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "check.py", REFERENCE, ROOT],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert run.returncode == 0 and len(run.stdout.split()) == 2, run.stderr
+    assert run.returncode == 0, run.stderr
+    found, of_this_project = json.loads(run.stdout)
+    assert found.keys() == {case["name"] for case in CASES}
+    assert max(number for numbers in found.values() for number in numbers) < 1e-9
+    inside = [file for file in of_this_project if "site-packages" not in file]
+    assert inside == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")

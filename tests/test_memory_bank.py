@@ -49,8 +49,10 @@ class Elsewhere(torch.Tensor):
         ([7, 8], [8, 7]),
         ([4], [90, 5, 3, 3]),
         ([99, 98], [1, 2]),
+        ([-1, 9, 2], [1, 8, -1]),
+        ([2**40, -(2**62), 3], [-(2**62), 3]),
     ],
-    ids=["any order", "one index", "all", "none", "beyond"],
+    ids=["any order", "one index", "all", "none", "beyond", "negative", "far apart"],
 )
 def test_entries_of_the_batch_are_found(entries, indices, kind):
     found = in_batch(

@@ -79,6 +79,29 @@ def hal(S, alpha, epsilon, pair_weights=None, positive_weights=None, image_of=No
     return float(total / n)
 
 
+def hal_gradient(S, alpha, epsilon, pair_weights=None, positive_weights=None, image_of=None):
+    """The gradient of `hal` in each similarity, as rows of floats."""
+    n, alpha, epsilon = len(S), Decimal(alpha), Decimal(epsilon)
+    W = pair_weights or [[Decimal(1)] * n] * n
+    w = positive_weights or [Decimal(1)] * n
+    image_of = image_of or range(n)
+    E = [[Decimal(0)] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(n):
+            if i == j or image_of[i] != image_of[j]:
+                score = Decimal(0) if i == j else S[i][j]
+                E[i][j] = (alpha * W[i][j] * (score - epsilon)).exp()
+    gradient = [[0.0] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(n):
+            row, column = 1 + sum(E[i]), 1 + sum(E[k][j] for k in range(n))
+            slope = W[i][j] * (E[i][j] / row + E[i][j] / column)
+            if i == j:
+                slope = -w[i] / (1 + w[i] * S[i][i]) if w[i] * S[i][i] > 0 else Decimal(0)
+            gradient[i][j] = float(slope / n)
+    return gradient
+
+
 def global_weights(
     images, captions, indices, bank, k, alpha, beta, epsilon, positive_epsilon=0.2, measure="cosine"
 ):
