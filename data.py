@@ -5,21 +5,32 @@ from the features, on the device that holds them. The order of an epoch depends 
 and the epoch's number.
 
 Every data set has `n_images` and `image_of`: each caption's image number, (C,) int64 on the CPU.
+
+"VSE++ code" below means VSE++ and the codes derived from it. `get_loaders` and the others work as
+each of them calls them, and a loop over a loader gets that code's batches (see `HANDED`).
 """
 
 import contextlib
+import copy
 import io
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from features.files import map_array, open_features, read_ids, rows_at_a_time
+from features.files import (
+    CAPTIONS_PER_IMAGE,
+    map_array,
+    open_features,
+    read_ids,
+    rows_at_a_time,
+)
 from features.layout import caption_layout, first_of, image_by_image, within_cap
 from inputs.augmentation import drop_regions, drop_words, kept_regions
 from inputs.captions import (
@@ -41,11 +52,13 @@ from inputs.photos import (
 from inputs.word_ids import by_length, number_words
 from layers.pooling import region_lengths
 from runtime.device import to_device
-from runtime.errors import InputError
+from runtime.errors import InputError, left_out
 from runtime.seeds import seed_for
 from vocab import MASK
 
 FULL_IMG_DIM = 4096  # the released code's default; unused with raw images
+CROP_SIZE = 224  # SCAN's calls name none
+DROPPED = 0.2  # the share of words and regions that VSE-infinity's training loader leaves out
 WORD_DRAW, REGION_DRAW = 3, 4  # seed size augmentation; 0 to 2 seed the orders (Loader.batches)
 WORKER_GRACE = 20  # seconds that a worker outlives SIGTERM
 DEV_CAPTIONS = 5000  # the released code's cap on the dev split
@@ -53,17 +66,20 @@ DEV_CAPTIONS = 5000  # the released code's cap on the dev split
 # Data sets --------------------------------------------------------------------------------------
 
 
-class PrecompDataset:
+class PrecompDataset(torch.utils.data.Dataset):
     """Precomputed features `<data_path>/<split>_ims.npy` with captions `<split>_caps.txt`.
 
     Features are (n_images, img_dim), or (n_images, regions, img_dim). They stay memory-mapped
     unless `place` moves them. `features.layout.caption_layout` finds out which captions belong to
     an image.
 
+    reading: how captions are read (see `inputs.tokenizer.tokenize`), or options that may say so.
     img_dim: the expected width (default: any).
     cache_dir: see `inputs.word_ids.number_words`.
     together: order captions image by image, instead of as in the file.
-    Attributes: names, the images' names or None; lines, the captions' positions in the file.
+    Attributes: names, the images' names or None; lines, the captions' positions in the file; and
+    those that VSE++ code reads: vocab, captions, images (a tensor), length (captions), im_div
+    (caption c has the row c // im_div; None if no number says it).
     Raises InputError if a file is missing or broken, the files do not fit each other, or the width
     is not `img_dim`.
     """
@@ -78,6 +94,8 @@ class PrecompDataset:
         cache_dir=None,
         together=False,
     ):
+        if not isinstance(reading, str):  # VSRN code passes its options in this place
+            reading = getattr(reading, "caption_reading", None) or "text"
         caption_file = os.path.join(data_path, f"{data_split}_caps.txt")
         feature_file = os.path.join(data_path, f"{data_split}_ims.npy")
         if not os.path.isdir(data_path):
@@ -108,7 +126,8 @@ class PrecompDataset:
         self.word_ids = self.placed_word_ids = number_words(
             self.captions, vocab, reading, cache_dir
         )
-        self.lengths = self.word_ids.lengths
+        self.lengths, self.vocab, self.length = self.word_ids.lengths, vocab, len(self.captions)
+        self.im_div = _divisor(self.row_of)
         self.device, self.placed_row_of = torch.device("cpu"), self.row_of
         self.drops_words = self.drops_regions = self.region_counts = None
 
@@ -262,6 +281,100 @@ def _blank_end_named(captions, caption_file):
         ) from error
 
 
+def _divisor(row_of):
+    """The number d for which caption c has the row c // d: 1 or 5; None if neither fits."""
+    each = torch.arange(len(row_of))
+    fitting = (d for d in (1, CAPTIONS_PER_IMAGE) if torch.equal(row_of, each // d))
+    return next(fitting, None)
+
+
+# Batches as other codes take them ---------------------------------------------------------------
+
+
+def _four(batch):
+    """VSE++'s and SCAN's parts: images, captions, lengths, ids; the last two as lists of int."""
+    images, captions, lengths, ids, _ = batch
+    return images, captions, lengths.tolist(), ids.tolist()
+
+
+def _five(batch):
+    """HAL's parts: images, captions, lengths, ids, indices; the last three as lists of int."""
+    return *_four(batch), batch[4].tolist()
+
+
+def _with_image_lengths(batch):
+    """VSE-infinity's parts: images, image lengths (B,) float, captions, lengths, ids.
+
+    Photos have no lengths, and come in four parts.
+    """
+    images, *rest = _four(batch)
+    counts = (region_lengths(images).float(),) if images.dim() == 3 else ()
+    return images, *counts, *rest
+
+
+# How each code's loader hands over a batch that `load` gives. Lists of int work wherever the
+# released tuples do, and index an array as well.
+HANDED = {"vsepp": _four, "hal": _five, "vse_infty": _with_image_lengths}
+
+
+def _code_of(opt):
+    """Whose batches go with the options: HAL's have `local_alpha`, VSE-infinity's a warm-up."""
+    if hasattr(opt, "local_alpha"):
+        return "hal"
+    return "vse_infty" if hasattr(opt, "vse_mean_warmup_epochs") else "vsepp"
+
+
+class _Call(NamedTuple):
+    """What a call of `get_loaders` or `get_test_loader` asks for."""
+
+    data_name: str
+    vocab: object
+    crop_size: int
+    batch_size: int
+    workers: int
+    opt: object
+    code: str  # one of HANDED
+
+
+def _as_vsepp(data_name, vocab, crop_size, batch_size, workers, opt):
+    code = "hal" if _code_of(opt) == "hal" else "vsepp"
+    return _Call(data_name, vocab, crop_size, batch_size, workers, opt, code)
+
+
+def _as_scan(data_name, vocab, batch_size, workers, opt):
+    if _code_of(opt) == "vse_infty":
+        return _as_vse_infty(opt.data_path, data_name, vocab, batch_size, workers, opt)
+    return _Call(data_name, vocab, CROP_SIZE, batch_size, workers, opt, "vsepp")
+
+
+def _as_vse_infty(data_path, data_name, vocab, batch_size, workers, opt):
+    if getattr(opt, "precomp_enc_type", "basic") == "backbone":
+        raise InputError(
+            "VSE-infinity's grid branch (precomp_enc_type backbone) has no loader here: extract "
+            "features with extract_features.py, or call get_loaders(data_name, vocab, crop_size, "
+            "batch_size, workers, opt) for photos"
+        )
+    own = is_precomputed(data_name) and os.path.isdir(os.path.join(data_path, data_name))
+    opt = with_found(opt, data_path=data_path)
+    name = data_name if own else "precomp"
+    return _Call(name, vocab, CROP_SIZE, batch_size, workers, opt, "vse_infty")
+
+
+def _call(*arguments, **named):
+    """Recognise whose call this is: by a path in front, or by the number of arguments."""
+    if "data_path" in named or len(arguments) > 1 and isinstance(arguments[1], str):
+        return _as_vse_infty(*arguments, **named)
+    with_crop = "crop_size" in named or len(arguments) + len(named) == 6
+    return (_as_vsepp if with_crop else _as_scan)(*arguments, **named)
+
+
+def with_found(opt, **found):
+    """A copy of the options with what was found out after they were parsed."""
+    opt = copy.copy(opt)
+    vars(opt).update(found)
+    return opt
+
+
 # Loaders ----------------------------------------------------------------------------------------
 
 
@@ -270,11 +383,14 @@ class Loader:
 
     Each pass over a shuffled loader is the next epoch, from 0, and augmented if the data set is.
     Once `epoch` is set, each pass is that epoch.
+
+    code: whose batches a pass gives, one of HANDED (default: those of `load`, as tensors).
     """
 
-    def __init__(self, dataset, batch_size, shuffle=False, workers=0, seed=0):
+    def __init__(self, dataset, batch_size, shuffle=False, workers=0, seed=0, code=None):
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
         self.workers, self.seed, self.epoch, self.passes = workers, seed, None, 0
+        self.code = code
 
     def __len__(self):
         return -(-len(self.dataset) // self.batch_size)
@@ -302,7 +418,8 @@ class Loader:
         epoch = self.epoch
         if epoch is None:
             epoch, self.passes = self.passes, self.passes + 1
-        return self.load(self.batches(epoch=epoch), epoch, augmented=self.shuffle)
+        batches = self.load(self.batches(epoch=epoch), epoch, augmented=self.shuffle)
+        return map(HANDED[self.code], batches) if self.code else batches
 
 
 def get_dataset(split, data_name, vocab, crop_size, opt, together=False):
@@ -351,46 +468,81 @@ def get_dataset(split, data_name, vocab, crop_size, opt, together=False):
     )
 
 
-def get_loaders(data_name, vocab, crop_size, batch_size, workers, opt):
-    """The shuffled training loader and the dev loader.
+def get_loaders(*arguments, **named):
+    """The shuffled training loader and the dev loader, as any of these codes calls it.
 
-    Sets opt.img_dim and, for regions, opt.image_pooling if they are None, and opt.regions to the
-    number of regions.
+    VSE++, HAL: (data_name, vocab, crop_size, batch_size, workers, opt). A pass gives HAL's batches
+        of five parts if opt has `local_alpha`, else VSE++'s of four.
+    SCAN: (data_name, vocab, batch_size, workers, opt), batches of four parts.
+    VSE-infinity: (data_path, data_name, vocab, batch_size, workers, opt), its batches of five, and
+        its augmentation of the training set. The features are those in `<data_path>/precomp`.
     """
-    train = get_dataset("train", data_name, vocab, crop_size, opt)
-    precomputed = is_precomputed(data_name)
-    if getattr(opt, "img_dim", None) is None:
-        opt.img_dim = train.images.shape[-1] if precomputed else FULL_IMG_DIM
-    if precomputed and train.images.dim() == 3:
-        opt.regions = train.images.shape[1]
-        if not getattr(opt, "cross_attn", None):
-            opt.image_pooling = getattr(opt, "image_pooling", None) or "mean"
+    call = _call(*arguments, **named)
+    train = get_dataset("train", call.data_name, call.vocab, call.crop_size, call.opt)
+    opt = with_found(call.opt, **found_form(train, call.opt))
     check_form(train, opt)
-    if getattr(opt, "drop_words", 0) or getattr(opt, "drop_regions", 0):
-        if not precomputed:
-            raise InputError(
-                f"--drop_words and --drop_regions are for precomputed features, and {data_name} "
-                "holds photos: leave them out"
-            )
-        train.augment(opt.drop_words, opt.drop_regions, vocab, opt.seed)
+    _augment(train, call, opt)
     return (
-        Loader(train, batch_size, shuffle=True, workers=workers, seed=getattr(opt, "seed", 0)),
-        get_test_loader("dev", data_name, vocab, crop_size, batch_size, workers, opt),
+        Loader(
+            train,
+            call.batch_size,
+            shuffle=True,
+            workers=call.workers,
+            seed=getattr(opt, "seed", 0),
+            code=call.code,
+        ),
+        _test_loader("dev", call._replace(opt=opt)),
     )
+
+
+def _augment(train, call, opt):
+    """Augment the training set as the options say; as VSE-infinity calls it, at its rates."""
+    usual = DROPPED if call.code == "vse_infty" else 0
+    words, regions = (getattr(opt, name, usual) for name in ("drop_words", "drop_regions"))
+    if not words and not regions:
+        return
+    if not is_precomputed(call.data_name):
+        raise InputError(
+            f"--drop_words and --drop_regions are for precomputed features, and {call.data_name} "
+            "holds photos: leave them out"
+        )
+    if usual and MASK not in call.vocab.word2idx:
+        raise InputError(
+            f"VSE-infinity's loader hides words behind {MASK}, which the vocabulary lacks: call "
+            f"vocab.add_word('{MASK}') first, as its train.py does"
+        )
+    train.augment(words, regions, call.vocab, getattr(opt, "seed", 0))
+
+
+def found_form(dataset, opt):
+    """{option: value} that the training features decide: their width, and the pooling of regions.
+
+    opt's own img_dim and image_pooling stay, if it has them.
+    """
+    features = getattr(dataset, "images", None)
+    width = FULL_IMG_DIM if features is None else features.shape[-1]
+    found = {} if getattr(opt, "img_dim", None) else {"img_dim": width}
+    if features is not None and features.dim() == 3:
+        found["regions"] = features.shape[1]
+        if not getattr(opt, "cross_attn", None):
+            found["image_pooling"] = getattr(opt, "image_pooling", None) or "mean"
+    return found
 
 
 def check_form(dataset, opt):
     """Raise InputError if the data set's features are not of the form that the model takes.
 
-    The options describe the model: over vectors, or over a number of regions.
+    The options describe the model: over vectors, or over a number of regions. Those of other codes
+    may say nothing of it, and then features of any form will do.
     """
+    says = hasattr(opt, "image_pooling") or hasattr(opt, "cross_attn")
     shape = getattr(getattr(dataset, "images", None), "shape", ())
     expected = getattr(opt, "regions", None)
     over_regions = (
         bool(getattr(opt, "image_pooling", None) or getattr(opt, "cross_attn", None))
         or getattr(opt, "precomp_enc_type", "basic") == "mlp"
     )
-    if len(shape) == 3 and not over_regions:
+    if len(shape) == 3 and says and not over_regions:
         raise InputError(
             f"the model works over vectors, but the features are {shape[1]} regions per image, of "
             f"shape {tuple(shape)}: evaluate it on features like those of its training"
@@ -408,14 +560,95 @@ def check_form(dataset, opt):
         )
 
 
-def get_test_loader(split_name, data_name, vocab, crop_size, batch_size, workers, opt):
-    """An unshuffled loader of one split, with the captions image by image."""
-    dataset = get_dataset(split_name, data_name, vocab, crop_size, opt, together=True)
-    check_form(dataset, opt)
+def get_test_loader(split_name, *arguments, **named):
+    """An unshuffled loader of one split, with the captions image by image.
+
+    The further arguments are those of `get_loaders`, as any of the codes has them. VSE-infinity's
+    data_path may be left out, as in its code: opt has it.
+    """
+    return _test_loader(split_name, _call(*arguments, **named))
+
+
+def _test_loader(split, call):
+    dataset = get_dataset(
+        split, call.data_name, call.vocab, call.crop_size, call.opt, together=True
+    )
+    check_form(dataset, call.opt)
     if isinstance(dataset, ImageDataset):
         # Evaluation of the training split is not augmented either.
-        dataset.transform = image_transform(False, crop_size)
-    return Loader(dataset, batch_size, workers=workers)
+        dataset.transform = image_transform(False, call.crop_size)
+    return Loader(dataset, call.batch_size, workers=call.workers, code=call.code)
+
+
+def get_precomp_loader(
+    data_path, data_split, vocab, opt, batch_size=100, shuffle=True, num_workers=2
+):
+    """A loader of one split of the features in the folder `data_path`, as VSE++ code calls it."""
+    reading, cache_dir = (getattr(opt, name, None) for name in ("caption_reading", "cache_dir"))
+    dataset = PrecompDataset(
+        data_path, data_split, vocab, reading or "text", getattr(opt, "img_dim", None), cache_dir
+    )
+    seed = getattr(opt, "seed", 0)
+    return Loader(dataset, batch_size, shuffle, num_workers, seed, _code_of(opt))
+
+
+def get_loader_single(
+    data_name,
+    split,
+    root,
+    json,
+    vocab,
+    transform,
+    batch_size=100,
+    shuffle=True,
+    num_workers=2,
+    ids=None,
+    collate_fn=None,
+):
+    """PyTorch's loader of photos, as VSE++ code calls it; data_name: coco, or a Karpathy file's.
+
+    collate_fn: default `data.collate_fn`.
+    """
+    if "coco" in data_name:
+        dataset = CocoDataset(root, json, vocab, transform, ids)
+    else:
+        dataset = FlickrDataset(root, json, split, vocab, transform)
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size,
+        shuffle,
+        num_workers=num_workers,
+        collate_fn=collate_fn or globals()["collate_fn"],
+        pin_memory=torch.cuda.is_initialized(),
+    )
+
+
+def get_transform(data_name, split_name, opt):
+    """The photos' transform of a split, as VSE++ code calls it; opt: crop_size."""
+    return image_transform(split_name == "train", opt.crop_size)
+
+
+def get_paths(path, name="coco", use_restval=False):
+    """Where a data set of photos lies, as VSE++ code asks: (roots, ids).
+
+    path: the data set's folder
+    roots: {split: {"img": folder, "cap": annotation file}} of train, val and test
+    ids: {split: caption ids of COCO, else None}; with use_restval, train has pairs of all of them
+    """
+    if name != "coco":
+        where = {
+            "img": os.path.join(path, "images"),
+            "cap": os.path.join(path, flickr_json_name(name)),
+        }
+        splits = "train", "val", "test"
+        return {split: dict(where) for split in splits}, dict.fromkeys(splits)
+    roots, ids = {}, {}
+    for split, own in (("train", "train"), ("val", "dev"), ("test", "test")):
+        parts = _coco_sources(path, own, use_restval)
+        images, captions, ids[split] = (part[0] if len(part) == 1 else part for part in parts)
+        roots[split] = {"img": images, "cap": captions}
+    ids["val"] = ids["val"][:DEV_CAPTIONS]
+    return roots, ids
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -460,6 +693,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.image_of = image_of[self.lines]
         self.image_files, self.n_images = image_files, len(image_files)
         self.names = [os.path.basename(path) for path in image_files]
+        self.vocab, self.length = vocab, len(self.captions)
         self.word_ids = number_words(self.captions, vocab, reading, cache_dir)
         self.transform, self.seed, self.epoch = transform, seed, None
         # In shared memory, so that the workers' requests count.
@@ -494,7 +728,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.transform(picture) if self.transform else picture
 
     def load(self, batches, workers=0, epoch=0, augmented=False):
-        """Yield a batch from `collate_fn` for each (B,) tensor of caption indices.
+        """Yield a batch from `_collate` for each (B,) tensor of caption indices.
 
         augmented: ignored, since the photos' transform decides.
         """
@@ -503,7 +737,7 @@ class ImageDataset(torch.utils.data.Dataset):
             torch.utils.data.DataLoader(
                 self,
                 batch_sampler=[batch.tolist() for batch in batches],
-                collate_fn=collate_fn,
+                collate_fn=_collate,
                 pin_memory=torch.cuda.is_initialized(),
                 **_worker_options(workers),
             )
@@ -683,18 +917,29 @@ def _read_coco(path):
         ) from error
 
 
-def collate_fn(samples):
+def _collate(samples):
     """Make a batch of samples (image, word ids, caption index, image index), longest caption first.
 
-    Returns images, captions (B, T) padded with 0, lengths (B,), ids (B,) and indices (B,). The last
-    two are the same, the captions' positions in their file.
+    Returns tensors: images, captions (B, T) padded with 0, lengths (B,), ids (B,) and indices (B,).
+    The last two are the same, the captions' positions in their file.
     """
-    lengths = torch.tensor([len(words) for _, words, _, _ in samples])
+    lengths = torch.tensor([len(words) for _, words, *_ in samples])
     order = by_length(lengths)
-    images, words, indices, _ = zip(*[samples[number] for number in order.tolist()])
+    images, words, indices, *_ = zip(*[samples[number] for number in order.tolist()])
+    words = [torch.as_tensor(one).long() for one in words]  # other codes keep them as floats
     captions = torch.nn.utils.rnn.pad_sequence(words, batch_first=True)
     indices = torch.tensor(indices)
-    return torch.stack(images), captions, lengths[order], indices, indices
+    return torch.stack([*map(torch.as_tensor, images)]), captions, lengths[order], indices, indices
+
+
+def collate_fn(samples, code="hal"):
+    """Make a batch for PyTorch's own loader, of a data set of this file or one like it.
+
+    samples: (image, word ids, caption index, image index) each
+    code: whose batch, one of HANDED. Samples do not tell, so VSE++'s and SCAN's of four parts come
+        by `collate_fn=functools.partial(collate_fn, code="vsepp")`.
+    """
+    return HANDED[code](_collate(samples))
 
 
 def _coco_ids(folder, split):
@@ -705,24 +950,13 @@ def _coco_ids(folder, split):
     return ids.ravel()
 
 
-def coco_dataset(folder, split, vocab, transform, use_restval, **options):
-    """The CocoDataset of a split below `folder`.
-
-    use_restval: add the restval captions to train; otherwise a note says how many they are.
-    """
+def _coco_sources(folder, split, use_restval):
+    """(image folders, annotation files, arrays of caption ids) of a split, usually one of each."""
     source = {"train": "train"}.get(split, "val")
     parts = [(source, _coco_ids(folder, split))]
-    if split == "dev":
-        options["most"] = DEV_CAPTIONS
     if split == "train" and use_restval:
         parts.append(("val", _coco_ids(folder, "restval")))
-    elif split == "train" and os.path.exists(f"{folder}/annotations/coco_restval_ids.npy"):
-        print(
-            f"note: {len(_coco_ids(folder, 'restval'))} captions of split restval of {folder} are "
-            "left out: --use_restval trains on them, too",
-            file=sys.stderr,
-        )
-    roots, jsons, ids = zip(
+    return zip(
         *[
             (
                 os.path.join(folder, "images", f"{part}2014"),
@@ -732,4 +966,34 @@ def coco_dataset(folder, split, vocab, transform, use_restval, **options):
             for part, part_ids in parts
         ]
     )
+
+
+def coco_dataset(folder, split, vocab, transform, use_restval, **options):
+    """The CocoDataset of a split below `folder`.
+
+    use_restval: add the restval captions to train; otherwise a note says how many they are.
+    """
+    roots, jsons, ids = _coco_sources(folder, split, use_restval)
+    if split == "dev":
+        options["most"] = DEV_CAPTIONS
+    restval = f"{folder}/annotations/coco_restval_ids.npy"
+    if split == "train" and not use_restval and os.path.exists(restval):
+        print(
+            f"note: {len(_coco_ids(folder, 'restval'))} captions of split restval of {folder} are "
+            "left out: --use_restval trains on them, too",
+            file=sys.stderr,
+        )
     return CocoDataset(roots, jsons, vocab, transform, ids, **options)
+
+
+__getattr__ = left_out(
+    __name__,
+    {
+        "PrecompRegionDataset": "use PrecompDataset(folder, split, vocab), or get_loaders, which "
+        "augments as VSE-infinity does",
+        "RawImageDataset": "use FlickrDataset or CocoDataset, or get_loaders of a data set of "
+        "photos",
+        "get_loader": "use get_loaders, get_test_loader or get_precomp_loader",
+        "process_caption": "use inputs.tokenizer.tokenize, and number the words by the Vocabulary",
+    },
+)

@@ -24,7 +24,7 @@ from contextlib import nullcontext, suppress
 import torch
 from tqdm import tqdm
 
-from data import get_loaders
+from data import found_form, get_loaders, with_found
 from evaluation import embed, split_loss
 from features.description import features_of
 from inputs import sample_data
@@ -99,11 +99,6 @@ def load_start(opt):
         log("Captions are read as the released code reads them (--caption_reading released)")
     found = {"resume": resume, "caption_reading": reading}
     return content, features or (known if resume else None), found
-
-
-def with_found(opt, **found):
-    """A copy of the options with what was found out after they were parsed."""
-    return type(opt)(**{**vars(opt), **found})
 
 
 def get_vocabulary(opt, start):
@@ -446,6 +441,7 @@ def set_up(opt, device):
             opt,
         )
     )
+    opt = with_found(opt, **found_form(loaders[0].dataset, opt))
     check_data(loaders, vocabulary)
     for loader in loaders:
         loader.dataset.place(device, opt.features_on_device)

@@ -21,6 +21,25 @@ class InputError(Exception):
         super().__init__(" ".join(str(message).splitlines()))
 
 
+def left_out(module, instead):
+    """A module's `__getattr__`: calling a name that was left out says in one sentence what to use.
+
+    instead: {name: what to use}. The names can be imported, so a file that imports more than it
+    calls works.
+    """
+
+    def find(name):
+        if name not in instead:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+        def refuse(*_, **__):
+            raise InputError(f"{module}.{name} is left out here: {instead[name]}")
+
+        return refuse
+
+    return find
+
+
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Adds a flag's default to its help, unless the help mentions it already."""
 

@@ -12,7 +12,7 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from runtime.errors import ArgumentParser, InputError, Output, number, run_script
+from runtime.errors import ArgumentParser, InputError, Output, left_out, number, run_script
 from tests.helpers.made import ROOT, in_shell
 
 
@@ -373,3 +373,11 @@ def test_a_path_of_no_name_is_refused_by_its_flag(script, flag, text):
             InputError, match=f"argument --{flag}: it is empty: give a name, or leave the flag out"
         ):
             importlib.import_module(script).parse_args([f"--{flag}", text])
+
+
+def test_a_name_left_out_says_what_to_use_once_it_is_called():
+    find = left_out("data", {"get_loader": "use get_loaders"})
+    with pytest.raises(InputError, match="^data.get_loader is left out here: use get_loaders$"):
+        find("get_loader")("folder", batch_size=3)
+    with pytest.raises(AttributeError, match="module 'data' has no attribute 'get_other'"):
+        find("get_other")
