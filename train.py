@@ -43,7 +43,7 @@ from runtime.files import lock
 from runtime.finite import check_size
 from runtime.seeds import own_draws, seed_for
 from training import checkpoint, run_record
-from training.options import SCAN_DEFAULTS, parse_args
+from training.options import SCAN_DEFAULTS, model_in_words, parse_args
 from training.run import (
     Run,
     bring_best,
@@ -111,7 +111,7 @@ def get_vocabulary(opt, start):
         start["opt"].vocab_path = opt.vocab_path
         vocabulary, is_new = checkpoint.vocabulary(start, opt.resume or opt.init_from), False
     else:
-        vocabulary = find_vocabulary(opt.vocab_path, opt.data_name)
+        vocabulary = find_vocabulary(opt.vocab_path, opt.vocab_name or opt.data_name)
         is_new = vocabulary is None
         vocabulary = vocabulary or build_vocab(opt.data_path, opt.data_name)
         if opt.drop_words:
@@ -480,24 +480,17 @@ def first_look(run, device, products):
     opt = run.opt
     for loader, split in ((run.train_loader, "train"), (run.val_loader, "dev")):
         yield unknown_in_words(loader.dataset.word_ids, split)
-    model = f"SCAN {opt.cross_attn}" if opt.cross_attn else "VSE"
-    reader = (
-        "transformer" if opt.text_encoder != "gru" else "bidirectional GRU" if opt.bi_gru else "GRU"
-    )
-    loss = run.criterion.entry.title.format(**vars(opt)) + (
-        " with the bank" if opt.memory_bank else ""
-    )
     photos = run.train_loader.dataset.n_images
     yield (
-        f"Training {model}, {reader}, {loss}, {opt.embed_size:,} dimensions, on {opt.data_name} "
+        f"Training {model_in_words(opt)}, {opt.embed_size:,} dimensions, on {opt.data_name} "
         f"({photos:,} photos), {device}"
     )
     of_scan = [name for name, value in SCAN_DEFAULTS.items() if getattr(opt, name) != value]
-    if of_scan and not opt.cross_attn:
+    if of_scan and not opt.cross_attn and opt.model_family != "vse_infty":
         flags = ", ".join(f"--{name}" for name in of_scan)
         yield (
             f"Note: {flags} would be SCAN's and has no effect here, since a VSE is trained: "
-            "add --cross_attn t2i or i2t for SCAN"
+            "add --model_family scan for SCAN with its defaults, or --cross_attn t2i or i2t"
         )
     yield (
         f"Device: {device}, float32 products: {products}, amp: "
@@ -507,7 +500,7 @@ def first_look(run, device, products):
 
 def write_new(vocabulary, opt):
     """Write the vocabulary that training has built; called once its data have proved good."""
-    path = vocabulary_path(opt.vocab_path, opt.data_name)
+    path = vocabulary_path(opt.vocab_path, opt.vocab_name or opt.data_name)
     write_vocabulary(vocabulary_of([word for word in vocabulary.words if word != MASK]), path)
     log(f"There was no vocabulary: built {path} with {len(vocabulary)} words")
 
