@@ -13,6 +13,8 @@ the nearest items and SCAN orders them.
         --model_path runs/t2i/model_best.pth.tar runs/i2t/model_best.pth.tar
     python3 compute_results.py --data_path data --rerank 100 \\
         --model_path runs/vse/model_best.pth.tar runs/i2t/model_best.pth.tar
+
+`--export` writes the evaluated model for another code, or as a folder to be published.
 """
 
 import signal
@@ -21,7 +23,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Ctrl-C during the imports ends without a traceback; run_script sets its own handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import argparse
 import os
+import sys
 from functools import partial
 
 from evaluation import (
@@ -51,6 +55,9 @@ from runtime.errors import (
     refuse_useless,
     run_script,
 )
+from runtime.files import check_new
+from training import export
+from training.model_folder import model_type
 
 
 def parse_args(argv=None):
@@ -62,6 +69,8 @@ def parse_args(argv=None):
     add_machine_flags(parser.add_argument_group("how"))
     add_output_flags(parser.add_argument_group("what to write"))
     options = parser.parse_args(argv)
+    if options.dataset is not None:
+        raise InputError(of_eval(options))
     take_members(options)
     check_useless_flags(options)
     check_correction_splits(options)
@@ -69,16 +78,27 @@ def parse_args(argv=None):
     return options
 
 
+def of_eval(options):
+    """The sentence for the flags of VSE-infinity's eval.py, which reads fixed folders."""
+    name = options.dataset
+    return (
+        "--dataset is of VSE-infinity's eval.py; its command is here: python3 compute_results.py "
+        f"--model_path runs/release_weights/{name}_butd_region_bigru/model_best.pth --data_path "
+        f"{options.data_path or f'/tmp/data/{name}'} --data_name precomp --vocab_path "
+        f"/tmp/data/vocab --split {'testall' if name == 'coco' else 'test'}"
+    )
+
+
 def add_checkpoint_flags(group):
     """The model or models."""
     group.add_argument(
         "--model_path",
-        type=path_type,
+        type=model_type,
         nargs="+",
         metavar="FILE",
         default="runs/runX/model_best.pth.tar",
-        help="checkpoint; several, any mix of VSE and SCAN, are evaluated as one by the mean of "
-        "their similarities",
+        help="checkpoint, or a folder of --export; several, any mix of VSE and SCAN, are evaluated "
+        "as one by the mean of their similarities",
     )
     group.add_argument(
         "--rerank",
@@ -121,6 +141,7 @@ def add_data_flags(group):
         choices=["train", "dev", "val", "test", "testall"],
         help="split of the data set",
     )
+    group.add_argument("--dataset", help=argparse.SUPPRESS)  # of VSE-infinity's eval.py
     group.add_argument("--fold5", action="store_true", help="mean over five equal folds (COCO 1K)")
     group.add_argument(
         "--eccv",
@@ -215,6 +236,18 @@ def add_output_flags(group):
         metavar="DIR",
         help="with --report: folder of the photos, named as in <split>_ids.txt",
     )
+    group.add_argument(
+        "--export",
+        type=path_type,
+        metavar="FOLDER",
+        help="write the model to a new folder, with its vocabulary and the figures",
+    )
+    group.add_argument(
+        "--export_for",
+        choices=export.KINDS,
+        help="with --export: a checkpoint for the released code of HAL, VSE++, SCAN or "
+        "VSE-infinity, or model.safetensors with a model card (default: safetensors)",
+    )
 
 
 def take_members(options):
@@ -245,11 +278,12 @@ def take_members(options):
                 f"--rerank gives no similarities of all pairs, which {why} needs: leave out "
                 f"--{name} or --rerank"
             )
-    if n > 1 and options.save_embeddings:
-        raise InputError(
-            "--save_embeddings is for one checkpoint, and --model_path names "
-            f"{n}: leave it out, or name one"
-        )
+    for name in ("save_embeddings", "export"):
+        if n > 1 and getattr(options, name):
+            raise InputError(
+                f"--{name} is for one checkpoint, and --model_path names {n}: leave it out, or "
+                "name one"
+            )
 
 
 def check_useless_flags(options):
@@ -265,6 +299,7 @@ def check_useless_flags(options):
             "without --correction",
         ),
         (options.report is None, ["images"], "without --report"),
+        (options.export is None, ["export_for"], "without --export"),
         (options.transductive, bank_flags, "with --transductive"),
         (
             names,
@@ -319,6 +354,8 @@ def check_folders(options):
         raise InputError(
             f"--report {options.report!r} cannot be written: name a folder that may be"
         )
+    if options.export is not None:
+        check_new(options.export, "--export")
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
     files = {
@@ -377,6 +414,8 @@ def check_data(options, loaders, loaded, dataset):
             f"--skip_broken_images does nothing for features such as {loaded.opt.data_name}: leave "
             "it out"
         )
+    if options.export is not None:
+        export.check(options.export_for or export.FOLDER, loaded)
     if options.report is not None:
         report.find_photos(options.images, options.split, loaded.opt, dataset)
     needed = (
@@ -631,8 +670,25 @@ def carry_out(options):
         )
     if options.report:
         report.write_report(options, options.split, result, hubs, words, outcome)
+    if options.export:
+        write_export(options, result)
     # Last: if another file cannot be written, the next try must not append the same line twice.
     write_csv(options, result)
+
+
+def write_export(options, result):
+    """Write what --export asks for, with the figures of the Evaluation."""
+    member = result.checkpoint
+    figures = {
+        "data_name": member.opt.data_name,
+        "split": options.split,
+        "images": len(result.images),
+        "captions": len(result.captions),
+        "fold5": options.fold5,
+        **as_dict(result.metrics),
+    }
+    written = export.write(options.export, options.export_for or export.FOLDER, member, figures)
+    print(f"Wrote {written}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from runtime.errors import (
     refuse_useless,
     run_script,
 )
+from training.model_folder import model_type
 
 MOST_HITS = 1000
 BATCH = 1024  # questions answered at once
@@ -83,7 +84,7 @@ def add_rerank_flags(group):
     """A second model, which orders what the first one finds."""
     group.add_argument(
         "--rerank_model",
-        type=path_type,
+        type=model_type,
         metavar="PATH",
         help="a SCAN checkpoint, which orders the photos found by words",
     )
@@ -220,8 +221,9 @@ def add_model_flags(group):
     """The model and where it computes."""
     group.add_argument(
         "--model_path",
-        type=path_type,
-        help=f"checkpoint (default: the gallery's, or {DEFAULT_MODEL})",
+        type=model_type,
+        help="checkpoint, or a folder of compute_results.py --export (default: the gallery's, or "
+        f"{DEFAULT_MODEL})",
     )
     group.add_argument(
         "--data_path",

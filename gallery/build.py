@@ -1,7 +1,6 @@
 """Build or change a gallery (see `gallery.store`) from photos, from features or from a gallery."""
 
 import argparse
-import hashlib
 import itertools
 import os
 import sys
@@ -34,11 +33,10 @@ from inputs.photos import image_transform, photo_names
 from inputs.word_ids import number_words, unknown_in_words
 from retrieval.similarity import filled
 from runtime.errors import InputError
-from runtime.files import check_regular, replacing
+from runtime.files import check_regular, hash_file, replacing
 from runtime.finite import checked
 
 BLOCK_ROWS = 8192  # embeddings handled at a time
-HASHED_BYTES = 2**20  # at a time
 RECALL_QUERIES = 1000  # queries that measure an index's recall
 PROBE_QUERIES = 200  # queries that decide how many of its lists an index searches
 BROKEN = "broken.txt"
@@ -71,16 +69,6 @@ def refuse_unsearchable(loaded):
             "product of embeddings, so that there is nothing to index: take one of --measure "
             "cosine"
         )
-
-
-def hash_file(path):
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    check_regular(path)
-    with open(path, "rb") as file:
-        while part := file.read(HASHED_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 # From features ----------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all, and the lock on a run's folder."""
+"""Files and folders that are written whole or not at all, and the lock on a run's folder."""
 
+import hashlib
 import os
 import re
 import secrets
+import shutil
 import socket
 import tempfile
 import weakref
@@ -14,6 +16,7 @@ HOST = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:40]
 OWN = secrets.token_hex(4)  # distinguishes this process from an earlier one with its number
 # The end of a temporary file's name, after the target's name.
 TEMPORARY = r"\.(?P<host>\w+)-(?P<process>\d+)-(?P<own>[0-9a-f]{8})-[a-z0-9_]{8}\.tmp"
+HASHED_BYTES = 2**20  # at a time
 _cleared = set()  # folders whose leftovers were removed
 
 # A run's files, written by `replacing`.
@@ -127,6 +130,54 @@ def append(path, line):
         raise InputError(
             f"{path} could not be written ({error.strerror}): name another file"
         ) from error
+
+
+def check_new(path, flag):
+    """Raise InputError, naming the flag, unless a folder can be made there, or an empty one is."""
+    if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise InputError(
+            f"{flag} {path!r} is there and not an empty folder, and nothing in it is replaced: "
+            "name a new one"
+        )
+    above = os.path.dirname(os.path.realpath(path))
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK):
+        raise InputError(f"{flag} {path!r} cannot be written: name a folder that may be")
+
+
+@contextmanager
+def new_folder(path, flag):
+    """Yield a temporary folder, which is renamed to `path` if the block succeeds, or else removed.
+
+    Raises InputError as `check_new` does, and if the disk cannot be written.
+    """
+    check_new(path, flag)
+    target = os.path.realpath(path)
+    temporary = f"{target}.{OWN}.tmp"
+    try:
+        os.makedirs(temporary)
+        yield temporary
+        if os.path.isdir(target):
+            os.rmdir(target)
+        os.rename(temporary, target)
+    except OSError as error:
+        raise InputError(
+            f"{flag} {path!r} could not be written ({error.strerror}): free some space or name "
+            "another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def hash_file(path):
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    check_regular(path)
+    with open(path, "rb") as file:
+        while part := file.read(HASHED_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def lock(folder, flag="--logger_name"):

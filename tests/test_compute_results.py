@@ -468,6 +468,25 @@ def counts_of(scores, k):
     return [int((nearest == target).sum()) for target in range(scores.shape[1])]
 
 
+@pytest.mark.parametrize(
+    "name, more, expected",
+    [
+        ("coco", ["--data_path", "/data/coco"], "--data_path /data/coco --data_name precomp"),
+        ("coco", [], "coco_butd_region_bigru/model_best.pth --data_path /tmp/data/coco"),
+        ("f30k", [], "--split test"),
+    ],
+)
+def test_the_flags_of_vse_infinity_s_eval_py_are_answered_with_the_command_here(
+    name, more, expected
+):
+    with pytest.raises(InputError, match="eval.py") as caught:
+        compute_results.main(["--dataset", name, *more])
+    command = str(caught.value).split("compute_results.py ")[1]
+    assert expected in command
+    compute_results.parse_args(command.split())
+    assert ("testall" in command) == (name == "coco")
+
+
 def test_hubness_is_printed_after_the_unchanged_lines(released, capsys):
     compute_results.main([*flags_for("local"), "--hubness", "--save_json", "out.json"])
     printed = capsys.readouterr().out.splitlines()

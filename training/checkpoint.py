@@ -26,6 +26,7 @@ from runtime import torch_files
 from runtime.errors import InputError
 from runtime.files import replacing
 from runtime.torch_files import check_weights, is_whole
+from training import model_folder
 from vocab import MASK, find_vocabulary, vocabulary_of, vocabulary_path
 
 # What an older checkpoint, such as VSE++'s, may lack, with the released defaults.
@@ -182,12 +183,17 @@ def content_of(
 
 
 def load(path):
-    """The dict of a checkpoint file, checked; options that it lacks get the released defaults.
+    """The dict of a checkpoint, checked; options that it lacks get the released defaults.
 
+    path: the file, or a folder that compute_results.py --export wrote (see training/model_folder.py).
     Only tensors, plain containers, NumPy scalars and argparse.Namespace are admitted. Raises
     InputError if the file is missing, torn, of another kind, or holds anything else.
     """
-    content = torch_files.read(path, "checkpoint", ADMITTED)
+    path = model_folder.file_of(path)
+    if path.endswith(".safetensors"):
+        content = model_folder.read(path)
+    else:
+        content = torch_files.read(path, "checkpoint", ADMITTED)
     _check(content, path)
     _adopt_vse_infinity(content)
     _complete(

@@ -12,6 +12,7 @@ from loss import LOSSES, find_loss, loss_kind
 from model import ENC_TYPES, IMAGE_POOLINGS, TEXT_ENCODERS, TEXT_POOLINGS
 from runtime import distributed
 from runtime.errors import ArgumentParser, InputError, check_choice, number, path_type
+from training.model_folder import model_type
 
 # Largest values: width of a vector, layers, pixels of a side.
 WIDEST, DEEPEST, LARGEST_CROP = 2**16, 100, 4096
@@ -537,7 +538,7 @@ def add_start_flags(group):
     )
     group.add_argument(
         "--init_from",
-        type=path_type,
+        type=model_type,
         metavar="CHECKPOINT",
         help="start a new run from these weights, ours or the released code's; with --resume auto, "
         "only if there is nothing to continue",

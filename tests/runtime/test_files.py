@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and leftovers of killed processes are removed."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -7,7 +8,15 @@ import sys
 import pytest
 
 from runtime.errors import InputError
-from runtime.files import HOST, check_regular, remove_leftovers, replacing
+from runtime.files import (
+    HOST,
+    check_new,
+    check_regular,
+    hash_file,
+    new_folder,
+    remove_leftovers,
+    replacing,
+)
 from tests.helpers.made import ROOT
 
 
@@ -205,3 +214,44 @@ def test_an_earlier_process_of_the_same_number_is_dead_and_this_one_s_own_files_
         remove_leftovers(tmp_path)
         assert temporaries(tmp_path) == ["one"]
     assert os.listdir(tmp_path) == ["one"]
+
+
+# New folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["new", "empty", "deep/er/new"])
+def test_a_folder_is_there_once_it_is_whole(tmp_path, path):
+    (tmp_path / "empty").mkdir()
+    target = tmp_path / path
+    with new_folder(str(target), "--export") as folder:
+        (tmp_path / folder / "a").write_text("x")
+        assert not target.exists() or not os.listdir(target)
+    assert (target / "a").read_text() == "x"
+    assert os.listdir(target.parent) == [target.name] or path == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_folder_that_fails_leaves_no_trace(tmp_path, error):
+    with pytest.raises(error):
+        with new_folder(str(tmp_path / "new"), "--export") as folder:
+            (tmp_path / folder / "a").write_text("x")
+            raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["full", "file", "file/below", "link"])
+def test_nothing_that_is_there_is_replaced_by_a_folder(tmp_path, path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("x")
+    (tmp_path / "file").write_text("x")
+    os.symlink("nowhere", tmp_path / "link")
+    for make in (check_new, lambda *named: new_folder(*named).__enter__()):
+        with pytest.raises(InputError, match="--export") as caught:
+            make(str(tmp_path / path), "--export")
+        assert path in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "full", "link"]
+
+
+def test_a_file_s_hash_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 10**6)
+    assert hash_file(tmp_path / "a") == hashlib.sha256(b"abc" * 10**6).hexdigest()
