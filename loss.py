@@ -314,43 +314,101 @@ def find_loss(kind):
 
 
 class ContrastiveLoss(nn.Module):
-    """The loss that the options name, callable as in HAL's code and as in VSE++'s.
+    """The loss that the options or arguments name, called as HAL's code or its relatives do.
 
-    `ContrastiveLoss(opt)`, as in HAL's: opt has measure, the names that `loss_kind` reads, the
-    numbers of that loss and, for the memory bank, global_alpha, global_beta, global_ep_nega and
-    mb_k. (global_ep_posi cancels in the weights.)
-    `ContrastiveLoss(margin=0, measure=False, max_violation=False)`, as in VSE++'s, by place or by
-    name: the sum-margin or max-margin loss, never HAL. measure is "order", or "cosine", for which
-    False stands too.
+    `ContrastiveLoss(opt)`, as in HAL's: opt has the names that `loss_kind` reads, the numbers of
+    that loss and, for the memory bank, global_alpha, global_beta, global_ep_nega and mb_k.
+    (global_ep_posi cancels in the weights.) measure is "cosine" unless opt has "order".
+    `ContrastiveLoss(margin=0, measure=False, max_violation=False)`, as in VSE++'s, or without
+    measure, as in SGRAF's: the sum-margin or max-margin loss, never HAL.
+    `ContrastiveLoss(opt, margin=0, max_violation=False)`, as in SCAN's and VSE-infinity's: the
+    same, with the other options from opt. A lone opt is HAL's call.
+    All by place or by name. False as measure means cosine.
+
+    max_violation, margin, l_alpha, l_ep (HAL's alpha and epsilon) and sim (the similarity) can be
+    read and set.
     """
 
     def __init__(self, *arguments, **named):
         super().__init__()
         by_options = "opt" in named or arguments and not isinstance(arguments[0], (int, float))
-        self.opt = (_options if by_options else _margin_options)(*arguments, **named)
+        lone = len(arguments) + len(named) == 1
+        options = _margin_options if not by_options else _options if lone else _scan_options
+        self._follow(options(*arguments, **named))
+        self.similarity = SIMILARITIES[getattr(self.opt, "measure", "cosine")]
+
+    def _follow(self, opt, **changes):
+        """Make the loss that these options name."""
+        self.opt = Namespace(**{**vars(opt), **changes}) if changes else opt
         self.kind = loss_kind(self.opt)
         self.entry = find_loss(self.kind)
-        self.function = self.entry.make(self.opt)
-        self.similarity = SIMILARITIES[self.opt.measure]
+        try:
+            self.function = self.entry.make(self.opt)
+        except AttributeError as error:
+            raise ValueError(
+                f"ContrastiveLoss: the options name the loss {self.kind}, but lack its numbers "
+                f"({error}): add them, or give margin= and max_violation= as well"
+            ) from error
 
-    def forward(self, im, s, mb_img=None, mb_cap=None, mb_ind=None, indices=None):
+    sim = property(
+        lambda self: self.similarity,
+        lambda self, similarity: setattr(self, "similarity", similarity),
+    )
+    margin, l_alpha, l_ep = (
+        property(
+            lambda self, name=name: getattr(self.opt, name, None),
+            lambda self, value, name=name: self._follow(self.opt, **{name: value}),
+        )
+        for name in ("margin", "local_alpha", "local_ep")
+    )
+
+    @property
+    def max_violation(self):
+        """Whether the loss is max-margin. Setting it to False changes no other loss but that."""
+        return self.kind == "max"
+
+    @max_violation.setter
+    def max_violation(self, hardest):
+        if bool(hardest) != self.max_violation:
+            self._follow(self.opt, max_violation=bool(hardest), sum_violation=not hardest)
+
+    def max_violation_on(self):
+        """Count the hardest negatives alone, as VSE-infinity's call does; no effect on HAL."""
+        self.max_violation = self.kind in ("sum", "max")
+
+    def max_violation_off(self):
+        """Count all negatives, as VSE-infinity's call does; no effect on HAL."""
+        self.max_violation = False
+
+    def forward(self, im, s=None, mb_img=None, mb_cap=None, mb_ind=None, indices=None):
         """The scalar loss of image and caption embeddings (B, D) each.
 
-        mb_img, mb_cap, mb_ind: the memory bank, (n, D), (n, D) and (n,); without it, the loss is
-            HAL's local one.
+        im: without s, the similarities (B, B), as in SGRAF's call.
+        mb_img, mb_cap, mb_ind: the memory bank, (n, D), (n, D) and (n,), or lists of these by
+            batch; without it, the loss is HAL's local one.
         indices: (B,) the batch's caption indices, whose bank entries are left out.
         """
+        if s is None:
+            return self.of_similarities(im)
         return self.of_similarities(self.similarity(im, s), im, s, mb_img, mb_cap, mb_ind, indices)
 
     def of_similarities(
-        self, similarities, im, s, mb_img=None, mb_cap=None, mb_ind=None, indices=None
+        self, similarities, im=None, s=None, mb_img=None, mb_cap=None, mb_ind=None, indices=None
     ):
         """As `forward`, with the similarities (B, B) of im and s already computed."""
         if not self.entry.takes_weights or mb_img is None or not len(mb_img):
             return self.function(similarities)
+        mb_img, mb_cap = (_joined(part, im.device) for part in (mb_img, mb_cap))
         mb_ind, indices = (
-            torch.as_tensor(x).to(im.device, non_blocking=True) for x in (mb_ind, indices)
+            None if numbers is None else _joined(numbers, im.device).flatten()
+            for numbers in (mb_ind, indices)
         )
+        if mb_ind is not None and not len(mb_img) == len(mb_cap) == len(mb_ind):
+            raise ValueError(
+                f"ContrastiveLoss: the memory bank has {len(mb_img)} images, {len(mb_cap)} "
+                f"captions and {len(mb_ind)} indices: give as many of each, in the order mb_img, "
+                "mb_cap, mb_ind, and then the batch's indices"
+            )
         opt, bank = self.opt, MemoryBank(mb_img, mb_cap, mb_ind)
         weights = global_weights(
             im, s, similarities, bank, indices, self.similarity,
@@ -359,16 +417,32 @@ class ContrastiveLoss(nn.Module):
         return self.function(similarities, weights=weights)
 
 
+def _joined(parts, device):
+    """One tensor on the device, of a tensor, an array, numbers, or a list of these by batch."""
+    if isinstance(parts, (list, tuple)) and getattr(parts[0], "ndim", hasattr(parts[0], "__len__")):
+        parts = torch.cat([torch.as_tensor(part) for part in parts])
+    return torch.as_tensor(parts).to(device, non_blocking=True)
+
+
 def _options(opt):
     """HAL's call: the options are at hand."""
     return opt
 
 
 def _margin_options(margin=0, measure=False, max_violation=False):
-    """VSE++'s call: the options of a margin loss."""
+    """VSE++'s call, or SGRAF's without measure: the options of a margin loss."""
+    return _scan_options(Namespace(), margin, max_violation or measure is True, measure)
+
+
+def _scan_options(opt, margin=0, max_violation=False, measure=None):
+    """SCAN's and VSE-infinity's call: the options of a margin loss, and all others of opt."""
+    measure = getattr(opt, "measure", "cosine") if measure is None else measure
     return Namespace(
-        margin=margin,
-        measure=measure or "cosine",
-        max_violation=max_violation,
-        sum_violation=not max_violation,
+        **{
+            **vars(opt),
+            "margin": margin,
+            "measure": measure if isinstance(measure, str) else "cosine",
+            "max_violation": bool(max_violation),
+            "sum_violation": not max_violation,
+        }
     )

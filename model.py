@@ -9,18 +9,23 @@ same initial weights.
 
 import math
 import re
+from argparse import Namespace
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
+import loss
 from inputs.captions import is_precomputed
 from layers.cross_attention import (
     EPS,
-    choice,
+    cosine_similarity,
+    cross_attention_similarities,
     func_attention,
+    l1norm,
     shard_xattn_i2t,
     shard_xattn_t2i,
     xattn_score_i2t,
@@ -29,20 +34,26 @@ from layers.cross_attention import (
 from layers.gru import last_states, word_states
 from layers.pooling import GPO, POOLINGS, mean_pool, positional_encoding, region_lengths
 from layers.pretrained import _build_cnn
-from loss import ContrastiveLoss, cosine_sim, order_sim
+from layers.training_calls import TrainingCalls, both_states
+from loss import cosine_sim, order_sim
 from runtime.device import to_device
 from runtime.errors import InputError, check_choice
 
-# What code around VSE++, HAL and SCAN imports from its model.py; those not defined below are
-# re-exported.
+# What code around VSE++, HAL, SCAN and VSE-infinity imports from its model.py; those not defined
+# below are re-exported.
 __all__ = [
     "SCAN",
     "VSE",
     "ContrastiveLoss",
     "EncoderImage",
     "EncoderText",
+    "VSEModel",
     "cosine_sim",
+    "cosine_similarity",
     "func_attention",
+    "get_image_encoder",
+    "get_text_encoder",
+    "l1norm",
     "l2norm",
     "order_sim",
     "shard_xattn_i2t",
@@ -54,17 +65,38 @@ __all__ = [
 IMAGE_POOLINGS = (*POOLINGS, "gpo")
 TEXT_POOLINGS = ("last", *IMAGE_POOLINGS)
 ENC_TYPES = ("basic", "mlp")
+REGION_TYPES = ("basic", "weight_norm")  # SCAN's
 GPO_WIDTHS = 32, 32  # positional encoding and GRU, as VSE-infinity fixes them
 NORM_EPSILON = 1e-8  # VSE-infinity adds it to the length
 
 
-def l2norm(X, dim=-1, epsilon=0.0):
-    """Vectors along `dim` divided by their length + epsilon.
+def l2norm(X, dim=None, eps=None):
+    """Vectors along `dim` divided by their length + eps.
 
-    A zero vector stays zero, and its gradient stays finite.
+    A zero vector stays zero, and its gradient stays finite. `l2norm(X)`, as in VSE++'s code, takes
+    the rows of a matrix and no eps. `l2norm(X, dim)`, as in SCAN's, SGRAF's and VSE-infinity's,
+    takes 1e-8. Raises InputError without a dim if there is more than one that could be meant.
     """
-    lengths = torch.linalg.vector_norm(X, dim=dim, keepdim=True)
-    return X / (lengths.masked_fill(lengths == 0, 1) + epsilon)
+    if dim is None and X.dim() > 2:
+        raise InputError(
+            f"l2norm of a tensor of shape {tuple(X.shape)} needs a dim: without one, VSE++'s code "
+            "means 1, and SGRAF's and VSE-infinity's the last"
+        )
+    eps = (0 if dim is None else NORM_EPSILON) if eps is None else eps
+    lengths = torch.linalg.vector_norm(X, dim=-1 if dim is None else dim, keepdim=True)
+    return X / (lengths.masked_fill(lengths == 0, 1) + eps)
+
+
+def _batched(parts, device, dtype=None):
+    """One tensor on the device, of a tensor, an array or a list of these, padded with zeros.
+
+    dtype: what anything but a tensor is cast to.
+    """
+    if isinstance(parts, (list, tuple)):
+        parts = pad_sequence([torch.as_tensor(part) for part in parts], batch_first=True).to(dtype)
+    elif not isinstance(parts, torch.Tensor):
+        parts = torch.as_tensor(parts).to(dtype)
+    return to_device(parts, device)
 
 
 def _init_fc(fc):
@@ -134,14 +166,15 @@ class EncoderImagePrecomp(nn.Module):
             self.gpool = GPO(*GPO_WIDTHS)
         _init_fc(self.fc)  # last, as in the released code: the order of draws decides the weights
 
-    def forward(self, images):
+    def forward(self, images, image_lengths=None):
         """Embeddings (B, embed_size) of images (B, img_dim) or (B, K, img_dim), or of photos.
 
-        Missing regions are rows of zeros. Photos: what the subclass's `features` takes.
+        image_lengths: (B,) the number of each image's regions; None: all rows but those of zeros
+            at the end. Photos: what the subclass's `features` takes.
         """
         features = self.features(images)
         if features.dim() == 3:
-            embeddings = self._pooled(features)
+            embeddings = self._pooled(features, image_lengths)
         elif self.image_pooling or self.mlp:
             raise InputError(
                 f"the model takes regions, but its images come as {tuple(features.shape)}: give "
@@ -151,12 +184,16 @@ class EncoderImagePrecomp(nn.Module):
             embeddings = self.fc(features)
         embeddings = embeddings.to(self.fc.weight.dtype)  # autocast's products may be in bf16
         if not self.no_imgnorm:
-            embeddings = l2norm(embeddings, epsilon=NORM_EPSILON if self.mlp else 0)
+            embeddings = l2norm(embeddings, eps=NORM_EPSILON if self.mlp else 0)
         return embeddings.abs() if self.use_abs else embeddings
 
-    def _pooled(self, regions):
+    def _pooled(self, regions, image_lengths):
         """Embed each region and pool those of an image: (B, K, img_dim) -> (B, embed_size)."""
-        pooling, lengths = self.image_pooling or "mean", region_lengths(regions)
+        pooling = self.image_pooling or "mean"
+        if image_lengths is None:
+            lengths = region_lengths(regions)
+        else:
+            lengths = torch.as_tensor(image_lengths).long()  # VSE-infinity's are floats
         # A linear layer commutes with the mean: pooled first, it costs 1 / K.
         if pooling == "mean" and not self.mlp:
             return self.fc(mean_pool(regions, lengths))
@@ -245,7 +282,7 @@ class EncoderImageFull(EncoderImagePrecomp):
         return super().load_state_dict(renamed, strict)
 
 
-def EncoderImage(
+def _image_encoder(
     data_name,
     img_dim,
     embed_size,
@@ -254,15 +291,10 @@ def EncoderImage(
     use_abs=False,
     no_imgnorm=False,
     cnn_weights="imagenet",
-    *,
     image_pooling=None,
     precomp_enc_type="basic",
 ):
-    """The image encoder for a data set, with VSE++'s name and arguments.
-
-    It takes precomputed features if data_name ends in `precomp`, else photos, through a CNN.
-    Raises InputError for an unknown choice, and for one that does not go with photos.
-    """
+    """The encoder of precomputed features if data_name ends in `precomp`, else of photos."""
     check_choice("image_pooling", image_pooling or "mean", IMAGE_POOLINGS)
     check_choice("precomp_enc_type", precomp_enc_type, ENC_TYPES)
     if is_precomputed(data_name):
@@ -277,14 +309,108 @@ def EncoderImage(
     return EncoderImageFull(embed_size, finetune, cnn_type, use_abs, no_imgnorm, cnn_weights)
 
 
+def EncoderImage(
+    data_name=None,
+    img_dim=None,
+    embed_size=False,
+    finetune=False,
+    cnn_type="vgg19",
+    use_abs=False,
+    no_imgnorm=False,
+    cnn_weights="imagenet",
+    *,
+    image_pooling=None,
+    precomp_enc_type=None,
+):
+    """The image encoder that a call names, in the order of VSE++'s, SCAN's or SGRAF's code.
+
+    VSE++'s and HAL's, the signature above: a vector for each image, of precomputed features if
+        data_name ends in `precomp`, else of photos, through a CNN.
+    SCAN's, (data_name, img_dim, embed_size, precomp_enc_type, no_imgnorm=False), recognised by the
+        type, if there is no image_pooling: a vector for each region.
+    SGRAF's, (img_dim, embed_size, no_imgnorm=False), recognised by the number in the first place:
+        the same.
+    Raises InputError for an unknown choice, and for one that does not go with photos.
+    """
+    if not isinstance(data_name, str):
+        if data_name is None or img_dim is None:  # by name
+            return RegionEncoder(data_name or img_dim, embed_size, no_imgnorm=no_imgnorm)
+        return RegionEncoder(data_name, img_dim, no_imgnorm=embed_size or no_imgnorm)
+    if isinstance(finetune, str):
+        no_imgnorm = no_imgnorm if cnn_type == "vgg19" else cnn_type
+        return RegionEncoder(img_dim, embed_size, finetune, no_imgnorm)
+    if precomp_enc_type in REGION_TYPES and image_pooling is None:
+        return RegionEncoder(img_dim, embed_size, precomp_enc_type, no_imgnorm)
+    return _image_encoder(
+        data_name, img_dim, embed_size, finetune, cnn_type, use_abs, no_imgnorm, cnn_weights,
+        image_pooling, precomp_enc_type or "basic",
+    )  # fmt: skip
+
+
+def _refuse_grid(precomp_enc_type):
+    """Raise InputError for VSE-infinity's image encoders other than the one of regions."""
+    if precomp_enc_type != "basic":
+        raise InputError(
+            f"VSE-infinity's image encoder {precomp_enc_type} is left out here: precomp_enc_type "
+            "basic takes regions, and extract_features.py makes them of photos"
+        )
+
+
+def get_image_encoder(
+    data_name,
+    img_dim,
+    embed_size,
+    precomp_enc_type="basic",
+    backbone_source=None,
+    backbone_path=None,
+    no_imgnorm=False,
+):
+    """VSE-infinity's image encoder for regions, by its name and arguments.
+
+    data_name, backbone_source and backbone_path are unused. Raises InputError for its grid encoder.
+    """
+    _refuse_grid(precomp_enc_type)
+    return EncoderImagePrecomp(
+        img_dim, embed_size, no_imgnorm=no_imgnorm, image_pooling="gpo", precomp_enc_type="mlp"
+    )
+
+
+def get_text_encoder(
+    vocab_size, word_dim, embed_size, num_layers, use_bi_gru=True, no_txtnorm=False
+):
+    """VSE-infinity's text encoder with GRU, by its name."""
+    return EncoderText(
+        vocab_size,
+        word_dim,
+        embed_size,
+        num_layers,
+        text_pooling="gpo",
+        bi_gru=use_bi_gru,
+        no_txtnorm=no_txtnorm,
+    )
+
+
 class EncoderText(nn.Module):
     """Word ids -> L2-normalised embeddings, by a GRU.
 
+    use_abs: by name alone, for VSE++'s and SCAN's code mean different things by a fifth argument.
     text_pooling: last takes the top layer's state at a caption's last word; mean, max, kmax and gpo
         pool the states at all words.
     bi_gru: the mean of both directions' states at each word (with last, of the forward state at the
         last word and the backward state at the first). VSE-infinity's encoder is gpo with bi_gru.
+    SCAN's and SGRAF's call, EncoderText(vocab_size, word_dim, embed_size, num_layers, use_bi_gru,
+        no_txtnorm), gives a `WordEncoder`.
     """
+
+    def __new__(cls, *arguments, **named):
+        if cls is EncoderText and (len(arguments) > 5 or "use_bi_gru" in named):
+            cls = WordEncoder
+        elif cls is EncoderText and len(arguments) == 5:
+            raise InputError(
+                "EncoderText's fifth argument is use_abs in VSE++'s code and use_bi_gru in SCAN's "
+                "and SGRAF's: name it"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -341,9 +467,7 @@ class EncoderText(nn.Module):
             self._last if self.text_pooling == "last" else self._pooled, x, lengths
         )
         if not self.no_txtnorm:
-            embeddings = l2norm(
-                embeddings, epsilon=0 if self.text_pooling == "last" else NORM_EPSILON
-            )
+            embeddings = l2norm(embeddings, eps=0 if self.text_pooling == "last" else NORM_EPSILON)
         return embeddings.abs() if self.use_abs else embeddings
 
     def _by(self, encode, captions, lengths):
@@ -475,7 +599,46 @@ class TransformerText(nn.Module):
 TEXT_ENCODERS = {"gru": EncoderText, "transformer": TransformerText}
 
 
-class VSE(nn.Module):
+class ContrastiveLoss(loss.ContrastiveLoss):
+    """`loss.ContrastiveLoss`, also of SCAN's regions, words and lengths if opt has cross_attn."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.attends = bool(getattr(self.opt, "cross_attn", None))
+        if self.attends:
+            self.similarity = partial(cross_attention_similarities, opt=self.opt)
+
+    def forward(self, im, s=None, *rest, s_l=None, **named):
+        """The scalar loss of a batch's embeddings, or of its similarities im alone.
+
+        With cross_attn, im (B, R, D), s (B, T, D) and s_l, the captions' lengths (B,), by place or
+        by name. Otherwise as `loss.ContrastiveLoss`.
+        """
+        if not self.attends or s is None:
+            return super().forward(im, s, *rest, **named)
+        if len(rest) + (s_l is not None) != 1 or named:
+            raise InputError(
+                "SCAN's loss takes regions, words and the captions' lengths, and no memory bank: "
+                "call it with (img_emb, cap_emb, cap_lens)"
+            )
+        return self.of_similarities(self.similarity(im, s, *rest, *([] if rest else [s_l])))
+
+
+def _in_words_here(opt):
+    """The options of a VSE as this project names them; VSE-infinity's name its encoders otherwise.
+
+    VSE-infinity's are recognised by vse_mean_warmup_epochs. Raises InputError for its grid encoder.
+    """
+    if not hasattr(opt, "vse_mean_warmup_epochs") or hasattr(opt, "text_pooling"):
+        return opt
+    _refuse_grid(getattr(opt, "precomp_enc_type", "basic"))
+    here = {"data_name": "precomp", "image_pooling": "gpo", "precomp_enc_type": "mlp"}
+    here |= {"text_pooling": "gpo", "bi_gru": True}
+    unknown = {"finetune": False, "cnn_type": "vgg19", "use_abs": False}
+    return Namespace(**{**unknown, **vars(opt), **here})
+
+
+class VSE(TrainingCalls):
     """An image encoder `img_enc` and a text encoder `txt_enc` with one joint embedding space.
 
     opt: needs data_name, img_dim, embed_size, finetune, cnn_type, use_abs, no_imgnorm, vocab_size,
@@ -483,12 +646,14 @@ class VSE(nn.Module):
         image_pooling (None: vectors, or the mean of regions), precomp_enc_type (basic),
         text_encoder (gru), text_pooling (last), bi_gru, no_txtnorm and amp (off). With amp "bf16"
         the encoders' matrix products are in bf16; weights, reductions and loss stay in float32.
+        VSE-infinity's options make its encoders of regions and words. `TrainingCalls` reads more.
     """
 
     def __init__(self, opt):
         super().__init__()
+        self.opt, opt = opt, _in_words_here(opt)
         self.amp = getattr(opt, "amp", "off") == "bf16"
-        self.img_enc = EncoderImage(
+        self.img_enc = _image_encoder(
             opt.data_name,
             opt.img_dim,
             opt.embed_size,
@@ -506,7 +671,7 @@ class VSE(nn.Module):
             opt.word_dim,
             opt.embed_size,
             opt.num_layers,
-            opt.use_abs,
+            use_abs=opt.use_abs,
             text_pooling=getattr(opt, "text_pooling", "last"),
             bi_gru=getattr(opt, "bi_gru", False),
             no_txtnorm=getattr(opt, "no_txtnorm", False),
@@ -536,15 +701,31 @@ class VSE(nn.Module):
         with torch.no_grad(), self._autocast():
             return self.txt_enc(to_device(captions, self.device), lengths)
 
-    def forward_emb(self, images, captions, lengths, *rest, volatile=False):
+    def make_criterion(self):
+        """The loss that the options name: a margin loss unless they have HAL's numbers or `loss`."""
+        if hasattr(self.opt, "local_alpha") or getattr(self.opt, "loss", None):
+            return ContrastiveLoss(self.opt)
+        return ContrastiveLoss(self.opt, self.opt.margin, self.opt.max_violation)
+
+    def forward_emb(self, images, captions, lengths, *rest, volatile=False, image_lengths=None):
         """A batch, longest caption first -> image and caption embeddings, each (B, embed_size).
 
-        rest: a batch's ids and indices, which are ignored; volatile: without gradients (VSE++'s
-        name for it).
+        images, captions: tensors, or lists of tensors or arrays; lengths: (B,) in any form.
+        volatile: without gradients (VSE++'s name for it). image_lengths: (B,) the number of each
+            image's regions, as VSE-infinity passes it; None: all but zeros at the end.
+        rest: a bool is volatile, a tensor of floats is image_lengths; a batch's ids and indices
+            are ignored.
         """
-        images, captions = (to_device(x, self.device) for x in (images, captions))
+        for part in rest:
+            if isinstance(part, bool):
+                volatile = part
+            elif isinstance(part, torch.Tensor) and part.is_floating_point():
+                image_lengths = part
+        images = _batched(images, self.device, self.txt_enc.dtype)
+        captions = _batched(captions, self.device, torch.int64)
+        regions = () if image_lengths is None else (image_lengths,)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile), self._autocast():
-            return self.img_enc(images), self.txt_enc(captions, lengths)
+            return self.img_enc(images, *regions), self.txt_enc(captions, lengths)
 
     forward = forward_emb
 
@@ -558,9 +739,9 @@ class VSE(nn.Module):
 
     def load_state_dict(self, state_dict, strict=True):
         """Load this module's state dict, or the released code's [image state, text state]."""
-        if not isinstance(state_dict, (list, tuple)):
+        if not isinstance(state_dict, (list, tuple)) and state_dict.keys() != {0, 1}:
             return super().load_state_dict(state_dict, strict)
-        image_state, text_state = state_dict
+        image_state, text_state = both_states(state_dict)
         self.img_enc.load_state_dict(image_state, strict)
         self.txt_enc.load_state_dict(text_state, strict)
 
@@ -584,11 +765,12 @@ class _WeightNormLinear(nn.Module):
 class RegionEncoder(EncoderImagePrecomp):
     """Region features (B, R, img_dim) -> region embeddings (B, R, embed_size).
 
-    precomp_enc_type: basic or weight_norm.
+    precomp_enc_type: basic or weight_norm; InputError for any other.
     """
 
     def __init__(self, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False):
         nn.Module.__init__(self)
+        check_choice("precomp_enc_type", precomp_enc_type, REGION_TYPES)
         self.no_imgnorm = no_imgnorm
         self.fc = {"basic": nn.Linear, "weight_norm": _WeightNormLinear}[precomp_enc_type](
             img_dim, embed_size
@@ -607,20 +789,20 @@ class RegionEncoder(EncoderImagePrecomp):
         """images: (B, R, img_dim); a region of zeros is mapped like any other."""
         regions = self.fc(images)
         regions = regions.to(self.fc.bias.dtype)  # autocast's products may be in bf16
-        return regions if self.no_imgnorm else l2norm(regions, epsilon=EPS)
+        return regions if self.no_imgnorm else l2norm(regions, -1, EPS)
 
 
 class WordEncoder(EncoderText):
     """Word ids -> the state of the GRU's top layer at every word.
 
-    bi_gru: the mean of both directions.
+    use_bi_gru: the mean of both directions.
     """
 
     def __init__(
-        self, vocab_size, word_dim, embed_size, num_layers, bi_gru=False, no_txtnorm=False
+        self, vocab_size, word_dim, embed_size, num_layers, use_bi_gru=False, no_txtnorm=False
     ):
         super().__init__(
-            vocab_size, word_dim, embed_size, num_layers, bi_gru=bi_gru, no_txtnorm=no_txtnorm
+            vocab_size, word_dim, embed_size, num_layers, bi_gru=use_bi_gru, no_txtnorm=no_txtnorm
         )
 
     def forward(self, captions, lengths):
@@ -629,7 +811,7 @@ class WordEncoder(EncoderText):
         Past a caption's end, states are 0.
         """
         states = self._by(self._states, captions, lengths)
-        return states if self.no_txtnorm else l2norm(states, epsilon=EPS)
+        return states if self.no_txtnorm else l2norm(states, -1, EPS)
 
 
 class SCAN(VSE):
@@ -644,12 +826,10 @@ class SCAN(VSE):
 
     def __init__(self, opt):
         nn.Module.__init__(self)
+        self.opt = opt
         self.amp = getattr(opt, "amp", "off") == "bf16"
         self.img_enc = RegionEncoder(
-            opt.img_dim,
-            opt.embed_size,
-            choice(opt, "precomp_enc_type", ("basic", "weight_norm")),
-            opt.no_imgnorm,
+            opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm
         )
         self.txt_enc = WordEncoder(
             opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
@@ -660,6 +840,9 @@ class SCAN(VSE):
         return *super().forward_emb(images, captions, lengths, *rest, volatile=volatile), lengths
 
     forward = forward_emb
+
+
+VSEModel = VSE  # VSE-infinity's name for it
 
 
 def build(opt):

@@ -82,7 +82,7 @@ def made_up_vectors(images, each, size, device):
     words = torch.randn(images * each, MOST_WORDS, size, generator=generator).mul_(4)
     words += regions[:, :MOST_WORDS].repeat_interleave(each, 0)
     lengths = torch.randint(FEWEST_WORDS, MOST_WORDS + 1, (len(words),), generator=generator)
-    return l2norm(regions, epsilon=EPS).to(device), l2norm(words, epsilon=EPS).to(device), lengths
+    return l2norm(regions, -1, EPS).to(device), l2norm(words, -1, EPS).to(device), lengths
 
 
 def made_up_batch(options, captions, vocab, device):
@@ -137,8 +137,8 @@ def reference_embeddings(model, features, captions, lengths):
     states = pad_packed_sequence(model.txt_enc.rnn(packed)[0], batch_first=True)[0]
     ahead, back = states.chunk(2, 2)
     return (
-        l2norm(model.img_enc.fc(features), epsilon=EPS),
-        l2norm((ahead + back) / 2, epsilon=EPS),
+        l2norm(model.img_enc.fc(features), -1, EPS),
+        l2norm((ahead + back) / 2, -1, EPS),
         lengths,
     )
 

@@ -50,7 +50,18 @@ def choice(opt, flag, choices):
     return check_choice(flag, getattr(opt, flag), choices)
 
 
-def _attention(scores, norm, smooth):
+def l1norm(X, dim, eps=EPS):
+    """Vectors along `dim` divided by the sum of their absolute values + eps."""
+    return X / (X.abs().sum(dim, keepdim=True) + eps)
+
+
+def cosine_similarity(x1, x2, dim=1, eps=EPS):
+    """The cosines of vectors along `dim`, which is dropped; lengths' products below eps are eps."""
+    lengths = torch.linalg.vector_norm(x1, dim=dim) * torch.linalg.vector_norm(x2, dim=dim)
+    return (x1 * x2).sum(dim) / lengths.clamp(min=eps)
+
+
+def _attention(scores, norm, smooth, eps=EPS):
     """Attention weights over the contexts, of the shape of scores (n, contexts, ..., queries).
 
     The norm is over the queries, the softmax over the contexts.
@@ -60,24 +71,24 @@ def _attention(scores, norm, smooth):
     if norm == "softmax":
         scores = smooth * scores.softmax(-1)
     elif norm.endswith("l1norm"):
-        scores = scores * (smooth / (scores.abs().sum(-1, keepdim=True) + EPS))
+        scores = scores * (smooth / (scores.abs().sum(-1, keepdim=True) + eps))
     elif norm.endswith("l2norm"):
         squares = scores.square().sum(-1, keepdim=True)
         # A context of zeros has no direction. Dividing by 1 instead of 0 keeps its scores zero and
         # the gradient of the root finite.
-        scores = scores * (smooth / (squares.masked_fill(squares == 0, 1).sqrt() + EPS))
+        scores = scores * (smooth / (squares.masked_fill(squares == 0, 1).sqrt() + eps))
     else:
         scores = smooth * scores
     return scores.softmax(1)
 
 
-def func_attention(query, context, opt, smooth):
+def func_attention(query, context, opt, smooth, eps=EPS):
     """Attend: query (n, queries, D), context (n, contexts, D) -> (n, queries, D) and the weights.
 
     The weights are (n, contexts, queries). opt: raw_feature_norm; smooth: the inverse temperature
-    of the softmax over the contexts.
+    of the softmax over the contexts; eps: added to what the norm divides by.
     """
-    weights = _attention(context @ query.mT, choice(opt, "raw_feature_norm", NORMS), smooth)
+    weights = _attention(context @ query.mT, choice(opt, "raw_feature_norm", NORMS), smooth, eps)
     return weights.mT @ context, weights
 
 

@@ -21,6 +21,7 @@ import torch
 from features.description import check_description
 from inputs.captions import is_precomputed
 from inputs.tokenizer import READINGS
+from layers.training_calls import both_states
 from model import TEXT_ENCODERS
 from runtime import torch_files
 from runtime.errors import InputError
@@ -274,12 +275,12 @@ def _check(content, path):
             f"{' and '.join(lacking)}"
         )
     states = content["model"]
-    if not (
-        isinstance(states, (list, tuple))
-        and len(states) == 2
-        and all(isinstance(s, dict) for s in states)
-    ):
-        raise InputError(f"checkpoint {path}: 'model' is not [image state, text state]")
+    states = both_states(states) if isinstance(states, (list, tuple, dict)) else None
+    if states is None or not all(isinstance(state, dict) for state in states):
+        raise InputError(
+            f"checkpoint {path}: 'model' is neither [image state, text state] nor the state of a "
+            "whole model, whose names begin with img_enc. and txt_enc."
+        )
     for state in states:
         check_weights(state, f"checkpoint {path}")
     content["model"] = states = [_bare_names(state) for state in states]

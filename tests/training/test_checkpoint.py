@@ -946,3 +946,19 @@ def test_a_bank_of_another_width_is_refused(saved):
     bank = [torch.ones(3, 6), torch.ones(3, 6), torch.arange(3)]
     with pytest.raises(InputError, match="--resume.*its memory bank is damaged"):
         restored(saved, progress_with(bank=bank))
+
+
+# Models saved whole -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["state_dict", "flat", "parallel"])
+def test_a_model_s_own_state_opens_as_the_released_list_does(evaluated, form):
+    content = load("runs/runX/model_best.pth.tar")
+    model = VSE(content["opt"])
+    model.load_state_dict(content["model"])
+    state = model.state_dict()
+    prefix = "module." * (form == "parallel")
+    flat = {f"{prefix}{name}": value for name, value in state.items()}
+    content = {"model": state if form == "state_dict" else flat, "opt": content["opt"]}
+    torch.save(content, "whole.pth.tar")
+    assert states_equal(checkpoint.load("whole.pth.tar")["model"], [state[0], state[1]])
