@@ -32,6 +32,7 @@ A model to be evaluated is any object with these five attributes. `Checkpoint` a
 
 import argparse
 import json
+import numbers
 import os
 import sys
 from typing import NamedTuple
@@ -41,14 +42,24 @@ import torch
 
 from features.files import CAPTIONS_PER_IMAGE, five_each
 from features.layout import in_fives
+from layers.cross_attention import shard_xattn_i2t, shard_xattn_t2i  # noqa: F401 (re-exported)
 from loss import order_sim  # noqa: F401 (re-exported)
+from retrieval.encoding import compute_sim, encode, shard_attn_scores  # noqa: F401 (re-exported)
 from retrieval.ensemble import Ensemble
 from retrieval.metrics import Metrics, as_dict, mean_metrics, metrics_of, recall_of
-from retrieval.ranking import image_numbers, rank_both_ways, rank_shifted
-from retrieval.similarity import CrossAttention, Words, filled, packed, similarity_source
+from retrieval.ranking import image_numbers, rank_shifted
+from retrieval.similarity import (
+    SOURCES,
+    CrossAttention,
+    Matrix,
+    Words,
+    filled,
+    packed,
+    similarity_source,
+)
 from runtime import distributed
 from runtime.device import choose_device, choose_products
-from runtime.errors import InputError
+from runtime.errors import InputError, left_out
 from runtime.files import append, replacing
 from runtime.finite import BrokenModel, check_size, checked
 from training.meters import (
@@ -141,11 +152,22 @@ def _part():
     return distributed.rank(), distributed.size()
 
 
-def encode_data(model, data_loader, log_step=10, logging=print):
+def encode_data(model, data_loader, log_step=10, logging=print, backbone=False):
     """Image and caption embeddings as arrays (C, D), one row per caption: the call of VSE++ code.
 
-    SCAN gives (C, R, D), (C, longest, D) and the captions' lengths (C,). log_step is ignored.
+    SCAN gives (C, R, D), (C, longest, D) and the captions' lengths (C,).
+
+    model: one of `model.py`, or any with `forward_emb(images, captions, lengths)`
+    data_loader: one of `data.py`, or any that gives batches (see `retrieval.encoding`)
+    log_step: batches between the lines passed to `logging`; with model and loader of this code,
+        which embed each image once, one line comes at the end
+    backbone: ignored; VSE-infinity code passes it
     """
+    # A subclass may embed otherwise, so that it goes through its forward_emb.
+    model_is_ours = type(model).__module__ == "model" and hasattr(model, "embed_images")
+    dataset = getattr(data_loader, "dataset", None)
+    if not (model_is_ours and hasattr(data_loader, "workers") and hasattr(dataset, "load_images")):
+        return encode(model, data_loader, log_step, logging)
     images, captions = embed(model, data_loader)
     logging(f"Images: {len(images)}, Captions: {len(captions)}")
     if isinstance(captions, Words):
@@ -157,14 +179,14 @@ def encode_data(model, data_loader, log_step=10, logging=print):
     return images.cpu()[data_loader.dataset.image_of].numpy(), captions.cpu().numpy()
 
 
-def _unique_images(images, captions):
-    """Tensors of N unique images and of their captions, one or five per image.
+def _unique_images(images, n_captions):
+    """A tensor of N unique images that have one or five captions each; InputError if they don't.
 
     images: (N, K), or as VSE++ code passes them, one row per caption; rows of one image may differ
         by rounding
     """
-    images, captions = (torch.as_tensor(x).detach() for x in (images, captions))
-    if len(images) == len(captions) > 0:
+    images = torch.as_tensor(images).detach()
+    if len(images) == n_captions > 0:
         if in_fives(images):
             images = images[::CAPTIONS_PER_IMAGE]
         else:
@@ -174,47 +196,101 @@ def _unique_images(images, captions):
                 "otherwise give one row per image",
                 file=sys.stderr,
             )
-    each = len(captions) // max(len(images), 1)
-    if (
-        not len(images)
-        or each not in (1, CAPTIONS_PER_IMAGE)
-        or len(captions) != len(images) * each
-    ):
+    each = n_captions // max(len(images), 1)
+    if not len(images) or each not in (1, CAPTIONS_PER_IMAGE) or n_captions != len(images) * each:
         raise InputError(
-            f"{len(captions)} captions for {len(images)} images: there must be "
+            f"{n_captions} captions for {len(images)} images: there must be "
             f"{CAPTIONS_PER_IMAGE} for each image, or one"
         )
-    return images, captions
+    return images
 
 
-def _directed(direction, images, captions, npts, measure, return_ranks):
-    images, captions = _unique_images(images, captions)
-    if npts is not None and not 1 <= npts <= len(images):
+def _by_embeddings(images, captions, npts=None, measure="cosine", return_ranks=False):
+    """VSE++'s and HAL's call of i2t and t2i: (source of similarities, npts, return_ranks)."""
+    if npts is not None and not isinstance(npts, numbers.Integral):
         raise InputError(
-            f"npts is {npts} for {len(images)} images: it must be from 1 to their number"
+            f"npts is {type(npts).__name__}, not a number of images: SCAN's call has similarities "
+            "in the fourth place, i2t(images, captions, caplens, sims)"
         )
-    ranking = rank_both_ways(images, captions, measure)[direction]
-    queries = None if npts is None else npts * len(ranking.ranks) // len(images)
+    captions = torch.as_tensor(captions).detach()
+    source = SOURCES[measure](_unique_images(images, len(captions)), captions)
+    return source, npts, return_ranks
+
+
+def _by_scan(images, captions, caplens, sims, npts=None, return_ranks=False):
+    """SCAN's call of i2t and t2i, which reads nothing but the similarities."""
+    return _by_table(sims, npts, return_ranks)
+
+
+def _by_count(npts, sims, return_ranks=False, mode="coco"):
+    """VSE-infinity's call of i2t and t2i."""
+    return _by_table(sims, npts, return_ranks)
+
+
+def _by_table(sims, npts=None, return_ranks=False):
+    """The call of i2t and t2i with similarities alone."""
+    sims = torch.as_tensor(sims).detach()
+    if sims.ndim != 2:
+        raise InputError(
+            f"the similarities have the shape {tuple(sims.shape)}: they must be a matrix with a "
+            "row for each image and a column for each caption"
+        )
+    sims = _unique_images(sims if sims.is_floating_point() else sims.double(), sims.shape[1])
+    rows, columns = map(torch.arange, sims.shape)
+    return Matrix(sims, rows, columns, sims.device), npts, return_ranks
+
+
+def _is_array(value):
+    return getattr(value, "ndim", 0) > 0 or isinstance(value, (list, tuple))
+
+
+def _recognised(*arguments, **named):
+    """Whose call of i2t and t2i this is: one of the four functions above."""
+    if arguments and isinstance(arguments[0], numbers.Integral):
+        return _by_count
+    if "caplens" in named or len(arguments) > 3 and _is_array(arguments[3]):
+        return _by_scan
+    if "sims" in named:
+        return _by_scan if len(arguments) > 2 else _by_count if "npts" in named else _by_table
+    alone = len(arguments) > 1 and not _is_array(arguments[1]) or len(arguments) == 1
+    return _by_table if alone and "captions" not in named else _by_embeddings
+
+
+def _directed(direction, arguments, named):
+    call = _recognised(*arguments, **named)
+    source, npts, return_ranks = call(*arguments, **named)
+    if npts is not None and not 1 <= npts <= source.n_images:
+        raise InputError(
+            f"npts is {npts} for {source.n_images} images: it must be from 1 to their number"
+        )
+    ranking = rank_shifted(source)[0][direction]
+    queries = None if npts is None else npts * len(ranking.ranks) // source.n_images
     ranks, top1 = (part[:queries].cpu().numpy() for part in (ranking.ranks, ranking.top1))
     recall = recall_of(ranks)
     return (recall, (ranks, top1)) if return_ranks else recall
 
 
-def i2t(images, captions, npts=None, measure="cosine", return_ranks=False):
+def i2t(*arguments, **named):
     """Image-to-text Recall; with return_ranks, (Recall, (ranks (N,), top-1 captions (N,))).
+
+    VSE++, HAL: (images, captions, npts=None, measure="cosine", return_ranks=False)
+    SCAN: (images, captions, caplens, sims, npts=None, return_ranks=False)
+    VSE-infinity: (npts, sims, return_ranks=False)
+    or the similarities alone: (sims, npts=None, return_ranks=False)
 
     images: (N, K), or (5N, K) with one row per caption, as VSE++ code passes them. As many rows as
         captions that do not repeat five times each mean one caption per image.
     captions: (5N, K), in the order of the images
     npts: only the first npts images are queries, among all captions, as in the released code
     measure: "cosine" or "order"
+    sims: (N, 5N) similarities; SCAN's images, captions and caplens are not read then
     """
-    return _directed(0, images, captions, npts, measure, return_ranks)
+    return _directed(0, arguments, named)
 
 
-def t2i(images, captions, npts=None, measure="cosine", return_ranks=False):
+def t2i(*arguments, **named):
     """Text-to-image Recall, as `i2t`: ranks and top-1 images have one entry per caption."""
-    return _directed(1, images, captions, npts, measure, return_ranks)
+    return _directed(1, arguments, named)
 
 
 @torch.no_grad()
@@ -497,8 +573,13 @@ def _by_options(opt_eval, split="test"):
     return opt_eval, split
 
 
-def _by_path(model_path, data_path=None, split="dev", fold5=False):
-    """VSE++'s and SCAN's call of evalrank: the options and the split."""
+def _by_path(model_path, data_path=None, split="dev", fold5=False, save_path=None, cxc=False):
+    """VSE++'s, SCAN's and VSE-infinity's call of evalrank: the options and the split."""
+    if save_path or cxc:
+        raise InputError(
+            "evalrank takes no save_path and no cxc here: run compute_results.py, with "
+            "--save_embeddings or --eccv"
+        )
     return argparse.Namespace(
         model_path=os.fspath(model_path), data_path=data_path, fold5=fold5
     ), split
@@ -508,9 +589,9 @@ def evalrank(*arguments, **named):
     """The Metrics of a checkpoint on a split; prints the recalls and writes what was asked for.
 
     HAL's call: `evalrank(opt_eval, split="test")`, with opt_eval as for `evaluate`, `write_results`
-    and `write_csv`. VSE++'s and SCAN's call, recognised by a path as the first argument:
-    `evalrank(model_path, data_path=None, split="dev", fold5=False)`; data_path defaults to the
-    checkpoint's.
+    and `write_csv`. VSE++'s, SCAN's and VSE-infinity's call, recognised by a path as the first
+    argument: `evalrank(model_path, data_path=None, split="dev", fold5=False)`; data_path defaults
+    to the checkpoint's.
     """
     by_path = "model_path" in named or arguments and isinstance(arguments[0], (str, os.PathLike))
     opt_eval, split = (_by_path if by_path else _by_options)(*arguments, **named)
@@ -579,3 +660,13 @@ def write_csv(opt_eval, result):
     for suffix, row in folds.items():
         figures = ", ".join(f"{value:.1f}" for value in (*row.i2t, *row.t2i, row.rsum))
         append(opt_eval.save_csv + suffix, f"{result.checkpoint.opt.logger_name}, {figures}\n")
+
+
+__getattr__ = left_out(
+    __name__,
+    {
+        "eval_ensemble": "compute_results.py takes several checkpoints as --model_path, and "
+        "evaluates the mean of their similarities",
+        "softmax": "use torch.softmax",
+    },
+)

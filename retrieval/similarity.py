@@ -1,4 +1,4 @@
-"""Sources of similarities (see `retrieval.ranking`): cosine, order, cross attention and a mean."""
+"""Sources of similarities (see `retrieval.ranking`): cosine, order, cross attention, means, matrices."""
 
 from argparse import Namespace
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 
 from layers.cross_attention import flat_similarities, pair_similarities
 from loss import cosine_sim, order_sim
+from runtime.device import to_device
 
 
 class Mean:
@@ -99,6 +100,51 @@ class Cosine(Order):
         if side == "i2t":  # not a transposed view: rows of targets are contiguous in memory
             return self.similarity(self.captions[targets], self.images)
         return super().across(side, targets)
+
+
+class Matrix:
+    """Scores that somebody else has computed, as a source: chosen rows and columns of a matrix.
+
+    matrix: (rows, columns) of a float type, on the CPU; it may be memory-mapped
+    rows: (N,) the images' rows; columns: (C,) the captions' columns
+    device: of the scores
+    """
+
+    tile_images, width = 512, 1
+
+    def __init__(self, matrix, rows, columns, device):
+        self.matrix, self.rows, self.columns, self.device = matrix, rows, columns, device
+        self.n_images, self.n_captions = len(rows), len(columns)
+        kind = torch.float32 if device.type == "mps" else matrix.dtype
+        self.dtype = torch.promote_types(kind, torch.float32)
+
+    def tile(self, images, captions, shape):
+        """(images, captions) scores of two slices."""
+        return self._part(self.rows[images], self.columns[captions])
+
+    def across(self, side, targets):
+        """(targets, queries) scores of a slice of targets with all queries."""
+        if side == "i2t":
+            return self._part(self.rows, self.columns[targets]).t().contiguous()
+        return self._part(self.rows[targets], self.columns)
+
+    def pairs(self, images, captions):
+        """(n,) scores of pairs, given by the numbers of their images and captions."""
+        return self._placed(self.matrix[self.rows[images.cpu()], self.columns[captions.cpu()]])
+
+    def _part(self, rows, columns):
+        """The scores of rows (n,) with columns (m,)."""
+        return self._placed(_chosen(_chosen(self.matrix, rows, 0), columns, 1))
+
+    def _placed(self, scores):
+        return to_device(scores.to(self.dtype), self.device)
+
+
+def _chosen(matrix, numbers, dim):
+    """The rows or columns of these numbers (n,); a view if they follow one another."""
+    if torch.equal(numbers, torch.arange(len(numbers)) + numbers[:1]):
+        return matrix.narrow(dim, int(numbers[0]), len(numbers))
+    return matrix.index_select(dim, numbers)
 
 
 SOURCES = {"cosine": Cosine, "order": Order}

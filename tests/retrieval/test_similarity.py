@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loss import SIMILARITIES
-from retrieval.similarity import Cosine, CrossAttention, Mean, Order, Words
+from retrieval.similarity import Cosine, CrossAttention, Matrix, Mean, Order, Words
 
 
 def sources(kinds=(torch.float64, torch.float64, torch.float64)):
@@ -104,3 +104,24 @@ def test_equal_captions_make_equal_pairs(images):
         ]
     )
     assert torch.allclose(torch.cat((first, second, third)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
+def test_a_matrix_gives_its_own_entries(kind, permuted):
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(9, 20, generator=generator).to(kind)
+    rows = torch.randperm(9, generator=generator)[:7] if permuted else torch.arange(2, 9)
+    columns = torch.randperm(20, generator=generator)[:15] if permuted else torch.arange(1, 16)
+    source = Matrix(matrix, rows, columns, torch.device("cpu"))
+    assert (source.n_images, source.n_captions) == (7, 15)
+    expected = torch.tensor(
+        [[float(matrix[row, column]) for column in columns] for row in rows], dtype=torch.float64
+    )
+    tile = source.tile(slice(2, 6), slice(3, 12), (6, 10))
+    assert tile.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
+    assert torch.equal(tile.double(), expected[2:6, 3:12])
+    assert torch.equal(source.across("i2t", slice(4, 9)).double(), expected.t()[4:9])
+    assert torch.equal(source.across("t2i", slice(4, 7)).double(), expected[4:7])
+    images, captions = torch.tensor([0, 6, 3]), torch.tensor([14, 0, 2])
+    assert torch.equal(source.pairs(images, captions).double(), expected[images, captions])
