@@ -274,16 +274,7 @@ def _check(content, path):
             f"{path} is not a checkpoint of VSE++ or of code derived from it: it lacks "
             f"{' and '.join(lacking)}"
         )
-    states = content["model"]
-    states = both_states(states) if isinstance(states, (list, tuple, dict)) else None
-    if states is None or not all(isinstance(state, dict) for state in states):
-        raise InputError(
-            f"checkpoint {path}: 'model' is neither [image state, text state] nor the state of a "
-            "whole model, whose names begin with img_enc. and txt_enc."
-        )
-    for state in states:
-        check_weights(state, f"checkpoint {path}")
-    content["model"] = states = [_bare_names(state) for state in states]
+    _check_states(content, path)
     if not isinstance(content["opt"], argparse.Namespace):
         raise InputError(f"checkpoint {path}: 'opt' is not an argparse.Namespace")
     kind = getattr(content["opt"], "text_encoder", "gru")
@@ -295,6 +286,7 @@ def _check(content, path):
             f"{', '.join(TEXT_ENCODERS)}: update this code, or name another checkpoint"
         )
     try:
+        states = content["model"]
         sizes = _sizes(states, kind)
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(
@@ -308,6 +300,24 @@ def _check(content, path):
         raise InputError(f"checkpoint {path}: unknown caption reading")
     if content.get("features") is not None:
         check_description(content["features"], f"checkpoint {path}")
+
+
+def _check_states(content, path):
+    """Make [image state, text state] of `model`, in any form; raise InputError if it has none."""
+    given = content["model"]
+    states = both_states(given) if isinstance(given, (list, tuple, dict)) else None
+    if states is None or not all(isinstance(state, dict) for state in states):
+        raise InputError(
+            f"checkpoint {path}: 'model' is neither [image state, text state] nor the state of a "
+            "whole model, whose names begin with img_enc. and txt_enc."
+        )
+    for state in states:
+        check_weights(state, f"checkpoint {path}")
+    content["model"] = [_bare_names(state) for state in states]
+    if isinstance(given, dict):
+        # Another code's train.py has saved this project's model, whose loaders read clean text.
+        reading = getattr(content["opt"], "caption_reading", None) or "text"
+        content.setdefault("caption_reading", reading)
 
 
 def _bare_names(state):

@@ -960,5 +960,9 @@ def test_a_model_s_own_state_opens_as_the_released_list_does(evaluated, form):
     prefix = "module." * (form == "parallel")
     flat = {f"{prefix}{name}": value for name, value in state.items()}
     content = {"model": state if form == "state_dict" else flat, "opt": content["opt"]}
+    del content["opt"].caption_reading
     torch.save(content, "whole.pth.tar")
-    assert states_equal(checkpoint.load("whole.pth.tar")["model"], [state[0], state[1]])
+    opened = checkpoint.load("whole.pth.tar")
+    assert states_equal(opened["model"], [state[0], state[1]])
+    # HAL's own code would have read the captions otherwise, and saved a list.
+    assert hasattr(opened["opt"], "local_alpha") and checkpoint.caption_reading(opened) == "text"
