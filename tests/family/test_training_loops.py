@@ -4,6 +4,7 @@ Each trains, validates, saves and evaluates by the calls of its code alone. Its 
 with a plain loop over the embeddings, and with what evaluating the saved checkpoint gives.
 """
 
+import logging
 import os
 import pickle
 import shutil
@@ -20,14 +21,14 @@ NUMBERS = {
     "vocab_path": "vocab",
     "margin": 0.2,
     "max_violation": True,
-    "num_epochs": 2,
+    "num_epochs": 4,
     "batch_size": 100,
     "word_dim": 16,
     "embed_size": 32,
     "grad_clip": 2.0,
     "num_layers": 1,
     "learning_rate": 0.01,
-    "lr_update": 1,
+    "lr_update": 3,
     "workers": 0,
     "log_step": 5,
     "no_imgnorm": False,
@@ -98,15 +99,20 @@ def sample(drawn_sample, tmp_path, monkeypatch):
 
 
 def recalls(similarities):
-    """The six recalls' sum of (N, 5N) similarities without ties, by a loop."""
-    total = 0.0
-    columns = list(zip(*similarities))
-    for k in (1, 5, 10):
-        best = [max(row[5 * i : 5 * i + 5]) for i, row in enumerate(similarities)]
-        ranks = [sum(x > top for x in row) for row, top in zip(similarities, best)]
-        total += 100 * sum(rank < k for rank in ranks) / len(ranks)
-        ranks = [sum(x > column[c // 5] for x in column) for c, column in enumerate(columns)]
-        total += 100 * sum(rank < k for rank in ranks) / len(ranks)
+    """The six recalls' sum of (N, 5N) similarities by a loop; equal scores of others count as better."""
+    total, n = 0.0, len(similarities)
+    near = 2.4e-7  # two units in the last place
+    best = [max(row[5 * i : 5 * i + 5]) - near for i, row in enumerate(similarities)]
+    own = [similarities[c // 5][c] - near for c in range(5 * n)]
+    rows = [
+        sum(similarities[i][c] >= best[i] for c in range(5 * n) if c // 5 != i) for i in range(n)
+    ]
+    columns = [
+        sum(similarities[i][c] >= own[c] for i in range(n) if c // 5 != i) for c in range(5 * n)
+    ]
+    for ranks in (rows, columns):
+        for k in (1, 5, 10):
+            total += 100 * sum(rank < k for rank in ranks) / len(ranks)
     return total
 
 
@@ -121,7 +127,7 @@ def save_checkpoint(state, is_best, prefix):
         shutil.copyfile(prefix + "checkpoint.pth.tar", prefix + "model_best.pth.tar")
 
 
-def test_vse_plus_plus_trains_resumes_and_evaluates(sample, capsys):
+def test_vse_plus_plus_trains_resumes_and_evaluates(sample):
     import data
     from evaluation import AverageMeter, LogCollector, encode_data, evalrank, i2t, t2i
     from model import VSE
@@ -138,7 +144,7 @@ def test_vse_plus_plus_trains_resumes_and_evaluates(sample, capsys):
         return losses
 
     def validate(val_loader, model):
-        img_embs, cap_embs = encode_data(model, val_loader, opt.log_step, capsys.readouterr)
+        img_embs, cap_embs = encode_data(model, val_loader, opt.log_step, logging.info)
         (r1, r5, r10, medr, meanr) = i2t(img_embs, cap_embs, measure=opt.measure)
         (r1i, r5i, r10i, medri, meanri) = t2i(img_embs, cap_embs, measure=opt.measure)
         expected = recalls((img_embs[::5].astype(float) @ cap_embs.T.astype(float)).tolist())
@@ -161,7 +167,7 @@ def test_vse_plus_plus_trains_resumes_and_evaluates(sample, capsys):
         state = {"epoch": epoch + 1, "model": model.state_dict(), "best_rsum": best}
         save_checkpoint({**state, "opt": opt, "Eiters": model.Eiters}, is_best, "")
     assert model.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
-    assert np.mean(losses[1]) < np.mean(losses[0]) / 1.5 and model.Eiters == 2 * len(loaders[0])
+    assert np.mean(losses[-1]) < np.mean(losses[0]) / 1.5 and model.Eiters == 4 * len(loaders[0])
 
     checkpoint = torch.load("model_best.pth.tar", weights_only=False)
     resumed = VSE(opt)
@@ -171,16 +177,14 @@ def test_vse_plus_plus_trains_resumes_and_evaluates(sample, capsys):
     assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(best)
 
 
-def test_scan_trains_and_evaluates(sample, capsys):
+def test_scan_trains_and_evaluates(sample):
     import data
     from evaluation import LogCollector, encode_data, evalrank, i2t, shard_xattn_t2i, t2i
     from model import SCAN
     from vocab import deserialize_vocab
 
     def validate(val_loader, model):
-        img_embs, cap_embs, cap_lens = encode_data(
-            model, val_loader, opt.log_step, capsys.readouterr
-        )
+        img_embs, cap_embs, cap_lens = encode_data(model, val_loader, opt.log_step, logging.info)
         img_embs = np.array([img_embs[i] for i in range(0, len(img_embs), 5)])
         sims = shard_xattn_t2i(img_embs, cap_embs, cap_lens, opt, shard_size=128)
         (r1, r5, r10, medr, meanr) = i2t(img_embs, cap_embs, cap_lens, sims)
@@ -207,11 +211,11 @@ def test_scan_trains_and_evaluates(sample, capsys):
         rsum = validate(val_loader, model)
         state = {"epoch": epoch, "model": model.state_dict(), "best_rsum": rsum}
         save_checkpoint({**state, "opt": opt, "Eiters": model.Eiters}, True, "")
-    assert np.mean(losses[1]) < np.mean(losses[0]) / 1.5 and rsum > 50
+    assert np.mean(losses[-1]) < np.mean(losses[0]) / 1.5 and rsum > 50
     assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(rsum)
 
 
-def test_hal_trains_with_its_bank_and_evaluates(sample, capsys):
+def test_hal_trains_with_its_bank_and_evaluates(sample):
     import data
     from evaluation import LogCollector, encode_data, evalrank, i2t, t2i
     from model import VSE
@@ -246,13 +250,14 @@ def test_hal_trains_with_its_bank_and_evaluates(sample, capsys):
             assert max(ids) >= len(ids) and list(ids) == list(indices)
             model.train_emb(images, captions, lengths, ids, indices, *bank)
             losses[-1].append(model.logger.meters["Loss"].val)
-        img_embs, cap_embs = encode_data(model, val_loader, opt.log_step, capsys.readouterr)
+        img_embs, cap_embs = encode_data(model, val_loader, opt.log_step, logging.info)
         rsum = recalls((img_embs[::5].astype(float) @ cap_embs.T.astype(float)).tolist())
         assert sum(i2t(img_embs, cap_embs)[:3]) + sum(t2i(img_embs, cap_embs)[:3]) == pytest.approx(
             rsum
         )
         state = {"epoch": epoch + 1, "model": model.state_dict(), "best_rsum": rsum}
         save_checkpoint({**state, "opt": opt, "Eiters": model.Eiters}, True, "")
+    print(losses, rsum)
     assert len(bank[0]) == sum(map(len, bank[2])) >= 100 and rsum > 50
     # clean text was trained on, though a checkpoint of HAL's own code was read otherwise
     assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(rsum)
