@@ -684,6 +684,7 @@ def write_export(options, result):
         "split": options.split,
         "images": len(result.images),
         "captions": len(result.captions),
+        "caption_reading": member.opt.caption_reading,
         "fold5": options.fold5,
         **as_dict(result.metrics),
     }

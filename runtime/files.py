@@ -134,7 +134,11 @@ def append(path, line):
 
 def check_new(path, flag):
     """Raise InputError, naming the flag, unless a folder can be made there, or an empty one is."""
-    if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+    try:
+        occupied = os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path))
+    except OSError:  # a folder that may not be read
+        occupied = True
+    if occupied:
         raise InputError(
             f"{flag} {path!r} is there and not an empty folder, and nothing in it is replaced: "
             "name a new one"

@@ -234,11 +234,12 @@ tags:
 # {name}
 
 Finds photos by a sentence, and sentences by a photo: {model}, {embed_size:,} dimensions, trained on
-{trained_on} ({epochs} epochs).
+{trained_on} (epochs: {epochs}).
 
 ## Figures
 
-Measured with these weights on {data_name}, split {split}, {images:,} images and {captions:,} captions{folds}:
+Measured with these weights on {data_name}, split {split}, {images:,} images and {captions:,} captions, read as
+"{caption_reading}"{folds}:
 
 | | R@1 | R@5 | R@10 | median rank | mean rank |
 |---|---|---|---|---|---|
@@ -256,8 +257,7 @@ With the scripts of VSE-HAL, on data of the kind that it was trained on ({featur
 ```
 
 `train.py --init_from {name}` starts a new run from these weights. `model.safetensors` has the weights,
-`vocab.json` the words and their numbers, `config.json` the options and figures. Captions are read in the
-reading "{caption_reading}".
+`vocab.json` the words and their numbers, `config.json` the options and figures.
 """
 
 
@@ -289,5 +289,4 @@ def _card(name, content, figures):
         folds=", the mean of five folds" if figures["fold5"] else "",
         features=f"{kind}, by {features['encoder']}" if features else kind,
         commands="\n".join(commands[:1] if opt.cross_attn else commands),
-        caption_reading=content["caption_reading"],
     )

@@ -6,6 +6,7 @@ tests/reference, and for VSE++, of which there is none, those that tests/helpers
 
 import json
 import os
+import pickle
 from argparse import Namespace
 
 import numpy as np
@@ -16,7 +17,9 @@ import compute_results
 import search
 import train
 from evaluation import load_for_evaluation
+from inputs.tokenizer import nltk_words
 from runtime.errors import InputError
+from tests.helpers import loops
 from tests.helpers.made import DEFAULTS, REFERENCE, TINY, load, states_equal, write_precomp
 from tests.test_regions import RECIPE, write_regions
 from training import checkpoint, export
@@ -180,6 +183,55 @@ def test_a_released_checkpoint_comes_out_as_it_was(tmp_path, monkeypatch, kind):
     assert {name: value for name, value in vars(content["opt"]).items() if name not in moved} == {
         name: value for name, value in vars(theirs["opt"]).items() if name not in moved
     }
+
+
+def plain_figures(path, reading):
+    """R@1, R@5 and R@10 both ways, by a reader that the description of VSE++'s and HAL's code gives.
+
+    It takes plain layers, loaded strictly, one caption at a time, and loops; reading: "text", or
+    "released", for what HAL's loader makes of a caption on Python 3.
+    """
+    content = torch.load(path, weights_only=False)
+    opt, (image_state, text_state) = content["opt"], content["model"]
+    with open(f"{opt.vocab_path}/{opt.data_name}_vocab.pkl", "rb") as file:
+        numbers = pickle.load(file).word2idx
+    assert len(numbers) == opt.vocab_size
+    fc = torch.nn.ModuleDict({"fc": torch.nn.Linear(opt.img_dim, opt.embed_size)})
+    text = torch.nn.ModuleDict(
+        {
+            "embed": torch.nn.Embedding(opt.vocab_size, opt.word_dim),
+            "rnn": torch.nn.GRU(opt.word_dim, opt.embed_size, opt.num_layers, batch_first=True),
+        }
+    )
+    fc.load_state_dict(image_state)
+    text.load_state_dict(text_state)
+
+    def embedding(vector):
+        vector = vector / vector.norm()
+        return vector.abs() if opt.use_abs else vector
+
+    def caption_embedding(line):
+        line = str(line) if reading == "released" else line.decode()
+        words = ["<start>", *nltk_words(line.lower()), "<end>"]
+        ids = torch.tensor([[numbers.get(word, numbers["<unk>"]) for word in words]])
+        return embedding(text["rnn"](text["embed"](ids))[0][0, -1])
+
+    folder = f"{opt.data_path}/{opt.data_name}/testall"
+    with open(f"{folder}_caps.txt", "rb") as file, torch.no_grad():
+        captions = torch.stack([caption_embedding(line.strip()) for line in file])
+        features = torch.from_numpy(np.load(f"{folder}_ims.npy"))
+        images = torch.stack([embedding(fc["fc"](row)) for row in features])
+    both = loops.ranks((images @ captions.T).numpy())
+    return [tuple(loops.recall(ranks)[:3]) for ranks in both]
+
+
+@pytest.mark.parametrize("run", ["hal", "vsepp"], indirect=True)
+def test_a_reader_after_the_description_has_the_same_recalls(run):
+    found = figures("--export", "out", "--export_for", run, "--split", "testall")
+    expected = [tuple(found[side][name] for name in ("r1", "r5", "r10")) for side in ("i2t", "t2i")]
+    reading = "released" if run == "hal" else "text"
+    assert plain_figures("out/model_best.pth.tar", reading) == expected
+    assert expected[0] != expected[1]
 
 
 # The way back -----------------------------------------------------------------------------------
