@@ -68,6 +68,7 @@ def parse_args(argv=None):
     add_hub_flags(parser.add_argument_group("hubs"))
     add_machine_flags(parser.add_argument_group("how"))
     add_output_flags(parser.add_argument_group("what to write"))
+    add_export_flags(parser.add_argument_group("the model for another code, or to be published"))
     options = parser.parse_args(argv)
     if options.dataset is not None:
         raise InputError(of_eval(options))
@@ -236,6 +237,10 @@ def add_output_flags(group):
         metavar="DIR",
         help="with --report: folder of the photos, named as in <split>_ids.txt",
     )
+
+
+def add_export_flags(group):
+    """The model as a file for other code."""
     group.add_argument(
         "--export",
         type=path_type,

@@ -43,7 +43,7 @@ from runtime.files import lock
 from runtime.finite import check_size
 from runtime.seeds import own_draws, seed_for
 from training import checkpoint, run_record
-from training.options import SCAN_DEFAULTS, model_in_words, parse_args
+from training.options import FAMILIES, SCAN_DEFAULTS, model_in_words, parse_args
 from training.run import (
     Run,
     bring_best,
@@ -473,10 +473,7 @@ def warnings_of(run):
 
 
 def first_look(run, device, products):
-    """Yield the log's first lines: unknown words, what is trained, and on what it is computed.
-
-    Another line follows if SCAN's flags are given without --cross_attn: they have no effect then.
-    """
+    """Yield the log's first lines: unknown words, what is trained, and on what it is computed."""
     opt = run.opt
     for loader, split in ((run.train_loader, "train"), (run.val_loader, "dev")):
         yield unknown_in_words(loader.dataset.word_ids, split)
@@ -485,6 +482,18 @@ def first_look(run, device, products):
         f"Training {model_in_words(opt)}, {opt.embed_size:,} dimensions, on {opt.data_name} "
         f"({photos:,} photos), {device}"
     )
+    yield from hints(opt)
+    yield (
+        f"Device: {device}, float32 products: {products}, amp: "
+        f"{amp_in_words(opt.amp, device, products)}"
+    )
+
+
+def hints(opt):
+    """Yield a line for flags of SCAN's that have no effect, and for VSE++'s loss with HAL's epochs.
+
+    Either may be a command of that code, and means another run there.
+    """
     of_scan = [name for name, value in SCAN_DEFAULTS.items() if getattr(opt, name) != value]
     if of_scan and not opt.cross_attn and opt.model_family != "vse_infty":
         flags = ", ".join(f"--{name}" for name in of_scan)
@@ -492,10 +501,16 @@ def first_look(run, device, products):
             f"Note: {flags} would be SCAN's and has no effect here, since a VSE is trained: "
             "add --model_family scan for SCAN with its defaults, or --cross_attn t2i or i2t"
         )
-    yield (
-        f"Device: {device}, float32 products: {products}, amp: "
-        f"{amp_in_words(opt.amp, device, products)}"
-    )
+    of_hal = FAMILIES["hal"].defaults
+    if (
+        (opt.max_violation or opt.sum_violation)
+        and not (opt.model_family or opt.cross_attn)
+        and all(getattr(opt, name) == value for name, value in of_hal.items())
+    ):
+        yield (
+            f"Note: {opt.num_epochs} epochs and --lr_update {opt.lr_update} are HAL's code's: add "
+            "--model_family vsepp for VSE++'s, 30 and 15"
+        )
 
 
 def write_new(vocabulary, opt):

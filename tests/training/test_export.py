@@ -20,7 +20,7 @@ from evaluation import load_for_evaluation
 from inputs.tokenizer import nltk_words
 from runtime.errors import InputError
 from tests.helpers import loops
-from tests.helpers.made import DEFAULTS, REFERENCE, TINY, load, states_equal, write_precomp
+from tests.helpers.made import DEFAULTS, RAW, REFERENCE, TINY, load, states_equal, write_precomp
 from tests.test_regions import RECIPE, write_regions
 from training import checkpoint, export
 
@@ -161,6 +161,16 @@ def test_a_model_without_mask_gets_its_row(run):
     assert figures("--model_path", "out/model_best.pth", *AGAIN[run]) == figures(
         "--model_path", plain
     )
+
+
+def test_a_model_of_photos_has_the_names_that_data_parallel_gives(workdir):
+    train.main([*RAW, "--data_name", "f8k", "--max_violation"])
+    before = figures("--export", "out", "--export_for", "vsepp", "--device", "cpu")
+    image = load("out/model_best.pth.tar")["model"][0]
+    names = {name.split(".")[0] for name in image}
+    assert names == {"fc", "cnn"} and "cnn.module.conv1.weight" in image
+    assert set(os.listdir("out")) == {"model_best.pth.tar", "f8k_vocab.pkl"}
+    assert figures("--model_path", "out/model_best.pth.tar", "--device", "cpu") == before
 
 
 @pytest.mark.parametrize("kind", THEIRS)

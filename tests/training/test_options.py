@@ -258,6 +258,22 @@ def test_scan_s_flags_on_a_vse_point_to_the_family(data, capsys):
     assert "--model_family scan" in said
 
 
+@pytest.mark.parametrize(
+    "flags, noted",
+    [
+        (["--max_violation"], True),
+        (["--max_violation", "--num_epochs", "14"], False),
+        (["--max_violation", "--model_family", "hal"], False),
+        (["--loss", "hal"], False),
+    ],
+)
+def test_vse_plus_plus_s_loss_with_hal_s_epochs_points_to_the_family(data, capsys, flags, noted):
+    flags = ["--data_name", "vectors_precomp", "--embed_size", "8", *flags]
+    train.main([*flags, "--word_dim", "6", "--batch_size", "16", "--device", "cpu"])
+    found = "15 epochs and --lr_update 8 are HAL's code's: add --model_family vsepp"
+    assert (found in capsys.readouterr().err) == noted
+
+
 def test_a_resumed_run_keeps_its_family(data):
     flags = ["--data_name", "vectors_precomp", "--embed_size", "8", *SMALL.split()]
     train.main([*flags, "--model_family", "vsepp"])
