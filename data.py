@@ -32,6 +32,7 @@ from features.files import (
     rows_at_a_time,
 )
 from features.layout import caption_layout, first_of, image_by_image, within_cap
+from features.texts import FrozenTexts, TextRows
 from inputs.augmentation import drop_regions, drop_words, kept_regions
 from inputs.captions import (
     COCO_ANNOTATIONS,
@@ -123,10 +124,12 @@ class PrecompDataset(torch.utils.data.Dataset):
         self.image_of, self.row_of = found.image_of[self.lines], found.row_of[self.lines]
         self.n_images = int(self.image_of.max()) + 1
         self.names = found.names and found.names[: self.n_images]
-        self.word_ids = self.placed_word_ids = number_words(
-            self.captions, vocab, reading, cache_dir
-        )
-        self.lengths, self.vocab, self.length = self.word_ids.lengths, vocab, len(self.captions)
+        if isinstance(vocab, FrozenTexts):
+            self.word_ids = vocab.read(data_path, data_split, captions, self.lines)
+        else:
+            self.word_ids = number_words(self.captions, vocab, reading, cache_dir)
+        self.placed_word_ids, self.lengths = self.word_ids, self.word_ids.lengths
+        self.vocab, self.length = vocab, len(self.captions)
         self.im_div = _divisor(self.row_of)
         self.device, self.placed_row_of = torch.device("cpu"), self.row_of
         self.drops_words = self.drops_regions = self.region_counts = None
@@ -515,7 +518,7 @@ def _augment(train, call, opt):
 
 
 def found_form(dataset, opt):
-    """{option: value} that the training features decide: their width, and the pooling of regions.
+    """{option: value} that the training data decide: widths, and the pooling of regions.
 
     opt's own img_dim and image_pooling stay, if it has them.
     """
@@ -526,6 +529,8 @@ def found_form(dataset, opt):
         found["regions"] = features.shape[1]
         if not getattr(opt, "cross_attn", None):
             found["image_pooling"] = getattr(opt, "image_pooling", None) or "mean"
+    if isinstance(dataset.word_ids, TextRows):
+        found["word_dim"] = dataset.word_ids.rows.shape[1]
     return found
 
 

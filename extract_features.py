@@ -12,6 +12,10 @@ goes on where it stopped. Under torchrun each process takes its share.
 
 makes a data set of bottom-up attention's regions, from tables (TSV) or HDF5 files (see
 features/bottom_up.py).
+
+    python3 extract_features.py --texts data/f8k_precomp --text_encoder sentence_transformers/all-MiniLM-L6-v2
+
+writes a frozen text model's vectors of a data set's captions, for `train.py --text_features`.
 """
 
 import signal
@@ -84,7 +88,9 @@ def parse_args(argv=None):
         "--dtype", default="float32", choices=["float16", "float32"], help="type of the features"
     )
     add_computing_flags(parser.add_argument_group("computing"))
+    add_text_flags(parser.add_argument_group("captions as vectors"))
     args = parser.parse_args(argv)
+    check_text_flags(args)
     for name in ("encoder", "encoder_weights", "pooling", "regions", "amp"):
         if args.sources and getattr(args, name) != parser.get_default(name):
             raise InputError(
@@ -107,6 +113,12 @@ def add_data_flags(group):
         metavar="FILE",
         help="bottom-up attention's features, as TSV or HDF5, instead of photos",
     )
+    source.add_argument(
+        "--texts",
+        type=path_type,
+        metavar="FOLDER",
+        help="a data set whose captions a text model turns into vectors",
+    )
     group.add_argument(
         "--captions",
         type=path_type,
@@ -117,9 +129,9 @@ def add_data_flags(group):
     group.add_argument(
         "--output",
         type=path_type,
-        required=True,
         metavar="FOLDER",
-        help="where the features go, such as data/mine_precomp",
+        help="where the features go, such as data/mine_precomp (default, with --texts: beside the "
+        "captions)",
     )
     group.add_argument(
         "--dev",
@@ -154,6 +166,30 @@ def add_computing_flags(group):
     )
 
 
+def add_text_flags(group):
+    """The text model for --texts."""
+    group.add_argument(
+        "--text_encoder",
+        metavar="NAME",
+        help="open_clip/<name>, or sentence_transformers/<name or folder>",
+    )
+    group.add_argument(
+        "--text_weights",
+        metavar="TAG|FILE|none",
+        help="open_clip's weights: a pretrained tag, a file, or none (random)",
+    )
+
+
+def check_text_flags(args):
+    """Raise InputError if the flags of photos and those of texts do not go together."""
+    if args.texts is None and args.output is None:
+        raise InputError("--output is missing: name the folder where the features go")
+    if (args.texts is None) != (args.text_encoder is None):
+        raise InputError("--texts and --text_encoder go together: give both, or neither")
+    if args.texts and args.captions:
+        raise InputError("--captions is for photos, and --texts names captions: leave one out")
+
+
 def main(argv=None):
     """Make what the flags ask for, in this process or in all that torchrun started."""
     with distributed.session():
@@ -165,6 +201,8 @@ def carry_out(args):
     """Find photos and captions, build the encoder, encode blocks of photos, write the data set."""
     if args.sources:
         return convert(args)
+    if args.texts:
+        return write_text_vectors(args)
     photos = find_photos(args)
     check_splits(args, photos)
     device = choose_device(args.device)
@@ -179,6 +217,16 @@ def carry_out(args):
         distributed.sync()
         if distributed.is_first():
             write_all(args, photos, blocks, encoder.row_shape, description)
+
+
+def write_text_vectors(args):
+    """Write the text model's vectors of a data set's captions."""
+    from features.text_models import text_model, write_texts
+
+    model = text_model(args.text_encoder, args.text_weights, choose_device(args.device))
+    output = args.output or args.texts
+    if distributed.is_first():
+        write_texts(args.texts, output, model, args.batch_size, args.dtype)
 
 
 # Photos and captions ----------------------------------------------------------------------------

@@ -208,6 +208,18 @@ class InfoNCE(nn.Module):
         return (entropy(logits, pairs) + entropy(logits.t(), pairs)) / 2
 
 
+class HALWithInfoNCE(nn.Module):
+    """`hal_loss` plus `InfoNCE`, of the same similarities."""
+
+    def __init__(self, alpha=30.0, epsilon=0.3, temperature=0.07):
+        super().__init__()
+        self.alpha, self.epsilon, self.infonce = alpha, epsilon, InfoNCE(temperature)
+
+    def forward(self, similarities):
+        """The scalar loss of similarities (B, B)."""
+        return hal_loss(similarities, self.alpha, self.epsilon) + self.infonce(similarities)
+
+
 # The table --------------------------------------------------------------------------------------
 
 
@@ -244,15 +256,15 @@ class Loss(NamedTuple):
 
 
 MARGIN = Flag("margin", 0.2, "margin of the hinge losses")
+ALPHA = Flag("local_alpha", 30.0, "HAL: sharpness a in exp(a (S_ij - e))", low_allowed=False)
+EPSILON = Flag("local_ep", 0.3, "HAL: margin e in exp(a (S_ij - e))", low=-math.inf)
+TEMPERATURE = Flag("temperature", 0.07, "InfoNCE: initial temperature", low_allowed=False)
 
 LOSSES = {
     "hal": Loss(
         lambda opt: partial(hal_loss, alpha=opt.local_alpha, epsilon=opt.local_ep),
         "HAL (alpha {local_alpha:g}, epsilon {local_ep:g})",
-        flags=(
-            Flag("local_alpha", 30.0, "HAL: sharpness a in exp(a (S_ij - e))", low_allowed=False),
-            Flag("local_ep", 0.3, "HAL: margin e in exp(a (S_ij - e))", low=-math.inf),
-        ),
+        flags=(ALPHA, EPSILON),
         is_mean=True,
         collapse="no positives",
         takes_weights=True,
@@ -271,8 +283,15 @@ LOSSES = {
     "infonce": Loss(
         lambda opt: InfoNCE(opt.temperature),
         "InfoNCE (temperature {temperature:g} at first)",
-        flags=(Flag("temperature", 0.07, "InfoNCE: initial temperature", low_allowed=False),),
+        flags=(TEMPERATURE,),
         is_mean=True,
+    ),
+    "hal+infonce": Loss(
+        lambda opt: HALWithInfoNCE(opt.local_alpha, opt.local_ep, opt.temperature),
+        "HAL (alpha {local_alpha:g}, epsilon {local_ep:g}) plus InfoNCE",
+        flags=(ALPHA, EPSILON, TEMPERATURE),
+        is_mean=True,
+        collapse="no positives",
     ),
 }
 

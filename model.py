@@ -107,6 +107,21 @@ def _init_fc(fc):
         fc.bias.zero_()
 
 
+def _hidden_layers(width, embed_size, layers):
+    """The layers before the last one of `layers`: linear and ReLU, (n, width) -> (n, embed_size).
+
+    One layer has none before it, and passes its input on.
+    """
+    widths = [width] + [embed_size] * (layers - 1)
+    pairs = [(nn.Linear(*pair), nn.ReLU()) for pair in zip(widths, widths[1:])]
+    return nn.Sequential(*[part for pair in pairs for part in pair])
+
+
+def _first_width(state):
+    """The width that an encoder of `_hidden_layers` and `fc` takes, from its state."""
+    return state.get("hidden.0.weight", state["fc.weight"]).shape[1]
+
+
 def _pool(encoder, pooling, features, lengths):
     """(B, K, D), (B,) -> (B, D) by a pooling's name; GPO in float32, under autocast too."""
     if pooling != "gpo":
@@ -145,8 +160,8 @@ class EncoderImagePrecomp(nn.Module):
     """Precomputed features (B, img_dim), or regions (B, K, img_dim), -> embeddings (B, embed_size).
 
     image_pooling: mean, max, kmax or gpo, for regions only; None is the mean.
-    precomp_enc_type: basic, one linear layer for each vector; mlp, VSE-infinity's encoder (its
-        own checkpoints call that basic, and pool by gpo).
+    precomp_enc_type: basic, `layers` linear layers for each vector, with ReLU between them; mlp,
+        VSE-infinity's encoder (its own checkpoints call that basic, and pool by gpo).
     """
 
     def __init__(
@@ -157,10 +172,12 @@ class EncoderImagePrecomp(nn.Module):
         no_imgnorm=False,
         image_pooling=None,
         precomp_enc_type="basic",
+        layers=1,
     ):
         super().__init__()
         self.use_abs, self.no_imgnorm, self.image_pooling = use_abs, no_imgnorm, image_pooling
-        self.fc = nn.Linear(img_dim, embed_size)
+        self.hidden = _hidden_layers(img_dim, embed_size, layers)
+        self.fc = nn.Linear(img_dim if layers == 1 else embed_size, embed_size)
         self.mlp = _RegionMLP(img_dim, embed_size) if precomp_enc_type == "mlp" else None
         if image_pooling == "gpo":
             self.gpool = GPO(*GPO_WIDTHS)
@@ -181,7 +198,7 @@ class EncoderImagePrecomp(nn.Module):
                 "features of shape (images, regions, width)"
             )
         else:
-            embeddings = self.fc(features)
+            embeddings = self.fc(self.hidden(features))
         embeddings = embeddings.to(self.fc.weight.dtype)  # autocast's products may be in bf16
         if not self.no_imgnorm:
             embeddings = l2norm(embeddings, eps=NORM_EPSILON if self.mlp else 0)
@@ -195,9 +212,9 @@ class EncoderImagePrecomp(nn.Module):
         else:
             lengths = torch.as_tensor(image_lengths).long()  # VSE-infinity's are floats
         # A linear layer commutes with the mean: pooled first, it costs 1 / K.
-        if pooling == "mean" and not self.mlp:
+        if pooling == "mean" and not self.mlp and not len(self.hidden):
             return self.fc(mean_pool(regions, lengths))
-        embedded = self.fc(regions).to(self.fc.weight.dtype)
+        embedded = self.fc(self.hidden(regions)).to(self.fc.weight.dtype)
         if self.mlp:
             embedded = embedded + self.mlp(regions)
         if not len(regions):  # this process has no pair, but had to take part in batch norm
@@ -293,18 +310,19 @@ def _image_encoder(
     cnn_weights="imagenet",
     image_pooling=None,
     precomp_enc_type="basic",
+    img_layers=1,
 ):
     """The encoder of precomputed features if data_name ends in `precomp`, else of photos."""
     check_choice("image_pooling", image_pooling or "mean", IMAGE_POOLINGS)
     check_choice("precomp_enc_type", precomp_enc_type, ENC_TYPES)
     if is_precomputed(data_name):
         return EncoderImagePrecomp(
-            img_dim, embed_size, use_abs, no_imgnorm, image_pooling, precomp_enc_type
+            img_dim, embed_size, use_abs, no_imgnorm, image_pooling, precomp_enc_type, img_layers
         )
-    if image_pooling or precomp_enc_type == "mlp":
+    if image_pooling or precomp_enc_type == "mlp" or img_layers > 1:
         raise InputError(
-            "--image_pooling and --precomp_enc_type mlp are for precomputed regions, but "
-            f"{data_name} holds photos: leave them out"
+            "--image_pooling, --precomp_enc_type mlp and --img_layers are for precomputed "
+            f"features, but {data_name} holds photos: leave them out"
         )
     return EncoderImageFull(embed_size, finetune, cnn_type, use_abs, no_imgnorm, cnn_weights)
 
@@ -596,7 +614,57 @@ class TransformerText(nn.Module):
         return embeddings.abs() if self.use_abs else embeddings
 
 
-TEXT_ENCODERS = {"gru": EncoderText, "transformer": TransformerText}
+class FrozenTextHead(nn.Module):
+    """Embeddings (B, embed_size) of the vectors (B, word_dim) that a frozen text model made.
+
+    `num_layers` linear layers, with ReLU between them, drawn as those of images are.
+    """
+
+    def __init__(
+        self,
+        vocab_size,
+        word_dim,
+        embed_size,
+        num_layers,
+        use_abs=False,
+        *,
+        text_pooling="last",
+        bi_gru=False,
+        no_txtnorm=False,
+    ):
+        super().__init__()
+        if text_pooling != "last" or bi_gru:
+            raise InputError(
+                "--text_features takes one vector a caption: leave out --text_pooling and --bi_gru"
+            )
+        self.use_abs, self.no_txtnorm = use_abs, no_txtnorm
+        self.hidden = _hidden_layers(word_dim, embed_size, num_layers)
+        self.fc = nn.Linear(word_dim if num_layers == 1 else embed_size, embed_size)
+        _init_fc(self.fc)
+
+    width = property(lambda self: self.fc.out_features)
+    dtype = property(lambda self: self.fc.weight.dtype)
+    device = property(lambda self: self.fc.weight.device)
+
+    @staticmethod
+    def sizes(state):
+        """{option: size} as a state's shapes show them; KeyError for another encoder's state."""
+        layers = sum(str(name).endswith("weight") for name in state)
+        return {
+            "word_dim": _first_width(state),
+            "num_layers": layers,
+            "embed_size": state["fc.weight"].shape[0],
+        }
+
+    def forward(self, texts, lengths):
+        """texts: (B, word_dim); lengths: ignored."""
+        embeddings = self.fc(self.hidden(texts)).to(self.dtype)
+        if not self.no_txtnorm:
+            embeddings = l2norm(embeddings)
+        return embeddings.abs() if self.use_abs else embeddings
+
+
+TEXT_ENCODERS = {"gru": EncoderText, "transformer": TransformerText, "features": FrozenTextHead}
 
 
 class ContrastiveLoss(loss.ContrastiveLoss):
@@ -664,6 +732,7 @@ class VSE(TrainingCalls):
             getattr(opt, "cnn_weights", "imagenet"),
             image_pooling=getattr(opt, "image_pooling", None),
             precomp_enc_type=getattr(opt, "precomp_enc_type", "basic"),
+            img_layers=getattr(opt, "img_layers", 1),
         )
         text_encoder = TEXT_ENCODERS[getattr(opt, "text_encoder", "gru")]
         self.txt_enc = text_encoder(

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from data import found_form, get_loaders, with_found
 from evaluation import embed, split_loss
 from features.description import features_of
+from features.texts import frozen_texts
 from inputs import sample_data
 from inputs.word_ids import unknown_in_words
 from layers.batch_norm import share_batch_norm
@@ -107,8 +108,12 @@ def get_vocabulary(opt, start):
     It is the start checkpoint's, else that of the file in --vocab_path, else built from the
     training captions.
     """
+    if opt.text_features is not None and not start:
+        folder = os.path.join(opt.data_path, opt.data_name)
+        return frozen_texts(opt.text_features or None, folder), False
     if start:
         start["opt"].vocab_path = opt.vocab_path
+        start["opt"].text_features = opt.text_features
         vocabulary, is_new = checkpoint.vocabulary(start, opt.resume or opt.init_from), False
     else:
         vocabulary = find_vocabulary(opt.vocab_path, opt.vocab_name or opt.data_name)

@@ -26,11 +26,12 @@ from features.blocks import (
 from features.description import read_features_json, refuse_other
 from features.files import open_features, read_ids
 from features.layout import first_of, numbered
+from features.texts import read_texts
 from gallery import hubs as gallery_hubs
 from gallery import index, store
 from inputs.captions import CaptionedPhoto, read_caption_texts, read_photo_captions
 from inputs.photos import image_transform, photo_names
-from inputs.word_ids import number_words, unknown_in_words
+from inputs.word_ids import unknown_in_words
 from retrieval.similarity import filled
 from runtime.errors import InputError
 from runtime.files import check_regular, hash_file, replacing
@@ -359,7 +360,7 @@ def embed_captions(loaded, captions):
     texts = list(itertools.chain.from_iterable(captions))
     if not texts:
         return None
-    words = number_words(texts, loaded.vocabulary, loaded.opt.caption_reading)
+    words = read_texts(texts, loaded.vocabulary, loaded.opt.caption_reading)
     tell(unknown_in_words(words, "these photos", loaded.path))
     return embed_texts(loaded.model, words, loaded.opt.batch_size)
 

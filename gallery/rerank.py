@@ -15,8 +15,8 @@ from data import check_form
 from evaluation import embed_texts, load_for_evaluation
 from features.description import read_features_json, refuse_other
 from features.files import open_features, read_ids
+from features.texts import read_texts
 from gallery.store import shown
-from inputs.word_ids import number_words
 from retrieval.rerank import candidate_scores
 from runtime.errors import InputError
 from runtime.finite import checked
@@ -97,7 +97,7 @@ class Reranker:
         model, opt = self.loaded.model, self.loaded.opt
         words = embed_texts(
             model,
-            number_words(questions, self.loaded.vocabulary, opt.caption_reading),
+            read_texts(questions, self.loaded.vocabulary, opt.caption_reading),
             opt.batch_size,
         )
         scores = []

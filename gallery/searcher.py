@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from evaluation import embed_texts
 from features.encoders import encode_photo
+from features.texts import read_texts
 from gallery.store import shown
 from inputs.decoding import decode_image
 from inputs.tokenizer import MAX_CAPTION, tokenize
-from inputs.word_ids import number_words
 from runtime.errors import InputError
 from runtime.finite import checked
 
@@ -50,7 +50,9 @@ class Searcher:
         models = [self.loaded, *([self.reranker.loaded] if self.reranker else [])]
         words = [word for word in dict.fromkeys(tokenize(question)) if any(map(str.isalnum, word))]
         return [
-            word for word in words if any(word not in one.vocabulary.word2idx for one in models)
+            word
+            for word in words
+            if any(len(one.vocabulary) and word not in one.vocabulary.word2idx for one in models)
         ]
 
     def check(self, question):
@@ -64,7 +66,8 @@ class Searcher:
                 f"{len(question)} characters: ask with at most {MAX_WORDS} and {MAX_CAPTION}"
             )
         known = self.loaded.vocabulary.word2idx
-        if not any(word in known for word in words if any(map(str.isalnum, word))):
+        # A frozen text model has no vocabulary, and reads any words.
+        if known and not any(word in known for word in words if any(map(str.isalnum, word))):
             raise InputError(
                 f"none of the question's words is known to the model ({shown(question[:80])}): use "
                 "plain words such as those of its captions"
@@ -77,7 +80,7 @@ class Searcher:
         """
         for question in questions:
             self.check(question)
-        words = number_words(questions, self.loaded.vocabulary, self.loaded.opt.caption_reading)
+        words = read_texts(questions, self.loaded.vocabulary, self.loaded.opt.caption_reading)
         queries = embed_texts(self.loaded.model, words, self.loaded.opt.batch_size)
         count = max(top, self.reranker.k) if self.reranker else top
         scores, numbers = self.gallery.search(queries, count, corrected and self.corrected)

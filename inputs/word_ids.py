@@ -70,6 +70,8 @@ def by_length(lengths):
 def unknown_in_words(word_ids, split, model="the model"):
     """One line about the share of words unknown to the model; a warning from UNKNOWN_WARNED on."""
     share = word_ids.unknown_share
+    if share is None:
+        return f"The captions of {split} are read as text vectors"
     if share < UNKNOWN_WARNED:
         return f"Unknown words in the captions of {split}: {share:.1%}"
     return (

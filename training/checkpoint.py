@@ -2,7 +2,8 @@
 
 A checkpoint is a dict. As in the released code it has `epoch` (finished epochs), `model` = [image
 state, text state], `best_rsum`, `opt` (argparse.Namespace) and `Eiters` (steps). Ours add:
-    vocabulary: its words; caption_reading: see inputs/tokenizer.py
+    vocabulary: its words; texts: what made the text vectors, see features/texts.py
+    caption_reading: see inputs/tokenizer.py
     optimizer, random_states, and loss, if the loss has weights
     progress: the place within an epoch, None between epochs
     float32_products: their kind on a CPU, see runtime/device.py
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from features.description import check_description
+from features.texts import FrozenTexts, check_texts_json
 from inputs.captions import is_precomputed
 from inputs.tokenizer import READINGS
 from layers.training_calls import both_states
@@ -54,6 +56,7 @@ OPTION_DEFAULTS = {
     "sum_violation": False,
     "memory_bank": False,
     "text_encoder": "gru",
+    "img_layers": 1,
     "text_pooling": "last",
     "bi_gru": False,
     "no_txtnorm": False,
@@ -69,11 +72,12 @@ OPTION_DEFAULTS = {
 
 # Those that may be None: the pooling of regions and their number, the vocabulary's name if it is
 # not the data set's, and SCAN's direction.
-REGION_OPTIONS = ("image_pooling", "regions", "vocab_name", "cross_attn")
+REGION_OPTIONS = ("image_pooling", "regions", "vocab_name", "cross_attn", "text_features")
 
 # What a resumed run may change; any other option would make it another model.
 FREE_OPTIONS = {
     "data_path",
+    "text_features",
     "vocab_path",
     "cache_dir",
     "features_on_device",
@@ -115,6 +119,7 @@ MODEL_OPTIONS = (
     "cnn_type",
     "image_pooling",
     "text_encoder",
+    "img_layers",
     "text_pooling",
     "bi_gru",
     "precomp_enc_type",
@@ -162,7 +167,8 @@ def content_of(
         "best_rsum": float(best_rsum),
         "opt": opt,
         "Eiters": steps,
-        "vocabulary": vocabulary.words,
+        "vocabulary": list(vocabulary.words),
+        "texts": getattr(vocabulary, "description", None),
         "caption_reading": opt.caption_reading,
         "optimizer": optimizer.state_dict(),
         **(
@@ -240,7 +246,7 @@ def _complete(opt, sizes, path):
             )
     if not all(
         getattr(opt, name) is None or type(getattr(opt, name)) is kind
-        for name, kind in zip(REGION_OPTIONS, (str, int, str, str))
+        for name, kind in zip(REGION_OPTIONS, (str, int, str, str, str))
     ):
         raise InputError(
             f"checkpoint {path} has options of the wrong type: {', '.join(REGION_OPTIONS)}"
@@ -332,7 +338,8 @@ def _sizes(states, text_encoder):
 
     Raises KeyError, ValueError or IndexError if they are not those of such a model.
     """
-    _, img_dim = states[0][_image_weight(states[0])].shape
+    first = "hidden.0.weight" if "hidden.0.weight" in states[0] else _image_weight(states[0])
+    _, img_dim = states[0][first].shape
     return {**TEXT_ENCODERS[text_encoder].sizes(states[1]), "img_dim": img_dim}
 
 
@@ -384,6 +391,9 @@ def vocabulary(content, path, vocab_path=None):
     Raises InputError if there is none, or if it does not fit the weights.
     """
     opt, words = content["opt"], content.get("vocabulary")
+    if opt.text_encoder == "features":
+        texts = content.get("texts")
+        return FrozenTexts(opt.text_features, texts and check_texts_json(texts, path))
     if words is not None and not vocab_path:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise InputError(f"checkpoint {path}: 'vocabulary' is not a list of words")

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import NamedTuple
 
-from inputs.captions import data_set_name
+from inputs.captions import data_set_name, is_precomputed
 from inputs.tokenizer import READINGS
 from layers.cross_attention import AGGREGATIONS, NORMS
 from layers.pretrained import cnn_types
@@ -120,6 +120,7 @@ def parse_args(argv=None):
     take_family(opt)
     opt.cache_dir = opt.cache_dir or os.path.join(opt.data_path, ".cache")
     opt.loss = check_loss_flags(opt)
+    check_text_features(opt)
     check_model_flags(opt)
     check_run_flags(opt)
     return opt
@@ -265,6 +266,12 @@ def add_image_flags(group):
         help="basic: one linear layer; mlp: VSE-infinity's encoder of regions; weight_norm: SCAN's",
     )
     group.add_argument(
+        "--img_layers",
+        default=1,
+        type=number(int, 1, DEEPEST),
+        help="linear layers over the features, with ReLU between them",
+    )
+    group.add_argument(
         "--image_pooling",
         choices=IMAGE_POOLINGS,
         help="how an image's regions become one vector (default: mean)",
@@ -274,7 +281,24 @@ def add_image_flags(group):
 def add_text_flags(group):
     """The encoder of captions."""
     group.add_argument(
-        "--text_encoder", default="gru", choices=[*TEXT_ENCODERS], help="what reads the words"
+        "--text_encoder",
+        default="gru",
+        choices=[name for name in TEXT_ENCODERS if name != "features"],
+        help="what reads the words",
+    )
+    group.add_argument(
+        "--text_features",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="train on {split}_txts.npy, a frozen text model's vectors of the captions, in place "
+        "of words; they lie in FOLDER (default: beside the captions)",
+    )
+    group.add_argument(
+        "--txt_layers",
+        default=1,
+        type=number(int, 1, DEEPEST),
+        help="linear layers over --text_features, with ReLU between them",
     )
     group.add_argument(
         "--word_dim", default=300, type=number(int, 1, WIDEST), help="width of a word's embedding"
@@ -627,9 +651,8 @@ def model_in_words(opt):
         model = "VSE-infinity"
     else:
         model = "VSE"
-    reader = (
-        "transformer" if opt.text_encoder != "gru" else "bidirectional GRU" if opt.bi_gru else "GRU"
-    )
+    readers = {"gru": "bidirectional GRU" if opt.bi_gru else "GRU", "features": "text vectors"}
+    reader = readers.get(opt.text_encoder, opt.text_encoder)
     return ", ".join(filter(None, (model, reader, loss_in_words(opt))))
 
 
@@ -673,6 +696,35 @@ def check_loss_flags(opt):
     return kind
 
 
+def check_text_features(opt):
+    """Choose the text encoder of --text_features; raises InputError if other flags contradict it."""
+    if opt.text_features is None:
+        if opt.txt_layers > 1:
+            raise InputError("--txt_layers goes with --text_features: leave it out")
+        return
+    of_words = {
+        "--cross_attn": opt.cross_attn,
+        "--text_encoder transformer": opt.text_encoder != "gru",
+        "--bi_gru": opt.bi_gru,
+        "--text_pooling": opt.text_pooling != "last",
+        "--drop_words": opt.drop_words,
+        "--num_layers": opt.num_layers > 1,
+        "--caption_reading": opt.caption_reading,
+    }
+    for flag, given in of_words.items():
+        if given:
+            raise InputError(
+                f"{flag} does not go with --text_features, which gives one vector a caption "
+                "instead of words: leave one of them out"
+            )
+    if not is_precomputed(opt.data_name):
+        raise InputError(
+            f"--text_features is for precomputed features (*_precomp), and {opt.data_name} holds "
+            "photos: make features of them with extract_features.py"
+        )
+    opt.text_encoder, opt.num_layers = "features", opt.txt_layers
+
+
 def check_model_flags(opt):
     """Raise InputError if the flags of the model do not go together."""
     useless = {
@@ -682,6 +734,7 @@ def check_model_flags(opt):
         "--text_encoder transformer": opt.text_encoder != "gru",
         "--use_abs": opt.use_abs,
         "--precomp_enc_type mlp": opt.precomp_enc_type == "mlp",
+        "--img_layers": opt.img_layers > 1,
     }
     if opt.cross_attn and any(useless.values()):
         raise InputError(
@@ -697,6 +750,11 @@ def check_model_flags(opt):
     if opt.precomp_enc_type == "weight_norm" and not opt.cross_attn:
         raise InputError(
             "--precomp_enc_type weight_norm is SCAN's: add --cross_attn, or choose basic or mlp"
+        )
+    if opt.precomp_enc_type == "mlp" and opt.img_layers > 1:
+        raise InputError(
+            "--img_layers is for --precomp_enc_type basic, and mlp has layers of its own: leave "
+            "one of them out"
         )
     if opt.cnn_type != "vgg19":
         check_choice("cnn_type", opt.cnn_type, cnn_types())

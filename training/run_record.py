@@ -117,16 +117,12 @@ def fingerprint(dataset):
             "\n".join(map(os.path.basename, dataset.image_files)).encode("utf-8", "surrogatepass")
         )
     else:
-        n = min(
-            FINGERPRINT_ROWS,
-            len(dataset.images),
-            max(1, FINGERPRINT_BYTES // dataset.images[0].nbytes),
-        )
-        rows = (
-            torch.linspace(0, len(dataset.images) - 1, n).long().clamp(max=len(dataset.images) - 1)
-        )
-        digest.update(str(tuple(dataset.images.shape)).encode())
-        digest.update(dataset.images[rows.to(dataset.images.device)].cpu().numpy().tobytes())
+        texts = getattr(dataset.word_ids, "rows", None)
+        for array in (dataset.images, *([] if texts is None else [texts])):
+            n = min(FINGERPRINT_ROWS, len(array), max(1, FINGERPRINT_BYTES // array[0].nbytes))
+            rows = torch.linspace(0, len(array) - 1, n).long().clamp(max=len(array) - 1)
+            digest.update(str(tuple(array.shape)).encode())
+            digest.update(array[rows.to(array.device)].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

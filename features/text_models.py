@@ -1,0 +1,211 @@
+"""Named text models that turn captions into vectors: open_clip's and sentence-transformers'.
+
+Both packages are imported only here, when a model is asked for.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from features.encoders import _hash_state
+from features.texts import FORMAT, hash_captions, read_texts_json, refuse_other
+from inputs.captions import read_captions
+from runtime.errors import InputError
+from runtime.files import check_regular, replacing
+
+OPEN_CLIP, SENTENCES = "open_clip/", "sentence_transformers/"
+BLOCKS = ".texts"  # folder below the output, for finished blocks until all are finished
+BLOCK_CAPTIONS = 4096
+SPLITS = ("train", "dev", "test", "testall")
+
+
+class TextModel(NamedTuple):
+    """A frozen text model."""
+
+    encode: Callable  # a list of n texts -> (n, width) float32 on the CPU
+    description: dict  # what texts.json says of it, but for the captions
+
+
+def text_model(name, weights=None, device="cpu"):
+    """The TextModel `open_clip/<name>` or `sentence_transformers/<name or folder>`.
+
+    weights: open_clip's pretrained tag, a file, or none (random, the same every time).
+    Raises InputError if the package is not installed, or the model or its weights cannot be had.
+    """
+    if name.startswith(OPEN_CLIP):
+        net, encode = _open_clip(name, weights, device)
+    elif name.startswith(SENTENCES):
+        net, encode = _sentence_transformers(name, device)
+    else:
+        raise InputError(
+            f"--text_encoder {name} is not known: give open_clip/<name> or "
+            "sentence_transformers/<name or folder>"
+        )
+    sample = encode(["a photo"])
+    digest = _hash_state(net.cpu() if torch.device(device).type != "cpu" else net)
+    net.to(device)
+    description = {
+        "format": FORMAT,
+        "encoder": name,
+        "weights": weights,
+        "weights_sha256": digest,
+        "width": sample.shape[1],
+        "normalised": bool((sample.norm(dim=1) - 1).abs().max() < 1e-3),
+    }
+    return TextModel(encode, description)
+
+
+def text_model_from(description, device="cpu"):
+    """The TextModel that a texts.json describes; raises InputError if its weights are others."""
+    found = text_model(description["encoder"], description.get("weights"), device)
+    refuse_other(found.description, description, f"the model {description['encoder']}")
+    return found
+
+
+def _sentence_transformers(name, device):
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise InputError(
+            f"--text_encoder {name} needs sentence-transformers, which is not installed: pip "
+            "install sentence-transformers"
+        ) from error
+    where = name.removeprefix(SENTENCES)
+    try:
+        net = SentenceTransformer(where, device=str(device)).eval()
+    except Exception as error:  # no network, no such model, a folder of something else
+        raise _not_had(name, error, "the name of a model, or the folder that it lies in") from error
+
+    def encode(texts):
+        found = net.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+        return found.float().cpu()
+
+    return net, encode
+
+
+def _open_clip(name, weights, device):
+    try:
+        import open_clip
+    except ImportError as error:
+        raise InputError(
+            f"--text_encoder {name} needs open_clip, which is not installed: pip install "
+            "open_clip_torch"
+        ) from error
+    model = name.removeprefix(OPEN_CLIP)
+    if model not in open_clip.list_models():
+        raise InputError(
+            f"--text_encoder {name} is not a model that open_clip knows: see "
+            "open_clip.list_models()"
+        )
+    if weights is None:
+        raise InputError(
+            f"--text_encoder {name} needs --text_weights: a tag of "
+            f"open_clip.list_pretrained_tags_by_model({model!r}), a file, or none for random ones"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            net = open_clip.create_model(
+                model, pretrained=None if weights == "none" else weights, device=device
+            ).eval()
+        except Exception as error:  # no network, no such tag, a broken file
+            raise _not_had(name, error, "a tag, a file or none as --text_weights") from error
+    tokenizer = open_clip.get_tokenizer(model)
+
+    @torch.no_grad()
+    def encode(texts):
+        return net.encode_text(tokenizer(texts).to(device)).float().cpu()
+
+    return net, encode
+
+
+def _not_had(name, error, remedy):
+    reason = " ".join(str(error).split())[:200]
+    return InputError(
+        f"the text model {name} could not be loaded ({type(error).__name__}: {reason}): give "
+        f"{remedy}"
+    )
+
+
+# A data set's captions --------------------------------------------------------------------------
+
+
+def write_texts(folder, output, model, batch_size=256, dtype="float16", say=print):
+    """Write `{split}_txts.npy` for every `{split}_caps.txt` of a folder, and texts.json.
+
+    Finished blocks are kept below the output until all are done, so a killed run goes on.
+    Raises InputError if there are no captions, or the output has vectors of another model.
+    """
+    found = read_texts_json(output)
+    if found:
+        refuse_other(found, model.description, f"--output {output}")
+    splits = [split for split in SPLITS if os.path.exists(f"{folder}/{split}_caps.txt")]
+    if not splits:
+        raise InputError(
+            f"{folder} has no captions ({', '.join(f'{split}_caps.txt' for split in SPLITS)}): "
+            "name the folder of a data set"
+        )
+    hashes = dict(found["captions_sha256"]) if found else {}
+    for split in splits:
+        captions = read_captions(os.path.join(folder, f"{split}_caps.txt"))
+        hashes[split] = hash_captions(captions)
+        rows = _rows(captions, output, model, batch_size)
+        _check_rows(rows, captions, split)
+        with replacing(os.path.join(output, f"{split}_txts.npy")) as file:
+            np.save(file, rows.astype(dtype))
+        say(f"{os.path.join(output, f'{split}_txts.npy')}: {len(rows)} captions")
+    with replacing(os.path.join(output, "texts.json"), "w", encoding="utf-8") as file:
+        json.dump({**model.description, "dtype": dtype, "captions_sha256": hashes}, file, indent=1)
+    _remove_blocks(output)
+
+
+def _check_rows(rows, captions, split):
+    broken = ~np.isfinite(rows).all(axis=1)
+    if broken.any():
+        line = int(broken.argmax())
+        raise InputError(
+            f"the text model gives NaN or infinity for line {line + 1} of {split}_caps.txt "
+            f"({captions[line][:60]!r}): check its weights"
+        )
+
+
+def _rows(captions, output, model, batch_size):
+    """The vectors (n, width) of captions, block by block; those of finished blocks are read."""
+    made_by = json.dumps(model.description, sort_keys=True)
+    parts = []
+    for start in range(0, len(captions), BLOCK_CAPTIONS):
+        part = captions[start : start + BLOCK_CAPTIONS]
+        digest = hashlib.sha256(f"{made_by}\n{hash_captions(part)}".encode()).hexdigest()[:32]
+        path = os.path.join(output, BLOCKS, f"{digest}.npy")
+        rows = _read_block(path, (len(part), model.description["width"]))
+        if rows is None:
+            batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+            rows = torch.cat([model.encode(batch) for batch in batches]).numpy()
+            with replacing(path) as file:
+                np.save(file, rows)
+        parts.append(rows)
+    return np.concatenate(parts)
+
+
+def _read_block(path, shape):
+    """A finished block's rows; None if it is not there or not whole."""
+    check_regular(path)
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return rows if rows.shape == shape else None
+
+
+def _remove_blocks(output):
+    folder = os.path.join(output, BLOCKS)
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.endswith(".npy"):
+            os.unlink(os.path.join(folder, name))
+    if os.path.isdir(folder) and not os.listdir(folder):
+        os.rmdir(folder)

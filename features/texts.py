@@ -1,0 +1,184 @@
+"""Captions as vectors that a frozen text model made, in place of words.
+
+A folder holds `{split}_txts.npy`, (captions, width): row c is the vector of line c of
+`{split}_caps.txt`. `texts.json` beside them says which model made them, and of which captions.
+"""
+
+import hashlib
+import os
+import sys
+from typing import NamedTuple
+
+import torch
+
+from features.files import check_features, map_array
+from inputs.captions import read_json
+from inputs.word_ids import number_words
+from runtime.errors import InputError
+
+FORMAT = 1  # of texts.json
+# What must agree for two sets of vectors to be the same model's, with the types.
+KIND = {"encoder": str, "weights_sha256": str, "width": int, "normalised": bool}
+
+
+class TextRows(NamedTuple):
+    """n captions as rows of an array; data sets and evaluation use it like `WordIds`."""
+
+    rows: torch.Tensor  # (lines, width), memory-mapped or on a device
+    lines: torch.Tensor  # (n,) each caption's row
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, index):
+        """One caption's vector (width,), float32."""
+        return self.rows[self.lines[index]].float()
+
+    unknown_share = None  # it has no words
+
+    @property
+    def lengths(self):
+        """Ones, (n,): a caption is one vector, so all are equally long."""
+        return torch.ones(len(self.lines), dtype=torch.int64)
+
+    def padded(self, indices, longest=1):
+        """The vectors (B, width) of captions `indices` (B,), float32."""
+        return self.rows.index_select(0, self.lines[indices]).float()
+
+    def to(self, device):
+        """The same on another device; on the CPU, rows stay memory-mapped."""
+        return TextRows(self.rows.to(device), self.lines.to(device))
+
+
+class FrozenTexts:
+    """Stands for the vocabulary of a model over text vectors: it reads captions, as rows.
+
+    folder: holds the splits' vectors; None takes the data set's folder.
+    description: what texts.json says, or None.
+    """
+
+    words, word2idx = (), {}  # it knows no words
+
+    def __init__(self, folder=None, description=None):
+        self.folder, self.description, self.model = folder, description, None
+
+    def __len__(self):
+        return 0
+
+    def read(self, data_folder, split, captions, lines):
+        """The TextRows of a split's captions.
+
+        captions: those of the whole file; lines: (n,) which of them are wanted.
+        Raises InputError unless there is one finite row for each caption, of the same captions and
+        the same model as texts.json and the checkpoint say.
+        """
+        folder = self.folder or data_folder
+        path = os.path.join(folder, f"{split}_txts.npy")
+        rows = open_texts(path)
+        if len(rows) != len(captions):
+            raise InputError(
+                f"{path} has {len(rows)} rows for the {len(captions)} captions of "
+                f"{data_folder}/{split}_caps.txt: make the vectors of these captions again"
+            )
+        found = read_texts_json(folder)
+        if found and found["captions_sha256"].get(split) not in (None, hash_captions(captions)):
+            raise InputError(
+                f"{path} was made of other captions than {data_folder}/{split}_caps.txt holds now: "
+                "make the vectors of these captions again"
+            )
+        if found and self.description:
+            refuse_other(found, self.description, folder)
+        return TextRows(rows, lines)
+
+    def encode(self, captions):
+        """The TextRows of captions or questions (n texts), by the model that made the vectors.
+
+        Raises InputError if nothing says which it was, or it cannot be had.
+        """
+        if self.description is None:
+            raise InputError(
+                "the model was trained on text vectors without a texts.json, so it is not known "
+                "which text model can read a question: make them with extract_features.py "
+                "--text_encoder and train again"
+            )
+        if self.model is None:
+            from features.text_models import text_model_from
+
+            self.model = text_model_from(self.description)
+        return TextRows(self.model.encode(captions), torch.arange(len(captions)))
+
+
+def read_texts(captions, vocabulary, reading="text", cache_dir=None):
+    """Captions as a model reads them: WordIds, or TextRows if its vocabulary is FrozenTexts."""
+    if isinstance(vocabulary, FrozenTexts):
+        return vocabulary.encode(captions)
+    return number_words(captions, vocabulary, reading, cache_dir)
+
+
+def open_texts(path):
+    """A .npy file of text vectors (captions, width), checked, as a memory-mapped tensor."""
+    found = map_array(path, "text vectors", "--text_features")
+    if found.dtype.kind != "f" or found.ndim != 2 or 0 in found.shape:
+        raise InputError(
+            f"text vectors {path} are {found.dtype} of shape {found.shape}: they must be float16 "
+            "or float32 numbers of shape (captions, width)"
+        )
+    if found.dtype.itemsize > 4:
+        found = found.astype("float32")
+    check_features(found, path)
+    return torch.from_numpy(found)
+
+
+def hash_captions(captions):
+    """SHA-256 of a split's captions, in their order."""
+    text = "\n".join(captions).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(text).hexdigest()
+
+
+def read_texts_json(folder):
+    """The content of `<folder>/texts.json`; None if there is none. Raises InputError if broken."""
+    path = os.path.join(folder, "texts.json")
+    if not os.path.lexists(path):
+        return None
+    return check_texts_json(read_json(path), path)
+
+
+def check_texts_json(content, source):
+    """Return the content; raises InputError, naming the source, unless it is complete."""
+    if not isinstance(content, dict) or type(content.get("format")) is not int:
+        raise InputError(f"{source} does not describe text vectors: make them again")
+    if content["format"] > FORMAT:
+        raise InputError(
+            f"{source} is of format {content['format']}, newer than this program's {FORMAT}: "
+            "update it, or make the text vectors again"
+        )
+    for name, kind in {**KIND, "captions_sha256": dict}.items():
+        if type(content.get(name)) is not kind:
+            raise InputError(
+                f"{source} lacks {name!r}, or has a value of the wrong kind for it: make the text "
+                "vectors again"
+            )
+    return content
+
+
+def refuse_other(found, expected, folder):
+    """Raise InputError unless two descriptions are of the same text model."""
+    differing = [name for name in KIND if found[name] != expected[name]]
+    if differing:
+        raise InputError(
+            f"{folder} has text vectors by {found['encoder']}, width {found['width']}, but the "
+            f"model was trained on those by {expected['encoder']}, width {expected['width']}, with "
+            f"other {', '.join(differing)}: make them again with the same model"
+        )
+
+
+def frozen_texts(folder, data_folder):
+    """The FrozenTexts of a folder for a new run; prints a note if nothing describes the vectors."""
+    found = read_texts_json(folder or data_folder)
+    if found is None:
+        print(
+            f"note: {folder or data_folder} has no texts.json, so which text model made the "
+            "vectors, and of which captions, is not checked",
+            file=sys.stderr,
+        )
+    return FrozenTexts(folder, found)
