@@ -1,0 +1,145 @@
+"""Text models by name: captions to vectors. The packages are made-up modules here."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import extract_features
+import train
+from features import text_models
+from features.text_models import text_model, write_texts
+from features.texts import hash_captions
+from inputs.captions import read_captions
+from runtime.errors import InputError
+from tests.helpers.made import write_precomp
+
+FOLDER = Path("data/tiny_precomp")
+
+WIDTH = 4
+
+NAME = "sentence_transformers/some"
+
+
+def vector(text):
+    """A text's vector: how many letters of four kinds it has."""
+    return [float(sum(letter in kind for letter in text)) for kind in ("abcdef", "ghi", "rst", "o")]
+
+
+class Sentences(torch.nn.Module):
+    """In place of SentenceTransformer; counts the texts that it encodes."""
+
+    encoded = 0
+
+    def __init__(self, name, device="cpu"):
+        super().__init__()
+        if name == "missing":
+            raise OSError("no such model, and no network")
+        self.scale = torch.nn.Parameter(torch.tensor(2.0 if name == "other" else 1.0))
+
+    def encode(self, texts, convert_to_tensor, show_progress_bar):
+        Sentences.encoded += len(texts)
+        return torch.tensor([vector(text) for text in texts]) * self.scale.detach()
+
+
+@pytest.fixture(autouse=True)
+def package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made_up = SimpleNamespace(SentenceTransformer=Sentences)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", made_up)
+    monkeypatch.setattr(Sentences, "encoded", 0)
+    write_precomp(FOLDER)
+
+
+def extract(*more):
+    extract_features.main(["--texts", str(FOLDER), "--text_encoder", NAME, *more])
+
+
+def test_each_caption_s_vector_is_written_in_file_order_with_a_description():
+    extract("--dtype", "float32")
+    content = json.loads((FOLDER / "texts.json").read_text())
+    assert content["encoder"] == NAME and content["width"] == WIDTH and not content["normalised"]
+    for split in ("train", "dev", "test", "testall"):
+        captions = read_captions(f"{FOLDER}/{split}_caps.txt")
+        rows = np.load(FOLDER / f"{split}_txts.npy")
+        np.testing.assert_array_equal(rows, np.array([vector(one) for one in captions], np.float32))
+        assert content["captions_sha256"][split] == hash_captions(captions)
+    assert not (FOLDER / text_models.BLOCKS).exists()
+
+
+def test_a_killed_run_goes_on_with_its_finished_blocks(monkeypatch):
+    monkeypatch.setattr(text_models, "BLOCK_CAPTIONS", 20)
+    model = text_model(NAME)
+    dying = model._replace(encode=lambda texts: dies(model, texts))
+
+    def dies(model, texts):
+        if Sentences.encoded > 60:
+            raise KeyboardInterrupt
+        return model.encode(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_texts(str(FOLDER), str(FOLDER), dying, batch_size=20)
+    assert not (FOLDER / "texts.json").exists()
+    before = Sentences.encoded
+    write_texts(str(FOLDER), str(FOLDER), model, batch_size=20)
+    whole = 5 * (12 + 5 + 6 + 10)
+    assert Sentences.encoded - before == whole - 60 and (FOLDER / "texts.json").exists()
+
+
+def test_training_evaluation_and_questions_read_the_same_model(capsys):
+    from search import main as search
+
+    extract()
+    train.main(
+        [
+            *("--data_name", "tiny_precomp", "--embed_size", "8", "--batch_size", "16"),
+            *("--device", "cpu", "--num_epochs", "1", "--text_features"),
+        ]
+    )
+    capsys.readouterr()
+    search(["--model_path", "runs/runX/model_best.pth.tar", "--index", "gallery", "a red dog"])
+    found = capsys.readouterr().out.splitlines()
+    assert len(found) >= 5  # photos, best first
+    scores = [float(line.split()[0]) for line in found if line.split()]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sentence_transformers/missing", "could not be loaded"),
+        ("word2vec", "is not known"),
+        ("open_clip/ViT-B-32", "pip install open_clip_torch"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_sentence(name, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(InputError, match=said):
+        extract_features.main(["--texts", str(FOLDER), "--text_encoder", name])
+    assert not list(FOLDER.glob("*_txts.npy"))
+
+
+def test_vectors_of_another_model_are_not_replaced():
+    extract()
+    with pytest.raises(InputError, match="other encoder, weights_sha256"):
+        extract_features.main(
+            ["--texts", str(FOLDER), "--text_encoder", "sentence_transformers/other"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--images", "photos"], "--output is missing"),
+        (["--texts", "data"], "go together"),
+        (["--texts", "nowhere", "--text_encoder", NAME], "has no captions"),
+        (["--texts", "data", "--text_encoder", NAME, "--captions", "none"], "leave one out"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, said):
+    with pytest.raises(InputError, match=said):
+        extract_features.main(flags)
