@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from features.encoders import _hash_state
-from features.texts import FORMAT, hash_captions, read_texts_json, refuse_other
+from features.text_description import FORMAT, hash_captions, read_texts_json, refuse_other
 from inputs.captions import read_captions
 from runtime.errors import InputError
 from runtime.files import check_regular, replacing

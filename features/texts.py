@@ -4,7 +4,6 @@ A folder holds `{split}_txts.npy`, (captions, width): row c is the vector of lin
 `{split}_caps.txt`. `texts.json` beside them says which model made them, and of which captions.
 """
 
-import hashlib
 import os
 import sys
 from typing import NamedTuple
@@ -12,13 +11,10 @@ from typing import NamedTuple
 import torch
 
 from features.files import check_features, map_array
-from inputs.captions import read_json
+from features.text_description import hash_captions, read_texts_json, refuse_other
+from features.text_models import text_model_from
 from inputs.word_ids import number_words
 from runtime.errors import InputError
-
-FORMAT = 1  # of texts.json
-# What must agree for two sets of vectors to be the same model's, with the types.
-KIND = {"encoder": str, "weights_sha256": str, "width": int, "normalised": bool}
 
 
 class TextRows(NamedTuple):
@@ -102,8 +98,6 @@ class FrozenTexts:
                 "--text_encoder and train again"
             )
         if self.model is None:
-            from features.text_models import text_model_from
-
             self.model = text_model_from(self.description)
         return TextRows(self.model.encode(captions), torch.arange(len(captions)))
 
@@ -127,49 +121,6 @@ def open_texts(path):
         found = found.astype("float32")
     check_features(found, path)
     return torch.from_numpy(found)
-
-
-def hash_captions(captions):
-    """SHA-256 of a split's captions, in their order."""
-    text = "\n".join(captions).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(text).hexdigest()
-
-
-def read_texts_json(folder):
-    """The content of `<folder>/texts.json`; None if there is none. Raises InputError if broken."""
-    path = os.path.join(folder, "texts.json")
-    if not os.path.lexists(path):
-        return None
-    return check_texts_json(read_json(path), path)
-
-
-def check_texts_json(content, source):
-    """Return the content; raises InputError, naming the source, unless it is complete."""
-    if not isinstance(content, dict) or type(content.get("format")) is not int:
-        raise InputError(f"{source} does not describe text vectors: make them again")
-    if content["format"] > FORMAT:
-        raise InputError(
-            f"{source} is of format {content['format']}, newer than this program's {FORMAT}: "
-            "update it, or make the text vectors again"
-        )
-    for name, kind in {**KIND, "captions_sha256": dict}.items():
-        if type(content.get(name)) is not kind:
-            raise InputError(
-                f"{source} lacks {name!r}, or has a value of the wrong kind for it: make the text "
-                "vectors again"
-            )
-    return content
-
-
-def refuse_other(found, expected, folder):
-    """Raise InputError unless two descriptions are of the same text model."""
-    differing = [name for name in KIND if found[name] != expected[name]]
-    if differing:
-        raise InputError(
-            f"{folder} has text vectors by {found['encoder']}, width {found['width']}, but the "
-            f"model was trained on those by {expected['encoder']}, width {expected['width']}, with "
-            f"other {', '.join(differing)}: make them again with the same model"
-        )
 
 
 def frozen_texts(folder, data_folder):

@@ -871,6 +871,7 @@ def test_weights_of_another_model_are_not_started_from(name, value):
         finetune=False,
         image_pooling=None,
         text_encoder="gru",
+        img_layers=1,
         text_pooling="last",
         bi_gru=False,
         precomp_enc_type="basic",

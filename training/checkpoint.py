@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from features.description import check_description
-from features.texts import FrozenTexts, check_texts_json
+from features.text_description import check_texts_json
+from features.texts import FrozenTexts
 from inputs.captions import is_precomputed
 from inputs.tokenizer import READINGS
 from layers.training_calls import both_states
@@ -391,7 +392,7 @@ def vocabulary(content, path, vocab_path=None):
     Raises InputError if there is none, or if it does not fit the weights.
     """
     opt, words = content["opt"], content.get("vocabulary")
-    if opt.text_encoder == "features":
+    if getattr(opt, "text_encoder", "gru") == "features":
         texts = content.get("texts")
         return FrozenTexts(opt.text_features, texts and check_texts_json(texts, path))
     if words is not None and not vocab_path:

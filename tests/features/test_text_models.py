@@ -12,8 +12,8 @@ import torch
 import extract_features
 import train
 from features import text_models
+from features.text_description import hash_captions
 from features.text_models import text_model, write_texts
-from features.texts import hash_captions
 from inputs.captions import read_captions
 from runtime.errors import InputError
 from tests.helpers.made import SPLITS, write_precomp

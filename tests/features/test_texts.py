@@ -13,7 +13,8 @@ import compute_results
 import train
 from data import PrecompDataset
 from evaluation import embed, load_for_evaluation
-from features.texts import FrozenTexts, TextRows, hash_captions
+from features.text_description import hash_captions
+from features.texts import FrozenTexts, TextRows
 from inputs.captions import read_captions
 from model import VSE, FrozenTextHead
 from runtime.errors import InputError

@@ -164,6 +164,8 @@ def test_options_that_an_older_checkpoint_lacks_take_their_defaults(tmp_path):
         "lambda_lse": 6.0,
         "lambda_softmax": 9.0,
         "text_encoder": "gru",
+        "img_layers": 1,
+        "text_features": None,
         "image_pooling": None,
         "regions": None,
         "vocab_name": None,
