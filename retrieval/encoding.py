@@ -44,24 +44,26 @@ def encode(model, loader, log_step=10, logging=print):
     captions' positions.
     Raises InputError if the model has no `forward_emb`, or a batch lacks a part.
     """
-    model, where, found, ids = _ready(model), None, [], []
+    model, where = _ready(model), None
+    images, captions, lengths, ids = [], [], [], []
     with torch.no_grad():
         for number, batch in enumerate(loader):
             batch = batch._asdict() if hasattr(batch, "_asdict") else batch
             where = where or places_in(batch)
-            found.append(_embedded(model, batch, where))
-            ids += [] if where.ids is None else _whole_numbers(batch[where.ids])
+            for part, own in zip((images, captions), _embedded(model, batch, where, lengths)):
+                part.append(own)
+            ids += [] if where.ids is None else _whole_numbers(batch[where.ids]) or []
             if number % log_step == 0:
                 logging(f"Test: [{number}{_of_all(loader)}]")
-    if not found:
+    if not captions:
         raise InputError("the loader gives no batch: check its data set")
-    order = _order(loader, where, ids, sum(len(captions) for _, captions, _ in found))
-    images, captions = (_joined([one[part] for one in found], order) for part in (0, 1))
+    order = _order(loader, where, ids, sum(map(len, captions)))
+    images, captions = _joined(images, order), _joined(captions, order)
     if captions.ndim == 2:
         return images, captions
-    lengths = np.empty(len(order), np.int64)
-    lengths[order] = [length for *_, own in found for length in own]
-    return images, captions, lengths
+    placed = np.empty(len(order), np.int64)
+    placed[order] = lengths
+    return images, captions, placed
 
 
 def _ready(model):
@@ -76,8 +78,8 @@ def _ready(model):
     return model
 
 
-def _embedded(model, batch, where):
-    """A batch's (images, captions) as arrays, and its captions' lengths as a list."""
+def _embedded(model, batch, where, all_lengths):
+    """A batch's (images, captions) as arrays; its captions' lengths are added to `all_lengths`."""
     lengths, more = batch[where.lengths], {}
     takes = inspect.signature(model.forward_emb).parameters
     if where.image_lengths is not None and "image_lengths" in takes:
@@ -86,7 +88,8 @@ def _embedded(model, batch, where):
         batch[where.images], batch[where.captions], lengths, **more
     )
     own = _whole_numbers(rest[0]) if rest else None  # SCAN gives the lengths back, perhaps others
-    return _array(images), _array(captions), own or _whole_numbers(lengths)
+    all_lengths += own or _whole_numbers(lengths)
+    return _array(images), _array(captions)
 
 
 def _array(embeddings):
@@ -103,13 +106,17 @@ def _of_all(loader):
 
 
 def _joined(parts, order):
-    """Batches (B, ...) as one array whose row order[n] is the n-th; sets are padded with zeros."""
+    """Batches (B, ...) as one array whose row order[n] is the n-th; sets are padded with zeros.
+
+    The list of batches is emptied on the way, so that memory holds the embeddings once.
+    """
     longest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
-    joined, start = np.zeros((len(order), *longest), parts[0].dtype), 0
-    for part in parts:
-        rows = order[start : start + len(part)]
+    joined, end = np.zeros((len(order), *longest), parts[0].dtype), len(order)
+    while parts:
+        part = parts.pop()
+        rows = order[end - len(part) : end]
         joined[(rows, *map(slice, part.shape[1:]))] = part
-        start += len(part)
+        end -= len(part)
     return joined
 
 
