@@ -15,6 +15,9 @@ the nearest items and SCAN orders them.
         --model_path runs/vse/model_best.pth.tar runs/i2t/model_best.pth.tar
 
 `--export` writes the evaluated model for another code, or as a folder to be published.
+Embeddings that any other model made need no checkpoint (docs/embeddings.md):
+
+    python3 compute_results.py --embeddings images.npy captions.npy --hubness --report report
 """
 
 import signal
@@ -28,12 +31,16 @@ import os
 import sys
 from functools import partial
 
+import torch
+
+from embeddings import options as files
 from evaluation import (
     BANK_IMAGES,
     BANK_REGION_IMAGES,
     bank_stride,
     embedded,
     evaluate,
+    evaluate_model,
     load_members,
     print_evaluation,
     write_csv,
@@ -43,9 +50,11 @@ from inputs.captions import data_set_name, is_precomputed
 from inputs.tokenizer import READINGS
 from pages import report
 from retrieval import corrections, eccv, intervals
+from retrieval.comparison import compared_models, print_differences
 from retrieval.hubness import DEPTHS, hubness_both_ways, mean_hubness
 from retrieval.metrics import as_dict, mean_metrics, metrics_of
 from retrieval.rerank import by_kind, rank_three_ways
+from retrieval.ties import print_ties, ties_of
 from runtime import distributed
 from runtime.errors import (
     ArgumentParser,
@@ -64,6 +73,7 @@ def parse_args(argv=None):
     """The script's flags."""
     parser = ArgumentParser("Evaluate a checkpoint of train.py or of the released code.")
     add_checkpoint_flags(parser.add_argument_group("what to evaluate"))
+    files.add_flags(parser.add_argument_group("or embeddings of any other model"))
     add_data_flags(parser.add_argument_group("on which data"))
     add_hub_flags(parser.add_argument_group("hubs"))
     add_machine_flags(parser.add_argument_group("how"))
@@ -72,6 +82,7 @@ def parse_args(argv=None):
     options = parser.parse_args(argv)
     if options.dataset is not None:
         raise InputError(of_eval(options))
+    files.check(options, {name: parser.get_default(name) for name in ("model_path", "split")})
     take_members(options)
     check_useless_flags(options)
     check_correction_splits(options)
@@ -442,7 +453,8 @@ def load_bank(options, result, loaders):
         result.checkpoint.opt, loader.dataset.n_images, options.correction_bank_images
     )
     images, captions = result.checkpoint.embed(loader, stride)
-    return (images, captions), f"bank: {split}, {len(images)} images, {len(captions)} captions"
+    title = getattr(loader, "title", split)
+    return (images, captions), f"bank: {title}, {len(images)} images, {len(captions)} captions"
 
 
 def bank_sources(loaded, own, bank):
@@ -590,20 +602,29 @@ def main(argv=None):
         carry_out(parse_args(argv))
 
 
-def evaluated(options, top, loaders):
+def evaluated(options, top, loaders, models):
     """The Evaluation, with `top` items per query, and more for the JSON file; prints both.
 
     loaders: filled by `check_data`
+    models: {label: model} of files of embeddings, the first of which is evaluated; empty: the
+        checkpoints are
     """
     check = partial(check_data, options, loaders)
     if options.eccv:
-        return evaluated_with_eccv(options, top, check)
+        return evaluated_with_eccv(options, top, check, models)
     if options.rerank:
         return evaluated_reranked(options, top, check)
-    return evaluate(options, options.split, top, check), {}
+    return evaluated_plainly(options, top, check, models), {}
 
 
-def evaluated_with_eccv(options, top, check):
+def evaluated_plainly(options, top, check, models):
+    """The Evaluation of the checkpoints, or of the first of the models."""
+    if not models:
+        return evaluate(options, options.split, top, check)
+    return evaluate_model(next(iter(models.values())), options.split, options.fold5, top, check)
+
+
+def evaluated_with_eccv(options, top, check, models):
     """As `evaluated`, with the figures of --eccv."""
     package = eccv.load_package()
 
@@ -611,7 +632,7 @@ def evaluated_with_eccv(options, top, check):
         eccv.coco_ids(package, options.split, loaded, dataset)
         check(loaded, dataset)
 
-    result = evaluate(options, options.split, eccv.ITEMS, check_both)
+    result = evaluated_plainly(options, eccv.ITEMS, check_both, models)
     found, folds = eccv.figures(package, options.split, result)
     eccv.print_figures(found, result.metrics, folds)
     rankings = [ranking._replace(items=ranking.items[:, :top]) for ranking in result.rankings[0]]
@@ -639,13 +660,50 @@ def evaluated_reranked(options, top, check):
     return result, {"rerank": more}
 
 
+def compare(options, result, models, top):
+    """The Compared of the first model, whose Evaluation is `result`, and the others; prints it."""
+    first, *others = models
+    results = {first: result}
+    for label in others:
+        print(f"\n{label}:")
+        check = partial(check_alike, label, result.dataset)
+        results[label] = evaluate_model(models[label], options.split, options.fold5, top, check)
+        print_ties(ties_of(results[label]))
+    found = compared_models(results)
+    print_differences(found)
+    return found
+
+
+def check_alike(label, first, loaded, dataset):
+    """Raise InputError unless a model has the captions of the first one, of the same images.
+
+    first, dataset: of the first model and of this one
+    """
+    if not all(map(torch.equal, (first.lines, first.image_of), (dataset.lines, dataset.image_of))):
+        raise InputError(
+            f"--against {label} has {dataset.n_images} images and {len(dataset)} captions, which "
+            f"do not belong together as the first model's {first.n_images} and {len(first)} do: "
+            "compare embeddings of the same images and captions, in the same order"
+        )
+
+
 def carry_out(options):
     """Evaluate what the options name, print the tables and write the files."""
     look_at_hubs = options.hubness or options.correction or options.report
     words, outcome, loaders = "", {}, {}
-    result, more = evaluated(
-        options, max(DEPTHS) if look_at_hubs or options.save_ranks else 1, loaders
-    )
+    models = files.opened(options) if files.given(options) else {}
+    if options.against:
+        print(f"{next(iter(models))}:")
+    top = max(DEPTHS) if look_at_hubs or options.save_ranks else 1
+    result, more = evaluated(options, top, loaders, models)
+    compared = None
+    if models:
+        ties = ties_of(result)
+        print_ties(ties)
+        more |= {**files.as_dict(options), "ties": ties.as_dict()}
+    if options.against:
+        compared = compare(options, result, models, top)
+        more["compared"] = compared.as_dict()
     if look_at_hubs:
         hubs = hubness_of_folds(result.rankings)
         more["hubness"] = hubness_as_dict(hubs)
@@ -664,9 +722,16 @@ def carry_out(options):
             }
             for name, one in outcome.items()
         }
-    if not distributed.is_first():
-        return
-    write_results(options, options.split, result, more)
+    if distributed.is_first():
+        write_results(options, options.split, result, more)
+        write_others(options, result, hubs if look_at_hubs else None, words, outcome, compared)
+
+
+def write_others(options, result, hubs, words, outcome, compared):
+    """Write the files that options ask for, beside those of `write_results`.
+
+    hubs, words, outcome, compared: as `report.write_report` takes them
+    """
     if options.save_ranks:
         intervals.write_ranks(
             options.save_ranks,
@@ -674,11 +739,12 @@ def carry_out(options):
             {"": result.rankings, **{name: one["rankings"] for name, one in outcome.items()}},
         )
     if options.report:
-        report.write_report(options, options.split, result, hubs, words, outcome)
+        report.write_report(options, options.split, result, hubs, words, outcome, compared)
     if options.export:
         write_export(options, result)
     # Last: if another file cannot be written, the next try must not append the same line twice.
-    write_csv(options, result)
+    for one in compared.results.values() if compared else [result]:
+        write_csv(options, one)
 
 
 def write_export(options, result):

@@ -7,14 +7,16 @@ beside somebody's own `model.py` and `data.py`.
 "VSE++ code" below means VSE++ and the codes derived from it (SCAN, HAL and others). Their calls
 work here with the same arguments.
 
-A model to be evaluated is any object with these five attributes. `Checkpoint` and
-`retrieval.ensemble.Ensemble` are two; `evaluate_model` takes any.
+A model to be evaluated is any object with these five attributes. `Checkpoint`,
+`retrieval.ensemble.Ensemble` and those of `embeddings.as_model` are some; `evaluate_model` takes
+any.
 
     loader(split)       What `embed` takes, for "train", "dev", "test" or "testall". It has a
                         `dataset` with len() = C captions, `n_images` = N, and `image_of`, (C,)
                         int64 on the CPU: each caption's image, ascending from 0. The report and
-                        --eccv also read `captions` (C texts) and `names` (N, or None), and
-                        --save_embeddings reads `lines` (C,): each caption's line in its file.
+                        --eccv also read `captions` (C texts), `names` (N, or None) and, if it is
+                        there, `ids_file`, where the names come from; --save_embeddings reads
+                        `lines` (C,): each caption's line in its file.
     embed(loader, stride=1)
                         (images, captions) of every `stride`-th image and its captions: tensors
                         (N, ...) and (C, ...), or anything else with len(), `[chosen]` for a slice
@@ -28,6 +30,8 @@ A model to be evaluated is any object with these five attributes. `Checkpoint` a
                         `logger_name` (the run's name in the CSV file), `measure` (the similarity's
                         name in the report) and `cross_attn` (SCAN's direction; None for a model
                         with one vector per item).
+
+If it has `facts`, {name: text}, the report shows them instead of a checkpoint's path and data.
 """
 
 import argparse

@@ -13,13 +13,13 @@ import textwrap
 
 from experiments import plots
 from retrieval import intervals
+from retrieval.intervals import COMPARED, in_digits
 from runtime.errors import InputError
 from runtime.files import check_regular, replacing
 
 MARK = "<!-- Written by reproduce.py, which overwrites this page. -->\n"
 SIDES = ("i2t", "t2i")
 HUBS = ("i2t N10 skewness", "t2i N10 skewness", "i2t anti-hubs %", "t2i anti-hubs %")  # of FIGURES
-COMPARED = {"rsum": "rsum", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}  # of intervals.FIGURES
 SEED_COLUMNS = ("i2t R@1", "t2i R@1", "rsum", "i2t N10 skewness", "t2i N10 skewness")
 
 
@@ -177,13 +177,6 @@ def seeds_table(results, test):
             row.append(f"{best}: {figures['corrections'][best]['rsum']:.1f}")
             row.append(f"{taken:.0f}" if taken else "")
     return table(["model", "seed", *SEED_COLUMNS, "rsum, corrected", "s an epoch"], rows)
-
-
-def in_digits(interval, bold, digits=1):
-    """An interval as "+1.0 (-0.5 to +2.5)"; in bold, if asked for, where it excludes 0."""
-    estimate, low, high = (f"{value:+.{digits}f}" for value in interval)
-    text = f"{estimate} ({low} to {high})"
-    return f"**{text}**" if bold and not interval[1] <= 0 <= interval[2] else text
 
 
 def differences_table(plain, corrected, bold):

@@ -198,7 +198,7 @@ def _by_rows(features, feature_file, ids_file):
     rows = len(features)
     if in_fives(features):
         return torch.arange(rows) // CAPTIONS_PER_IMAGE
-    image_of = _groups(features)
+    image_of = equal_rows(features)
     n_images = int(image_of.max()) + 1
     what = (
         "one caption an image"
@@ -231,7 +231,7 @@ def in_fives(features):
     return True
 
 
-def _groups(features):
+def equal_rows(features):
     """The image of each row, (n,), if equal rows are one image.
 
     Rows of zeros carry no information: each is its own image. So is every row if all are equal, or

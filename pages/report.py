@@ -36,7 +36,7 @@ THUMBNAIL = 160  # pixels
 SIDES = {"i2t": ("image", "caption"), "t2i": ("caption", "image")}  # query, target
 
 
-def write_report(options, split, result, hubs, words, outcome):
+def write_report(options, split, result, hubs, words, outcome, compared=None):
     """Write <options.report>/report.html.
 
     Raises InputError if options.images does not fit the data, or the page cannot be written.
@@ -44,6 +44,7 @@ def write_report(options, split, result, hubs, words, outcome):
     result: an Evaluation of one fold with 10 items per query
     hubs, words: its hubness both ways, and the corrections' bank in words
     outcome: {method: its parameters, rankings, metrics, hubness}; empty without a correction
+    compared: a `retrieval.comparison.Compared` of this model and others, or None
     """
     plain = {
         "parameters": {"i2t": {}, "t2i": {}},
@@ -77,6 +78,9 @@ def write_report(options, split, result, hubs, words, outcome):
         hubs=worst_hubs(items, rankings, counts),
         examples=examples(items, rankings, own),
         n_examples=EXAMPLES,
+        models=model_lines(compared, items.image_of),
+        differences=compared.differences if compared else {},
+        compared_figures=intervals.COMPARED,
     )
     # What UTF-8 cannot encode, such as half of a surrogate pair in a caption, becomes an escape.
     with replacing(os.path.join(options.report, "report.html")) as file:
@@ -167,8 +171,10 @@ def find_photos(folder, split, opt, dataset):
             )
         return dataset.names, dataset.image_files
     ids_split = "dev" if split == "val" else split
-    ids_file = os.path.join(opt.data_path, opt.data_name, f"{ids_split}_ids.txt")
-    if folder is not None and not os.path.exists(ids_file):
+    ids_file = getattr(dataset, "ids_file", None) or os.path.join(
+        opt.data_path, opt.data_name, f"{ids_split}_ids.txt"
+    )
+    if folder is not None and dataset.names is None:
         raise InputError(
             f"{ids_file} is not there: --images needs it, with the file name of each image on a "
             "line; add it, or leave --images out"
@@ -246,22 +252,41 @@ def measure_of(opt):
 
 def facts(options, split, result, words, measure):
     """What was evaluated: {name: text}."""
-    opt, models = result.checkpoint.opt, [member.opt for member in result.checkpoint.members]
-    paths = options.model_path if isinstance(options.model_path, list) else [options.model_path]
-    folders = dict.fromkeys(os.path.join(model.data_path, model.data_name) for model in models)
     return {
-        "Checkpoint": ", ".join(paths),
-        "Trained in": opt.logger_name,
-        "Data": ", ".join(folders),
-        "Split": split,
+        **(getattr(result.checkpoint, "facts", None) or checkpoint_facts(options, split, result)),
         "Size": f"{len(result.images)} images, {len(result.captions)} captions",
         "Similarity": measure,
         "Correction": words or "none",
     }
 
 
+def checkpoint_facts(options, split, result):
+    """Where checkpoints and their data are: {name: text}."""
+    models = [member.opt for member in result.checkpoint.members]
+    paths = options.model_path if isinstance(options.model_path, list) else [options.model_path]
+    folders = dict.fromkeys(os.path.join(model.data_path, model.data_name) for model in models)
+    return {
+        "Checkpoint": ", ".join(paths),
+        "Trained in": result.checkpoint.opt.logger_name,
+        "Data": ", ".join(folders),
+        "Split": split,
+    }
+
+
+def model_lines(compared, image_of):
+    """A line of figures for each model of a Compared: as `recalls` gives them, and hubness."""
+    if compared is None:
+        return []
+    rows = {
+        label: {"rankings": result.rankings, "metrics": result.metrics}
+        for label, result in compared.results.items()
+    }
+    hubs = compared.hubness().values()
+    return [{**line, "hubs": own} for line, own in zip(recalls(rows, image_of), hubs)]
+
+
 def recalls(rows, image_of):
-    """Recalls, rsum and its gain, with intervals: a line without correction, one for each method.
+    """Recalls, rsum and its gain over the first row, with intervals: a line for each row.
 
     Intervals are the middle 95 % over resamples of the images, each with its captions. All lines
     share the same resamples, so gains are paired.
@@ -280,14 +305,14 @@ def recalls(rows, image_of):
     )
     bounds = np.percentile(np.stack([*drawn.values(), rsum], 2), middle, axis=0)
     gains = np.percentile(rsum - rsum[:, :1], middle, axis=0)
-    base, lines = rows["none"]["metrics"].rsum, []
+    base, lines = next(iter(rows.values()))["metrics"].rsum, []
     for place, (name, row) in enumerate(rows.items()):
         metrics = row["metrics"]
         figures = zip([*metrics.i2t[:3], *metrics.t2i[:3], metrics.rsum], *bounds[:, place])
         lines.append(
             {
                 "name": name,
-                "parameters": in_words(row["parameters"]),
+                "parameters": in_words(row["parameters"]) if "parameters" in row else "",
                 "figures": [intervals.Interval(*one) for one in figures],
                 "gain": intervals.Interval(metrics.rsum - base, *gains[:, place]),
             }

@@ -64,7 +64,9 @@ def coco_ids(package, split, loaded, dataset):
 
     loaded: the evaluation.Checkpoint
     """
-    path = os.path.join(loaded.opt.data_path, loaded.opt.data_name, f"{split}_ids.txt")
+    path = getattr(dataset, "ids_file", None) or os.path.join(
+        loaded.opt.data_path, loaded.opt.data_name, f"{split}_ids.txt"
+    )
     captions_of = package.coco_gts["i2t"]
     needs = f"--eccv needs the {len(captions_of)} images of COCO's test split"
     if dataset.names is None:

@@ -42,6 +42,8 @@ FIGURES = {
     "rsum": {"i2t": DEPTHS, "t2i": DEPTHS},
     **{f"{side}_r{k}": {side: (k,)} for side in ("i2t", "t2i") for k in DEPTHS},
 }
+# What comparisons show, and its name there.
+COMPARED = {"rsum": "rsum", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}
 
 
 class Interval(NamedTuple):
@@ -155,6 +157,13 @@ def interval_of(groups, n_images):
     quantiles = t.ppf((1 + CONFIDENCE) / 2, [freedom, n_images - 1])
     half = np.sqrt(max(quantiles**2 @ [seeds, max(images - both, 0)], quantiles[1] ** 2 * images))
     return Interval(float(estimate), float(estimate - half), float(estimate + half))
+
+
+def in_digits(interval, bold=False, digits=1):
+    """An interval as "+1.0 (-0.5 to +2.5)"; in bold, if asked for, where it excludes 0."""
+    estimate, low, high = (f"{value:+.{digits}f}" for value in interval)
+    text = f"{estimate} ({low} to {high})"
+    return f"**{text}**" if bold and not interval[1] <= 0 <= interval[2] else text
 
 
 def smallest_differences(found):

@@ -61,7 +61,7 @@ def rank_both_ways(images, captions, measure="cosine", top=1, image_of=None):
     return rank_shifted(SOURCES[measure](images, captions), [None], top, image_of)[0]
 
 
-def rank_shifted(source, shifts=(None,), top=1, image_of=None):
+def rank_shifted(source, shifts=(None,), top=1, image_of=None, ties_win=False):
     """Pairs of Rankings as of `rank_both_ways`, from any source, one pair for each of `shifts`.
 
     Each tile is computed once, for all shifts. With several processes, each computes the tiles of
@@ -71,6 +71,7 @@ def rank_shifted(source, shifts=(None,), top=1, image_of=None):
 
     shifts: None, or (shifts of captions (C,), shifts of images (N,)), which are subtracted from the
         similarities of these targets before ranking
+    ties_win: ties count for the model instead of against it (see `retrieval.ties`)
     """
     tiles, first, processes = Tiles(source, image_of), distributed.rank(), distributed.size()
     # A rank is a count of better targets, so each query's own score must be known before any other
@@ -85,7 +86,7 @@ def rank_shifted(source, shifts=(None,), top=1, image_of=None):
         )
     distributed.add_up([own])
     sides = [
-        _Side(dim, own, tiles, None if shift is None else shift[1 - dim], top)
+        _Side(dim, own, tiles, None if shift is None else shift[1 - dim], top, ties_win)
         for shift in shifts
         for dim in (1, 0)
     ]  # targets along dim: captions of images, images of captions
@@ -165,7 +166,7 @@ class Tiles:
 class _Side:
     """One direction's ranks and first items, accumulated over tiles."""
 
-    def __init__(self, dim, own, tiles, shift, top):
+    def __init__(self, dim, own, tiles, shift, top, ties_win):
         """dim: the tiles' dimension that targets lie along: 1 for captions, 0 for images
         own: (C,) similarity of each caption with its image
         shift: (targets,) or None
@@ -179,7 +180,7 @@ class _Side:
             own = own.new_full((n_images,), -torch.inf).scatter_reduce_(
                 0, tiles.image_of, own, "amax"
             )
-        self.bars = just_below(own).unsqueeze(dim)
+        self.bars = (above_ties(own) if ties_win else just_below(own)).unsqueeze(dim)
         self.n_targets = n_captions if dim == 1 else n_images
         # How many targets score lower than a query's own best. Counting these, not the better ones,
         # makes a NaN count against the model: no comparison with it is true.
@@ -254,6 +255,12 @@ def just_below(scores):
     """
     lowest = torch.full_like(scores, -torch.inf)
     return scores.nextafter(lowest).nextafter(lowest)
+
+
+def above_ties(scores):
+    """The least scores that are better, not tied: three units in the last place higher."""
+    highest = torch.full_like(scores, torch.inf)
+    return scores.nextafter(highest).nextafter(highest).nextafter(highest)
 
 
 class Best:

@@ -19,6 +19,7 @@ FLOORS = (
     ("features",),
     ("model", "data"),
     ("retrieval",),
+    ("embeddings",),
     ("training",),
     ("evaluation",),
     ("gallery",),
