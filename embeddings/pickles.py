@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-NUMBERS = re.compile(r"[<>=|]?[biuf][1248]")  # the types of arrays that are admitted
+NUMBERS = re.compile(r"[<>=|]?[iuf][1248]")  # the types of arrays that are admitted
 MODULES = ("numpy.core.", "numpy._core.")  # of NumPy 1 and 2
 
 

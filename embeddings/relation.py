@@ -55,11 +55,11 @@ def relate(rows, n_captions, ids, image_ids, sources):
         row_of, how = _by_both(rows, n_captions, ids, image_ids, sources)
     elif ids is not None and len(ids) == n_captions:
         row_of, how = _by_caption_ids(rows, ids, sources)
-    elif n_rows * CAPTIONS_PER_IMAGE == n_captions:
+    elif n_rows * CAPTIONS_PER_IMAGE == n_captions and (ids is None or len(ids) == n_rows):
         row_of = torch.arange(n_captions) // CAPTIONS_PER_IMAGE
         how = f"{CAPTIONS_PER_IMAGE} captions for each image in turn"
         if ids is None and (copies := repeated(rows)):
-            how += f"; {copies} rows are copies of others, which ids alone would join"
+            how += f"; copies of earlier rows: {copies}, which ids alone would join"
         if ids is not None:
             row_of = _first_rows(rows, ids, sources.images, sources.ids)[row_of]
     elif n_rows == n_captions and ids is None:

@@ -195,3 +195,29 @@ def whole_numbers(n, width, seed, dtype=np.float64):
         rng.integers(-1, 2, (n, width)).astype(dtype),
         rng.integers(-1, 2, (5 * n, width)).astype(dtype),
     )
+
+
+def ranks_of_groups(scores, image_of, ties_win=False):
+    """(N, C) scores -> (image ranks, caption ranks), 0-based lists; image_of: each caption's image.
+
+    ties_win: equal scores rank after the own one.
+    """
+    n_images, n_captions = len(scores), len(scores[0])
+    own = [[c for c in range(n_captions) if image_of[c] == i] for i in range(n_images)]
+
+    def before(score, best):
+        if ties_win:
+            return score > best and not tied_or_better(best, score)
+        return tied_or_better(score, best)
+
+    image_ranks = []
+    for i in range(n_images):
+        best = max(scores[i][c] for c in own[i])
+        others = [c for c in range(n_captions) if c not in own[i]]
+        image_ranks.append(sum(before(scores[i][c], best) for c in others))
+    caption_ranks = []
+    for c in range(n_captions):
+        best = scores[image_of[c]][c]
+        others = [i for i in range(n_images) if i != image_of[c]]
+        caption_ranks.append(sum(before(scores[i][c], best) for i in others))
+    return image_ranks, caption_ranks
