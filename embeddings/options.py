@@ -1,12 +1,12 @@
 """compute_results.py's flags for files of embeddings or of similarities, and the models they name."""
 
 import os
+from typing import NamedTuple
 
 from embeddings.as_model import Embeddings, Files, Similarities
 from runtime.device import choose_device, choose_products
 from runtime.errors import InputError, path_type, refuse_useless
 
-PAIR = "FILE"  # one, which has both sides, or two
 OF_CHECKPOINTS = (
     "vocab_path",
     "caption_reading",
@@ -19,54 +19,57 @@ OF_CHECKPOINTS = (
     "correction_bank",
     "export",
 )
-OWN = ("ids", "captions", "against", "bank", "dev", "bank_ids", "dev_ids", "bank_sims", "measure")
+
+
+class Flag(NamedTuple):
+    """A flag that takes names of files."""
+
+    name: str
+    text: str  # its help
+    how: dict  # what else argparse is told
+
+
+PAIR = {"nargs": "+", "metavar": "FILE"}  # one, which has both sides, or two
+IDS = {"nargs": "+", "metavar": "IDS"}
+PATHS = (
+    Flag(
+        "embeddings",
+        "image and caption embeddings that any model made, in two files or in one: .npy, .npz, "
+        ".pt, .safetensors, .parquet (FILE:NAME names an array in a file of several) or a folder "
+        "of clip-retrieval's; see docs/embeddings.md",
+        PAIR,
+    ),
+    Flag("sims", "similarities that any model gave, (images, captions)", {"metavar": "FILE"}),
+    Flag(
+        "ids",
+        "the image's id for each caption, one a line (default: five captions an image in turn, or "
+        "equal rows are one image); a second file may name the rows of images",
+        IDS,
+    ),
+    Flag("captions", "the captions' texts, one a line, for --report", {"metavar": "FILE"}),
+    Flag(
+        "against",
+        "embeddings (with --sims: similarities) of another model, which is compared with the "
+        "first, without corrections; may be repeated",
+        {**PAIR, "action": "append"},
+    ),
+    Flag("bank", "with --correction: embeddings of the bank, such as the training split", PAIR),
+    Flag("bank_ids", "as --ids, for --bank", IDS),
+    Flag("dev", "with --tune_correction: embeddings of the dev split", PAIR),
+    Flag("dev_ids", "as --ids, for --dev", IDS),
+    Flag(
+        "bank_sims",
+        "with --sims and --correction: similarities of bank images with the captions, and of the "
+        "images with bank captions",
+        {"nargs": 2, "metavar": ("I2T", "T2I")},
+    ),
+)
 
 
 def add_flags(group):
     """Add the flags to an argparse group."""
-
-    def add(flag, text, **how):
-        group.add_argument(flag, type=path_type, help=text, **how)
-
-    pair = {"nargs": "+", "metavar": PAIR}
-    ids = {"nargs": "+", "metavar": "IDS"}
-    add(
-        "--embeddings",
-        "image and caption embeddings that any model made, in two files or in one: .npy, .npz, "
-        ".pt, .safetensors, .parquet (FILE:NAME names an array in a file of several) or a folder "
-        "of clip-retrieval's; see docs/embeddings.md",
-        **pair,
-    )
-    add(
-        "--sims",
-        "similarities that any model gave, (images, captions)",
-        metavar="FILE",
-    )
-    add(
-        "--ids",
-        "the image's id for each caption, one a line (default: five captions an image in turn, or "
-        "equal rows are one image); a second file may name the rows of images",
-        **ids,
-    )
-    add("--captions", "the captions' texts, one a line, for --report", metavar="FILE")
-    add(
-        "--against",
-        "embeddings (with --sims: similarities) of another model, which is compared with the "
-        "first, without corrections; may be repeated",
-        action="append",
-        **pair,
-    )
-    add("--bank", "with --correction: embeddings of the bank, such as the training split", **pair)
-    add("--bank_ids", "as --ids, for --bank", **ids)
-    add("--dev", "with --tune_correction: embeddings of the dev split", **pair)
-    add("--dev_ids", "as --ids, for --dev", **ids)
-    add(
-        "--bank_sims",
-        "with --sims and --correction: similarities of bank images with the captions, and of the "
-        "images with bank captions",
-        nargs=2,
-        metavar=("I2T", "T2I"),
-    )
+    for name, text, how in PATHS:
+        group.add_argument(f"--{name}", type=path_type, help=text, **how)
     group.add_argument(
         "--measure",
         choices=["cosine", "dot", "order"],
@@ -87,7 +90,8 @@ def check(options, defaults):
     """
     kind = given(options)
     if kind is None:
-        refuse_useless(options, [(True, OWN, "without --embeddings or --sims")])
+        own = [name for name, *_ in PATHS] + ["measure"]
+        refuse_useless(options, [(True, own, "without --embeddings or --sims")])
         return
     if options.embeddings and options.sims:
         raise InputError("--embeddings and --sims are two things to evaluate: give one of them")

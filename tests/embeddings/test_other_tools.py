@@ -151,7 +151,9 @@ def test_the_loops_are_open_clip_s():
         scores.repeat_interleave(EACH, 0), torch.eye(N * EACH).double(), 1.0
     )
     found = [
-        100 * metrics[f"{side}_R@{k}"] for side in ("image_to_text", "text_to_image") for k in DEPTHS
+        100 * metrics[f"{side}_R@{k}"]
+        for side in ("image_to_text", "text_to_image")
+        for k in DEPTHS
     ]
     assert found[:2] == pytest.approx(of_pairs(untied(example()))[:2])
     # The rows of one image are tied; whichever is first, only one of five can be right.
