@@ -444,6 +444,112 @@ def test_sgraf_s_similarity_in_shards():
     assert t2i(img_embs, cap_embs, cap_lens, sims) == pytest.approx(loops.recall(caption_ranks))
 
 
+# The released checkpoints, step by step ---------------------------------------------------------
+
+
+class AnyModel:
+    """A model that is not one of ours, for all that encode_data can see."""
+
+    def __init__(self, model):
+        self.model = model.eval()
+
+    def forward_emb(self, images, captions, lengths):
+        return self.model.forward_emb(images, captions, lengths)
+
+
+def check_ranks(found, expected):
+    """Both directions' results against the released ranks and top-1 items."""
+    for name, (recall, (ranks, top1)) in zip(("i2t", "t2i"), found):
+        assert np.array_equal(ranks, expected[f"{name}_ranks"])
+        assert np.array_equal(top1, expected[f"{name}_top1"])
+        assert recall == pytest.approx(loops.recall(expected[f"{name}_ranks"].tolist()))
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, AnyModel], ids=["ours", "any"])
+@pytest.mark.parametrize("run", ["t2i", "i2t"])
+def test_scan_s_released_checkpoint_by_its_evaluation(run, wrapped):
+    import evaluation
+    from data import get_test_loader
+    from model import SCAN
+    from vocab import deserialize_vocab
+
+    folder = REFERENCE / "scan/checkpoints"
+    checkpoint = torch.load(folder / f"runs/{run}/model_best.pth.tar", weights_only=False)
+    opt = checkpoint["opt"]
+    opt.data_path = str(folder / "data")
+    vocab = deserialize_vocab(str(folder / f"vocab/{opt.data_name}_vocab.json"))
+    opt.vocab_size = len(vocab)
+    model = SCAN(opt)
+    model.load_state_dict(checkpoint["model"])
+    loader = get_test_loader("test", opt.data_name, vocab, opt.batch_size, 0, opt)
+    img_embs, cap_embs, cap_lens = evaluation.encode_data(wrapped(model), loader, logging=silent)
+    expected = np.load(folder / f"expected_{run}.npz")
+    assert np.array_equal(cap_lens, expected["lengths"])
+    img_embs = np.array([img_embs[i] for i in range(0, len(img_embs), 5)])
+    shard = getattr(evaluation, f"shard_xattn_{opt.cross_attn}")
+    sims = shard(img_embs, cap_embs, cap_lens, opt, shard_size=128)
+    assert np.abs(sims - expected["scores"]).max() < 1e-6
+    found = [
+        function(img_embs, cap_embs, cap_lens, sims, return_ranks=True)
+        for function in (evaluation.i2t, evaluation.t2i)
+    ]
+    check_ranks(found, expected)
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, AnyModel], ids=["ours", "any"])
+@pytest.mark.parametrize("run, reading", [("local", "released"), ("max", "released"), ("mb", None)])
+def test_hal_s_released_checkpoint_by_its_evaluation(run, reading, wrapped):
+    """With None, captions are read as text, which the model was not trained on."""
+    from data import get_test_loader
+    from evaluation import encode_data, i2t, t2i
+    from model import VSE
+    from vocab import read_vocabulary
+
+    folder = REFERENCE / "released_checkpoints"
+    checkpoint = torch.load(folder / f"runs/{run}/model_best.pth.tar", weights_only=False)
+    opt = checkpoint["opt"]
+    opt.data_path, opt.caption_reading = str(folder / "data"), reading
+    vocab = read_vocabulary(folder / "vocab/f8k_precomp_vocab.pkl")
+    opt.vocab_size = len(vocab)
+    model = VSE(opt)
+    model.load_state_dict(checkpoint["model"])
+    loader = get_test_loader("test", opt.data_name, vocab, opt.crop_size, opt.batch_size, 0, opt)
+    img_embs, cap_embs = encode_data(wrapped(model), loader, logging=silent)
+    expected = np.load(folder / f"expected_{run}.npz")
+    assert np.abs(img_embs[::5] - expected["image_embeddings"]).max() < 1e-6
+    if reading is None:
+        assert np.abs(cap_embs - expected["caption_embeddings"]).max() > 0.1
+        return
+    assert np.abs(cap_embs - expected["caption_embeddings"]).max() < 1e-6
+    found = [f(img_embs, cap_embs, measure=opt.measure, return_ranks=True) for f in (i2t, t2i)]
+    check_ranks(found, expected)
+
+
+def test_vse_infty_s_released_checkpoint_by_its_evaluation():
+    from data import get_test_loader
+    from evaluation import compute_sim, encode_data, i2t, load_for_evaluation, t2i
+    from vocab import deserialize_vocab
+
+    folder = REFERENCE / "vse_infty/released_checkpoint"
+    path = str(folder / "runs/f30k_butd_region_bigru/model_best.pth")
+    opt = torch.load(path, weights_only=False)["opt"]
+    opt.data_path = str(folder / "data/f30k")
+    vocab = deserialize_vocab(str(folder / "vocab/f30k_precomp_vocab.json"))
+    vocab.add_word("<mask>")
+    model = load_for_evaluation(
+        Namespace(model_path=path, vocab_path=str(folder / "vocab"), device="cpu")
+    ).model
+    loader = get_test_loader("test", opt.data_name, vocab, opt.batch_size, 0, opt)
+    img_embs, cap_embs = encode_data(AnyModel(model), loader, logging=silent, backbone=False)
+    img_embs = np.array([img_embs[i] for i in range(0, len(img_embs), 5)])
+    expected = np.load(folder / "expected.npz")
+    assert np.abs(img_embs - expected["image_embeddings"]).max() < 1e-5
+    assert np.abs(cap_embs - expected["caption_embeddings"]).max() < 1e-5
+    sims = compute_sim(img_embs, cap_embs)
+    npts = img_embs.shape[0]
+    check_ranks([f(npts, sims, return_ranks=True) for f in (i2t, t2i)], expected)
+
+
 # evalrank, and what is left out -----------------------------------------------------------------
 
 
