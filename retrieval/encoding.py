@@ -57,7 +57,7 @@ def encode(model, loader, log_step=10, logging=print):
                 logging(f"Test: [{number}{_of_all(loader)}]")
     if not captions:
         raise InputError("the loader gives no batch: check its data set")
-    order = _order(loader, where, ids, sum(map(len, captions)))
+    order = _order(loader, ids, sum(map(len, captions)))
     images, captions = _joined(images, order), _joined(captions, order)
     if captions.ndim == 2:
         return images, captions
@@ -81,14 +81,14 @@ def _ready(model):
 def _embedded(model, batch, where, all_lengths):
     """A batch's (images, captions) as arrays; its captions' lengths are added to `all_lengths`."""
     lengths, more = batch[where.lengths], {}
-    takes = inspect.signature(model.forward_emb).parameters
-    if where.image_lengths is not None and "image_lengths" in takes:
-        more["image_lengths"] = batch[where.image_lengths]
+    if where.image_lengths is not None:
+        if "image_lengths" in inspect.signature(model.forward_emb).parameters:
+            more["image_lengths"] = batch[where.image_lengths]
     images, captions, *rest = model.forward_emb(
         batch[where.images], batch[where.captions], lengths, **more
     )
     own = _whole_numbers(rest[0]) if rest else None  # SCAN gives the lengths back, perhaps others
-    all_lengths += own or _whole_numbers(lengths)
+    all_lengths += own or _whole_numbers(lengths) or []
     return _array(images), _array(captions)
 
 
@@ -120,7 +120,7 @@ def _joined(parts, order):
     return joined
 
 
-def _order(loader, where, ids, n):
+def _order(loader, ids, n):
     """The row (n,) of each caption as it was loaded: its id, if ids are positions 0 to n - 1."""
     if sorted(ids) == list(range(n)):
         return np.array(ids)
