@@ -37,7 +37,7 @@ from layers.pretrained import _build_cnn
 from layers.training_calls import TrainingCalls, both_states
 from loss import cosine_sim, order_sim
 from runtime.device import to_device
-from runtime.errors import InputError, check_choice
+from runtime.errors import InputError, check_choice, left_out
 
 # What code around VSE++, HAL, SCAN and VSE-infinity imports from its model.py; those not defined
 # below are re-exported.
@@ -159,10 +159,19 @@ class _RegionMLP(nn.Module):
 class EncoderImagePrecomp(nn.Module):
     """Precomputed features (B, img_dim), or regions (B, K, img_dim), -> embeddings (B, embed_size).
 
+    use_abs: by name, or with no_imgnorm by place; SCAN's third argument is no_imgnorm.
     image_pooling: mean, max, kmax or gpo, for regions only; None is the mean.
     precomp_enc_type: basic, `layers` linear layers for each vector, with ReLU between them; mlp,
         VSE-infinity's encoder (its own checkpoints call that basic, and pool by gpo).
     """
+
+    def __new__(cls, *arguments, **named):
+        if cls is EncoderImagePrecomp and len(arguments) == 3:
+            raise InputError(
+                "EncoderImagePrecomp's third argument is use_abs in VSE++'s code and no_imgnorm in "
+                "SCAN's, which keeps a vector for each region: name it, or call RegionEncoder"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -917,3 +926,15 @@ VSEModel = VSE  # VSE-infinity's name for it
 def build(opt):
     """The model that the options describe: SCAN if cross_attn is set, else VSE."""
     return (SCAN if getattr(opt, "cross_attn", None) else VSE)(opt)
+
+
+__getattr__ = left_out(
+    __name__,
+    {
+        "EncoderImageWeightNormPrecomp": "use EncoderImage(data_name, img_dim, embed_size, "
+        "'weight_norm', no_imgnorm)",
+        "EncoderImageAggr": "use get_image_encoder",
+        "EncoderImageFeatureExtractor": "extract_features.py makes regions of photos",
+        "ResnetFeatureExtractor": "extract_features.py makes regions of photos",
+    },
+)

@@ -197,6 +197,20 @@ class TrainingCalls(torch.nn.Module):
         self.optimizer.step()
         return loss.detach()
 
+    is_data_parallel = False
+
+    def make_data_parallel(self):
+        """Do nothing, for DataParallel would change no number: several GPUs take torchrun here."""
+
+    def freeze_backbone(self, *_):
+        """Refuse VSE-infinity's call for its grid encoder."""
+        raise InputError(
+            "freeze_backbone and unfreeze_backbone are left out here, for there is no backbone in "
+            "the model: --finetune, or opt.finetune, decides whether a CNN is trained"
+        )
+
+    unfreeze_backbone = freeze_backbone
+
     def set_max_violation(self, max_violation):
         """VSE-infinity's switch between all negatives and the hardest ones."""
         self.criterion.max_violation = max_violation

@@ -220,6 +220,15 @@ def test_vse_plus_plus_fifth_argument_is_refused_as_it_may_be_scan_s():
         EncoderText(9, 3, 4, 1, True)
 
 
+def test_vse_plus_plus_third_argument_is_refused_as_it_may_be_scan_s():
+    from model import EncoderImagePrecomp
+    from runtime.errors import InputError
+
+    with pytest.raises(InputError, match="use_abs in VSE.* no_imgnorm in SCAN's.*: name it, or"):
+        EncoderImagePrecomp(5, 4, True)
+    assert EncoderImagePrecomp(5, 4, no_imgnorm=True).no_imgnorm
+
+
 def test_vse_plus_plus_l2norm_takes_rows_and_refuses_what_is_unclear():
     from model import l2norm
     from runtime.errors import InputError
@@ -560,6 +569,38 @@ def test_vse_infinity_grid_encoder_is_refused_in_a_sentence():
     opt = Namespace(vse_mean_warmup_epochs=1, precomp_enc_type="backbone")
     with pytest.raises(InputError, match="encoder backbone is left out"):
         VSEModel(opt)
+
+
+@pytest.mark.parametrize("name", ["freeze_backbone", "unfreeze_backbone"])
+def test_vse_infinity_backbone_calls_say_what_decides(name):
+    from model import VSE
+    from runtime.errors import InputError
+
+    _, opt = walked("max")
+    model = VSE(opt)
+    before = copy.deepcopy(model.state_dict())
+    if not model.is_data_parallel:
+        model.make_data_parallel()
+    assert states_equal([model.state_dict()], [before])
+    with pytest.raises(InputError, match="no backbone in the model: --finetune"):
+        getattr(model, name)()
+
+
+@pytest.mark.parametrize(
+    "name, instead",
+    [
+        ("EncoderImageWeightNormPrecomp", "'weight_norm', no_imgnorm"),
+        ("EncoderImageAggr", "get_image_encoder"),
+        ("ResnetFeatureExtractor", "extract_features.py"),
+    ],
+)
+def test_what_is_left_out_says_what_to_use(name, instead):
+    import model
+    from runtime.errors import InputError
+
+    with pytest.raises(InputError, match=f"model.{name} is left out here: .*{instead}"):
+        getattr(model, name)(2048, 1024)
+    assert not hasattr(model, "nothing_of_the_kind")
 
 
 # SGRAF ------------------------------------------------------------------------------------------
