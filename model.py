@@ -107,6 +107,12 @@ def _init_fc(fc):
         fc.bias.zero_()
 
 
+def _take_word_vectors(encoder, rows, found):
+    """Begin with pretrained word vectors: rows (vocab_size, word_dim), where found (n,) is True."""
+    with torch.no_grad():
+        encoder.embed.weight[found] = rows[found]
+
+
 def _hidden_layers(width, embed_size, layers):
     """The layers before the last one of `layers`: linear and ReLU, (n, width) -> (n, embed_size).
 
@@ -476,6 +482,8 @@ class EncoderText(nn.Module):
         """Where the weights live."""
         return self.embed.weight.device
 
+    take_word_vectors = _take_word_vectors
+
     @staticmethod
     def sizes(state):
         """{option: size} as a state's shapes show them; KeyError for another encoder's state."""
@@ -583,6 +591,8 @@ class TransformerText(nn.Module):
     width = property(lambda self: self.fc.out_features)
     dtype = property(lambda self: self.fc.weight.dtype)
     device = property(lambda self: self.fc.weight.device)
+
+    take_word_vectors = _take_word_vectors
 
     @staticmethod
     def sizes(state):

@@ -30,6 +30,7 @@ from features.description import features_of
 from features.texts import frozen_texts
 from inputs import sample_data
 from inputs.word_ids import unknown_in_words
+from inputs.word_vectors import read_word_vectors
 from layers.batch_norm import share_batch_norm
 from memory_bank import draw_batches
 from model import build
@@ -124,8 +125,11 @@ def get_vocabulary(opt, start):
     return vocabulary, is_new
 
 
-def build_model(opt, start, device):
-    """The model on its device, with the start checkpoint's weights if there is one."""
+def build_model(opt, start, device, vocabulary=None):
+    """The model on its device, with the start checkpoint's weights if there is one.
+
+    vocabulary: its words begin with their --word_vectors in a new model.
+    """
     if start:  # its weights replace the CNN's, which need no download then
         opt = with_found(opt, cnn_weights="none")
     torch.manual_seed(opt.seed)
@@ -138,7 +142,25 @@ def build_model(opt, start, device):
                     f"run has {getattr(opt, name)}: give the same"
                 )
         checkpoint.load_weights(model, start, opt.init_from)
+    if opt.word_vectors and not start:
+        begin_with_word_vectors(model, vocabulary.words, opt)
     return model.to(device)
+
+
+def begin_with_word_vectors(model, words, opt):
+    """Put the vectors of --word_vectors into the text encoder, and log how many words have one."""
+    rows, found = read_word_vectors(opt.word_vectors, words)
+    if rows.shape[1] != opt.word_dim:
+        raise InputError(
+            f"--word_vectors {opt.word_vectors} has {rows.shape[1]} numbers a word, and --word_dim "
+            f"is {opt.word_dim}: add --word_dim {rows.shape[1]}"
+        )
+    model.txt_enc.take_word_vectors(rows, found)
+    if distributed.is_first():
+        log(
+            f"Word vectors: {int(found.sum()):,} of the vocabulary's {len(words):,} words are in "
+            f"{opt.word_vectors}; the others begin at random"
+        )
 
 
 def adjust_learning_rate(run):
@@ -450,7 +472,7 @@ def set_up(opt, device):
     check_data(loaders, vocabulary)
     for loader in loaders:
         loader.dataset.place(device, opt.features_on_device)
-    run = Run(opt, build_model(opt, start, device), loaders, vocabulary, features)
+    run = Run(opt, build_model(opt, start, device, vocabulary), loaders, vocabulary, features)
     share_batch_norm(run.model)
     if opt.resume:
         run.restore(start)

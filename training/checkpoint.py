@@ -79,6 +79,7 @@ REGION_OPTIONS = ("image_pooling", "regions", "vocab_name", "cross_attn", "text_
 FREE_OPTIONS = {
     "data_path",
     "text_features",
+    "word_vectors",
     "vocab_path",
     "cache_dir",
     "features_on_device",

@@ -304,6 +304,13 @@ def add_text_flags(group):
         "--word_dim", default=300, type=number(int, 1, WIDEST), help="width of a word's embedding"
     )
     group.add_argument(
+        "--word_vectors",
+        type=path_type,
+        metavar="FILE",
+        help="begin with these vectors of words: GloVe's .txt, or a .npy with its words in a .txt "
+        "beside it (default: random)",
+    )
+    group.add_argument(
         "--num_layers",
         default=1,
         type=number(int, 1, DEEPEST),
@@ -710,6 +717,7 @@ def check_text_features(opt):
         "--drop_words": opt.drop_words,
         "--num_layers": opt.num_layers > 1,
         "--caption_reading": opt.caption_reading,
+        "--word_vectors": opt.word_vectors,
     }
     for flag, given in of_words.items():
         if given:
