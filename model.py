@@ -873,8 +873,16 @@ class RegionEncoder(EncoderImagePrecomp):
         }
         return super().load_state_dict({**state_dict, **scalar}, strict)
 
-    def forward(self, images):
-        """images: (B, R, img_dim); a region of zeros is mapped like any other."""
+    def forward(self, images, image_lengths=None):
+        """images: (B, R, img_dim); a region of zeros is mapped like any other.
+
+        Raises InputError for image_lengths, for no region is left out.
+        """
+        if image_lengths is not None:
+            raise InputError(
+                "this encoder keeps all regions of an image, so image_lengths would do nothing: "
+                "leave them out, or give captions' ids as integers"
+            )
         regions = self.fc(images)
         regions = regions.to(self.fc.bias.dtype)  # autocast's products may be in bf16
         return regions if self.no_imgnorm else l2norm(regions, -1, EPS)

@@ -22,7 +22,8 @@ class States(OrderedDict):
 
     By name it is what nn.Module expects, and `states[0]`, `states[1]` are the two encoders' states.
     A file written by torch.save holds the two states under 0 and 1, in an OrderedDict, so it opens
-    without this class, and the released `load_state_dict` takes it.
+    without this class, and the released `load_state_dict` takes it. If the model has more parts, as
+    a subclass may, the file holds the flat state.
     """
 
     PARTS = ("img_enc.", "txt_enc.")
@@ -38,7 +39,9 @@ class States(OrderedDict):
         )
 
     def __reduce__(self):
-        return OrderedDict, (), None, None, iter([(0, self[0]), (1, self[1])])
+        whole = all(name.startswith(self.PARTS) for name in self)
+        parts = [(0, self[0]), (1, self[1])] if whole else list(self.items())
+        return OrderedDict, (), None, None, iter(parts)
 
     def __copy__(self):
         return States(self)

@@ -412,6 +412,17 @@ def test_scan_forward_emb_volatile_by_place_returns_the_lengths():
     assert (cap_embs - case["caption_embeddings"]).abs().max() < 1e-6
 
 
+def test_scan_takes_no_image_lengths():
+    from model import SCAN
+    from runtime.errors import InputError
+
+    case = reference("scan/encoders")[4]
+    model = SCAN(Namespace(**case["options"]))
+    parts = case["images"], case["captions"], case["lengths"]
+    with pytest.raises(InputError, match="keeps all regions of an image"):
+        model.forward_emb(*parts, torch.tensor([5.0] * len(parts[0])))
+
+
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
 def test_scan_scores_take_lengths_of_any_kind(kind):
     import model
@@ -486,6 +497,26 @@ def test_vse_infinity_train_emb_walks_the_released_path(name, by_place):
     assert losses == pytest.approx(run["losses"], rel=1e-9)
     states = [{k: v.double() for k, v in model.state_dict()[n].items()} for n in (0, 1)]
     assert near(states, run["final_state"], 1e-6)
+
+
+def test_vse_infinity_saves_and_loads_its_checkpoint(tmp_path):
+    from model import VSEModel, build
+    from training.checkpoint import load, load_weights
+
+    path = reference("vse_infty/trajectory")
+    opt = Namespace(data_name="f30k", **path["options"], **path["runs"]["max"]["options"])
+    model, batch = VSEModel(opt), path["runs"]["max"]["batches"][0]
+    model.train_emb(batch["images"], batch["captions"], batch["lengths"])
+    file = str(tmp_path / "model_best.pth")
+    torch.save({"epoch": 1, "model": model.state_dict(), "opt": opt, "Eiters": 1}, file)
+    content = load(file)
+    opened = build(content["opt"])
+    load_weights(opened, content, file)
+    parts = batch["images"], batch["captions"], batch["lengths"], True
+    for one in (model, opened):
+        one.val_start()
+    for mine, theirs in zip(model.forward_emb(*parts), opened.forward_emb(*parts)):
+        assert torch.equal(mine, theirs) and mine.abs().max() > 0.1
 
 
 def test_vse_infinity_warmup_alpha_scales_the_loss():

@@ -1,4 +1,4 @@
-"""Whole train.py loops as VSE++, SCAN and HAL have them, on the sample data, with this project's modules.
+"""Whole train.py loops as VSE++, SCAN, HAL and VSE-infinity have them, on the sample data, with this project's modules.
 
 Each trains, validates, saves and evaluates by the calls of its code alone. Its last rsum is compared
 with a plain loop over the embeddings, and with what evaluating the saved checkpoint gives.
@@ -70,6 +70,16 @@ HAL = {
     "global_ep_nega": 0.1,
 }
 
+INFINITY = {
+    "data_name": "f30k",
+    "img_dim": 23,
+    "precomp_enc_type": "basic",
+    "no_txtnorm": False,
+    "vse_mean_warmup_epochs": 1,
+    "max_violation": False,
+    "optim": "adam",
+}
+
 
 @pytest.fixture(scope="module")
 def drawn_sample(tmp_path_factory):
@@ -88,7 +98,9 @@ def drawn_sample(tmp_path_factory):
     (folder / "vocab").mkdir()
     with open(folder / "vocab" / "sample_precomp_vocab.pkl", "wb") as file:
         pickle.dump(vocabulary, file)
-    serialize_vocab(vocabulary, str(folder / "vocab" / "blocks_precomp_vocab.json"))
+    for name in ("blocks_precomp", "f30k_precomp"):
+        serialize_vocab(vocabulary, str(folder / "vocab" / f"{name}_vocab.json"))
+    shutil.copytree(blocks, folder / "data" / "precomp")  # where VSE-infinity looks
     return folder
 
 
@@ -268,5 +280,48 @@ def test_hal_trains_with_its_bank_and_evaluates(sample):
     assert len(bank[0]) == sum(map(len, bank[2])) >= 100 and rsum > 25
     # clean text was trained on, though a checkpoint of HAL's own code was read otherwise
     assert evalrank("model_best.pth.tar", data_path="data", split="dev").rsum == pytest.approx(
+        rsum, abs=ONE_IMAGE
+    )
+
+
+def test_vse_infinity_trains_with_its_warm_up_and_evaluates(sample):
+    import data
+    from evaluation import LogCollector, compute_sim, encode_data, evalrank, i2t, t2i
+    from model import VSEModel
+    from vocab import deserialize_vocab
+
+    opt = Namespace(**{**NUMBERS, **INFINITY})
+    vocab = deserialize_vocab(os.path.join(opt.vocab_path, "f30k_precomp_vocab.json"))
+    vocab.add_word("<mask>")
+    opt.vocab_size = len(vocab)
+    train_loader, val_loader = data.get_loaders(
+        opt.data_path, opt.data_name, vocab, opt.batch_size, opt.workers, opt
+    )
+    torch.manual_seed(0)
+    model, losses = VSEModel(opt), []
+    for epoch in range(opt.num_epochs):
+        adjust_learning_rate(opt, model.optimizer, epoch)
+        if epoch >= opt.vse_mean_warmup_epochs:
+            opt.max_violation = True
+            model.set_max_violation(opt.max_violation)
+        losses.append([])
+        for images, image_lengths, captions, lengths, _ in train_loader:
+            model.train_start()
+            model.logger = LogCollector()
+            model.train_emb(images, captions, lengths, image_lengths=image_lengths)
+            losses[-1].append(model.logger.meters["Le"].val)
+        img_embs, cap_embs = encode_data(model, val_loader, opt.log_step, logging.info)
+        img_embs = img_embs[::5]
+        npts, sims = len(img_embs), compute_sim(img_embs, cap_embs)
+        (r1, r5, r10, medr, meanr) = i2t(npts, sims)
+        (r1i, r5i, r10i, medri, meanri) = t2i(npts, sims)
+        rsum = recalls(sims.tolist())
+        assert r1 + r5 + r10 + r1i + r5i + r10i == pytest.approx(rsum, abs=ONE_IMAGE)
+        state = {"epoch": epoch + 1, "model": model.state_dict(), "best_rsum": rsum}
+        torch.save({**state, "opt": opt, "Eiters": model.Eiters}, "model_best.pth")
+    assert type(model.optimizer) is torch.optim.AdamW
+    # The first epoch sums over all negatives, the others take the hardest.
+    assert np.mean(losses[0]) > 10 * np.mean(losses[1]) and rsum > 40
+    assert evalrank("model_best.pth", data_path="data", split="dev").rsum == pytest.approx(
         rsum, abs=ONE_IMAGE
     )

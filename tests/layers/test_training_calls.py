@@ -117,3 +117,17 @@ def test_a_copied_state_stays_one():
         assert type(other) is States and states_equal([other[1]], [state[1]])
     with pytest.raises(IndexError):
         state[2]
+
+
+def test_a_subclass_s_further_parts_are_saved():
+    class More(VSE):
+        def __init__(self, opt):
+            super().__init__(opt)
+            self.extra = torch.nn.Linear(2, 3)
+
+    model, other = More(options()), More(options())
+    state = model.state_dict()
+    assert list(state[1]) == list(VSE(options()).state_dict()[1])
+    other.load_state_dict(pickle.loads(pickle.dumps(state)))
+    assert torch.equal(other.extra.weight, model.extra.weight)
+    assert states_equal([other.state_dict()], [state])
