@@ -240,11 +240,11 @@ class EncoderImagePrecomp(nn.Module):
         """The input of `fc`: here the images themselves."""
         return images
 
-    def load_state_dict(self, state_dict, strict=True):
+    def load_state_dict(self, state_dict, strict=True, assign=False):
         """Load the state, ignoring keys that this encoder does not have (those of a full model)."""
         own = self.state_dict()
         return super().load_state_dict(
-            {name: value for name, value in state_dict.items() if name in own}, strict
+            {name: value for name, value in state_dict.items() if name in own}, strict, assign
         )
 
 
@@ -301,7 +301,7 @@ class EncoderImageFull(EncoderImagePrecomp):
                 "--micro_batch"
             ) from error
 
-    def load_state_dict(self, state_dict, strict=True):
+    def load_state_dict(self, state_dict, strict=True, assign=False):
         """Load the state, also one with the names of an older torchvision's VGG classifier."""
         old_names = {
             "cnn.classifier.1.": "cnn.classifier.0.",
@@ -311,7 +311,7 @@ class EncoderImageFull(EncoderImagePrecomp):
         for name, value in state_dict.items():
             prefix = name[: len("cnn.classifier.0.")]
             renamed[old_names.get(prefix, prefix) + name[len(prefix) :]] = value
-        return super().load_state_dict(renamed, strict)
+        return super().load_state_dict(renamed, strict, assign)
 
 
 def _image_encoder(
@@ -825,13 +825,13 @@ class VSE(TrainingCalls):
         """Switch to eval mode."""
         self.eval()
 
-    def load_state_dict(self, state_dict, strict=True):
+    def load_state_dict(self, state_dict, strict=True, assign=False):
         """Load this module's state dict, or the released code's [image state, text state]."""
         if not isinstance(state_dict, (list, tuple)) and state_dict.keys() != {0, 1}:
-            return super().load_state_dict(state_dict, strict)
+            return super().load_state_dict(state_dict, strict, assign)
         image_state, text_state = both_states(state_dict)
-        self.img_enc.load_state_dict(image_state, strict)
-        self.txt_enc.load_state_dict(text_state, strict)
+        self.img_enc.load_state_dict(image_state, strict, assign)
+        self.txt_enc.load_state_dict(text_state, strict, assign)
 
 
 class _WeightNormLinear(nn.Module):
@@ -866,12 +866,12 @@ class RegionEncoder(EncoderImagePrecomp):
         if precomp_enc_type == "basic":
             _init_fc(self.fc)
 
-    def load_state_dict(self, state_dict, strict=True):
+    def load_state_dict(self, state_dict, strict=True, assign=False):
         """Load the state; in PyTorch 0.3's files, weight_norm's scalar has the shape (1,)."""
         scalar = {
             name: value.reshape(()) for name, value in state_dict.items() if name == "fc.weight_g"
         }
-        return super().load_state_dict({**state_dict, **scalar}, strict)
+        return super().load_state_dict({**state_dict, **scalar}, strict, assign)
 
     def forward(self, images, image_lengths=None):
         """images: (B, R, img_dim); a region of zeros is mapped like any other.

@@ -54,13 +54,16 @@ def both_states(state_dict):
     """(Image state, text state) of a state dict in any form; None if it has neither.
 
     The forms: the released list of two, `States` or what torch.save wrote of it, and a flat state
-    dict, also with the `module.` that DataParallel puts before each name.
+    dict, also with what DataParallel or torch.compile put before each name.
     """
     if isinstance(state_dict, (list, tuple)):
         return tuple(state_dict) if len(state_dict) == 2 else None
     if state_dict.keys() == {0, 1}:
         return state_dict[0], state_dict[1]
-    flat = States((str(name).removeprefix("module."), value) for name, value in state_dict.items())
+    flat = States(
+        (str(name).removeprefix("module.").removeprefix("_orig_mod."), value)
+        for name, value in state_dict.items()
+    )
     known = all(name.startswith(States.PARTS) for name in flat)
     return (flat[0], flat[1]) if flat and known else None
 

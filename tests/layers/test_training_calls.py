@@ -92,12 +92,17 @@ def test_a_step_of_scan_takes_no_bank():
         model.train_emb(torch.randn(3, 6, 5), *BATCH[1:], **bank)
 
 
-@pytest.mark.parametrize("form", ["flat", "parallel", "list", "tuple", "States", "numbered"])
+FORMS = ["flat", "parallel", "compiled", "list", "tuple", "States", "numbered"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_both_states_are_found_in_every_form(form):
-    state = trained().state_dict()
+    model = trained()
+    state = model.state_dict()
     forms = {
         "flat": dict(state),
-        "parallel": {f"module.{name}": value for name, value in state.items()},
+        "parallel": torch.nn.DataParallel(model).state_dict(),
+        "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
         "list": [state[0], state[1]],
         "tuple": (state[0], state[1]),
         "States": state,
@@ -131,3 +136,16 @@ def test_a_subclass_s_further_parts_are_saved():
     other.load_state_dict(pickle.loads(pickle.dumps(state)))
     assert torch.equal(other.extra.weight, model.extra.weight)
     assert states_equal([other.state_dict()], [state])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_is_loaded_as_pytorch_s_own_tools_do(assign):
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other, third = trained(), VSE(options()), VSE(options())
+    set_model_state_dict(other, get_model_state_dict(model))
+    third.load_state_dict([model.state_dict()[0], model.state_dict()[1]], assign=assign)
+    assert states_equal([other.state_dict()], [model.state_dict()])
+    assert states_equal([third.state_dict()], [model.state_dict()])
+    shared = third.img_enc.fc.weight.data_ptr() == model.img_enc.fc.weight.data_ptr()
+    assert shared == assign
