@@ -345,7 +345,7 @@ def _image_encoder(
 def EncoderImage(
     data_name=None,
     img_dim=None,
-    embed_size=False,
+    embed_size=False,  # SGRAF's third argument is no_imgnorm
     finetune=False,
     cnn_type="vgg19",
     use_abs=False,
