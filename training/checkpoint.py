@@ -199,6 +199,11 @@ def load(path):
     InputError if the file is missing, torn, of another kind, or holds anything else.
     """
     path = model_folder.file_of(path)
+    if os.path.isdir(path):
+        raise InputError(
+            f"{path} is a folder, not a regular file, and has no {model_folder.WEIGHTS}: name a "
+            "checkpoint, or a folder that compute_results.py --export wrote"
+        )
     if path.endswith(".safetensors"):
         content = model_folder.read(path)
     else:

@@ -76,11 +76,17 @@ def write(folder, content, vocabulary, figures, card):
             if name not in PATHS and (value is None or type(value) in (bool, int, float, str))
         },
         **{name: content[name] for name in KEPT if name in content},
+        "features": _without_place(content.get("features")),
         "figures": figures,
         "sha256": {name: hash_file(os.path.join(folder, name)) for name in (WEIGHTS, VOCABULARY)},
     }
     with replacing(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
         json.dump(config, file, indent=1)
+
+
+def _without_place(features):
+    """A description of features whose weights, if a file, are named without their folder."""
+    return features and {**features, "weights": os.path.basename(features["weights"])}
 
 
 # Reading ----------------------------------------------------------------------------------------

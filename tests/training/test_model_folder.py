@@ -25,6 +25,14 @@ TEXT = {
 }
 
 
+FEATURES = {
+    "format": 1, "encoder": "resnet18", "weights": "/private/resnet.pth", "weights_sha256": "0",
+    "pooling": "pooled", "regions": None, "normalised": True, "resize": 256, "size": 224,
+    "interpolation": "bilinear", "mean": [0.5], "std": [0.5], "width": 5, "dtype": "float32",
+    "amp": "off", "versions": {},
+}  # fmt: skip
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a whole model."""
@@ -33,7 +41,7 @@ def folder(tmp_path):
         data_name="tiny_precomp", local_alpha=20.0, data_path="/private", tags=["a"], resume=None
     )
     content = {"model": [IMAGE, TEXT], "opt": opt, "epoch": 3, "best_rsum": 9.5, "Eiters": 7}
-    content["caption_reading"] = "text"
+    content |= {"caption_reading": "text", "features": FEATURES}
     model_folder.write(str(tmp_path), content, vocabulary_of(WORDS), {"rsum": 8.5}, "# A card\n")
     return tmp_path
 
@@ -54,6 +62,8 @@ def test_what_is_written_is_read(folder):
     )
     assert (opt.data_path, opt.logger_name) == ("data", folder.name)  # not the training's
     assert not hasattr(opt, "tags")
+    assert content["features"] == {**FEATURES, "weights": "resnet.pth"}
+    assert "private" not in (folder / "config.json").read_text()
     # Without the mark, HAL's options would mean the released reading.
     assert checkpoint.caption_reading(content) == "text"
     assert (folder / "README.md").read_text() == "# A card\n"
