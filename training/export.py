@@ -71,8 +71,8 @@ VSE_INFTY = {
 
 VECTORS = {
     "cross_attn": (None,), "regions": (None,), "image_pooling": (None,),
-    "precomp_enc_type": ("basic",), "text_encoder": ("gru",), "text_pooling": ("last",),
-    "bi_gru": (False,), "no_txtnorm": (False,),
+    "precomp_enc_type": ("basic",), "img_layers": (1,), "text_encoder": ("gru",),
+    "text_pooling": ("last",), "bi_gru": (False,), "no_txtnorm": (False,),
 }  # fmt: skip
 CODES = {
     "hal": Code("model_best.pth.tar", HAL, VECTORS, "pkl", reading="released"),
@@ -84,6 +84,8 @@ CODES = {
             "cross_attn": ("t2i", "i2t"),
             # The released code crashes for the two l1 norms.
             "raw_feature_norm": ("clipped_l2norm", "l2norm", "clipped", "no_norm", "softmax"),
+            "image_pooling": (None,), "img_layers": (1,), "text_encoder": ("gru",),
+            "text_pooling": ("last",), "measure": ("cosine",), "use_abs": (False,),
         },
         "json",
         first_epoch=0,
@@ -93,6 +95,7 @@ CODES = {
         VSE_INFTY,
         {
             "cross_attn": (None,), "image_pooling": ("gpo",), "precomp_enc_type": ("mlp",),
+            "img_layers": (1,),
             "text_encoder": ("gru",), "text_pooling": ("gpo",), "bi_gru": (True,),
             "use_abs": (False,), "measure": ("cosine",),
         },

@@ -18,11 +18,12 @@ FORMAT = 1  # of config.json
 WEIGHTS, CONFIG, VOCABULARY, CARD = "model.safetensors", "config.json", "vocab.json", "README.md"
 PARTS = ("img_enc", "txt_enc")  # before each weight's name, as in VSE.state_dict()
 # Of a checkpoint's entries, those that go into config.json as they are.
-KEPT = ("epoch", "best_rsum", "Eiters", "caption_reading", "features", "float32_products")
+KEPT = ("epoch", "best_rsum", "Eiters", "caption_reading", "float32_products")
+DESCRIPTIONS = ("features", "texts")  # what made the features and the text vectors
 # Options that say where files lay on the machine of the training. They are left out.
 PATHS = (
     "data_path", "vocab_path", "cache_dir", "logger_name", "model_name", "resume", "init_from",
-    "cnn_weights", "backbone_path", "device",
+    "cnn_weights", "backbone_path", "device", "text_features", "word_vectors",
 )  # fmt: skip
 
 
@@ -65,7 +66,10 @@ def write(folder, content, vocabulary, figures, card):
     }
     with replacing(os.path.join(folder, WEIGHTS)) as file:
         file.write(package().torch.save(tensors, {"format": "pt"}))
-    write_vocabulary(vocabulary, os.path.join(folder, VOCABULARY))
+    names = [WEIGHTS]
+    if len(vocabulary):  # a model over text vectors has no words
+        write_vocabulary(vocabulary, os.path.join(folder, VOCABULARY))
+        names.append(VOCABULARY)
     with replacing(os.path.join(folder, CARD), "w", encoding="utf-8") as file:
         file.write(card)
     config = {
@@ -76,17 +80,19 @@ def write(folder, content, vocabulary, figures, card):
             if name not in PATHS and (value is None or type(value) in (bool, int, float, str))
         },
         **{name: content[name] for name in KEPT if name in content},
-        "features": _without_place(content.get("features")),
+        **{name: _without_place(content.get(name)) for name in DESCRIPTIONS},
         "figures": figures,
-        "sha256": {name: hash_file(os.path.join(folder, name)) for name in (WEIGHTS, VOCABULARY)},
+        "sha256": {name: hash_file(os.path.join(folder, name)) for name in names},
     }
     with replacing(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
         json.dump(config, file, indent=1)
 
 
-def _without_place(features):
-    """A description of features whose weights, if a file, are named without their folder."""
-    return features and {**features, "weights": os.path.basename(features["weights"])}
+def _without_place(description):
+    """A description of features or text vectors, with the file of the weights by its bare name."""
+    if not description or not description.get("weights"):
+        return description
+    return {**description, "weights": os.path.basename(description["weights"])}
 
 
 # Reading ----------------------------------------------------------------------------------------
@@ -104,12 +110,10 @@ def read(path):
     opt = argparse.Namespace()
     vars(opt).update({"logger_name": os.path.basename(os.path.abspath(folder))})
     vars(opt).update(config["options"])
-    return {
-        **{name: config[name] for name in KEPT if name in config},
-        "model": _read_weights(path),
-        "opt": opt,
-        "vocabulary": read_vocabulary(os.path.join(folder, VOCABULARY)).words,
-    }
+    content = {name: config[name] for name in (*KEPT, *DESCRIPTIONS) if name in config}
+    if VOCABULARY in config["sha256"]:
+        content["vocabulary"] = read_vocabulary(os.path.join(folder, VOCABULARY)).words
+    return {**content, "model": _read_weights(path), "opt": opt}
 
 
 def _read_config(path):
@@ -126,7 +130,7 @@ def _read_config(path):
         raise InputError(
             f"{path} is of format {config['format']}, newer than this program's {FORMAT}: update it"
         )
-    if set(config["sha256"]) != {WEIGHTS, VOCABULARY}:
+    if set(config["sha256"]) not in ({WEIGHTS, VOCABULARY}, {WEIGHTS}):
         raise InputError(
             f"{path} lacks the SHA-256 of {WEIGHTS} and {VOCABULARY}: fetch the folder again"
         )

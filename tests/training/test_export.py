@@ -19,6 +19,7 @@ import train
 from evaluation import load_for_evaluation
 from inputs.tokenizer import nltk_words
 from runtime.errors import InputError
+from tests.features import test_texts
 from tests.helpers import loops
 from tests.helpers.made import DEFAULTS, RAW, REFERENCE, TINY, load, states_equal, write_precomp
 from tests.test_regions import RECIPE, write_regions
@@ -272,6 +273,18 @@ def test_a_folder_has_the_same_figures_and_a_card_with_them(run, capsys):
     assert f"sum up to {before['rsum']:.1f}." in card and "{" not in card
 
 
+def test_a_model_over_text_vectors_has_a_folder_without_words(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    write_precomp(test_texts.FOLDER)
+    test_texts.write_vectors(described=True)
+    train.main([*test_texts.FLAGS, "--img_layers", "2"])
+    before = figures("--export", "out")
+    assert "vocab.json" not in os.listdir("out")
+    assert figures("--model_path", "out") == before
+    assert checkpoint.load("out")["texts"]["encoder"] == "sentence_transformers/some"
+
+
 @pytest.mark.parametrize("run", ["vsepp"], indirect=True)
 def test_a_folder_names_no_place_of_the_training(run, tmp_path):
     pytest.importorskip("safetensors")
@@ -321,6 +334,7 @@ def member(**changes):
         ("vsepp", {"bi_gru": True}, ["bi_gru is True, not False"]),
         ("vsepp", {"image_pooling": "mean", "regions": 36}, ["regions is 36"]),
         ("vsepp", {"no_txtnorm": True}, ["no_txtnorm"]),
+        ("vsepp", {"img_layers": 2}, ["img_layers is 2, not 1"]),
         ("vsepp", {"data_name": "mine"}, ["data_name is mine, not coco or f8k or f30k"]),
         ("scan", {}, ["cross_attn is None, not t2i or i2t", "hal or vsepp or safetensors"]),
         ("scan", {"cross_attn": "t2i", "raw_feature_norm": "l1norm"}, ["raw_feature_norm"]),
@@ -333,6 +347,15 @@ def test_what_a_code_cannot_have_is_refused_and_what_can_is_named(kind, changes,
     with pytest.raises(InputError) as caught:
         export.check(kind, member(**changes))
     assert all(part in str(caught.value) for part in [f"--export_for {kind}", *named])
+
+
+@pytest.mark.parametrize("code", export.CODES.values(), ids=export.CODES)
+def test_every_option_of_a_model_is_told_to_the_code_or_known_not_to_differ(code):
+    """A new option in `MODEL_OPTIONS` needs a decision here; regions have no CNN."""
+    known = {*code.options, *code.takes, "vocab_size"}
+    if "cross_attn" in code.options or "backbone_source" in code.options:
+        known.add("cnn_type")
+    assert set(checkpoint.MODEL_OPTIONS) <= known
 
 
 @pytest.mark.parametrize(
