@@ -22,12 +22,11 @@ from evaluation import BANK_IMAGES
 from features import encoders
 from gallery import build as build_gallery
 from gallery import index
-from gallery.hubs import SHIFTS
 from gallery.open import DEFAULT_MODEL, RERANKED, find_places, open_searcher
 from gallery.store import check_whole, shown
 from inputs.captions import read_captions
 from inputs.tokenizer import READINGS
-from retrieval.corrections import ADJUSTABLE, add_flags, parameters_of
+from retrieval.corrections import ADJUSTABLE, SHIFTS, add_flags, parameters_of
 from runtime.errors import (
     ArgumentParser,
     InputError,

@@ -16,8 +16,6 @@ from retrieval.metrics import recall_of
 from retrieval.ranking import rank_shifted
 from runtime.errors import InputError
 
-# Corrections that are one shift per target, whatever the query: an index can carry these.
-SHIFTS = ("nnn", "csls", "inverted_softmax")
 HUB_QUERIES, HUB_DEPTH = 10_000, 10  # hubs are counted by N_10 over at most 10,000 questions
 
 
@@ -56,7 +54,7 @@ def choose_correction(options, loaded):
     try:
         found = found._replace(bank=load_bank(loaded, found.bank_split, found.bank_images))
         if options.correction is None or options.tune_correction:
-            names = SHIFTS if options.correction is None else [options.correction]
+            names = corrections.SHIFTS if options.correction is None else [options.correction]
             return found._replace(
                 **best_on_dev(loaded, names, given, found.bank, options.correction is None)
             )

@@ -102,6 +102,9 @@ METHODS = {
     "nnn": nnn,
     "sinkhorn": sinkhorn,
 }
+# Those that are one shift per target, whatever the query, so a gallery's index can carry them. It
+# tries them in this order, and takes the first of equally good ones.
+SHIFTS = ["nnn", "csls", "inverted_softmax"]
 _TEMPERATURES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 # Parameters that a flag may set: its type and what it means.

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import search
 from evaluation import embed
 from gallery import build as build_gallery
 from gallery import store
+from retrieval import corrections
 from tests.helpers.galleries import TEST, ask, results
 
 
@@ -73,6 +75,32 @@ def check_answers(answers, texts, captions, images, shifts):
         assert {hit["item"]: hit["score"] for hit in answer["results"]} == pytest.approx(
             expected, abs=1e-5
         )
+
+
+@pytest.mark.parametrize("flags", [["--correction_alpha", "0.5"], ["--tune_correction"]], ids=str)
+def test_another_correction_needs_nothing_but_entries_of_its_module(
+    evaluated, loaded, monkeypatch, capsys, flags
+):
+    """Half the mean similarity to the bank: a function, a grid of one value, and a shift's name."""
+    shifts = [*corrections.SHIFTS, "mean"]
+    monkeypatch.setitem(
+        corrections.METHODS, "mean", lambda scores, alpha=1.0: alpha * scores.mean(1)
+    )
+    monkeypatch.setitem(corrections.GRIDS, "mean", {"alpha": (0.5,)})
+    monkeypatch.setattr(corrections, "SHIFTS", shifts)
+    monkeypatch.setattr(search, "SHIFTS", shifts)  # imported from there
+    images, captions = (
+        part.double().numpy() for part in embed(loaded.model, loaded.loader("test"))
+    )
+    bank = embed(loaded.model, loaded.loader("train"))[1].double().numpy()
+    texts = loaded.loader("test").dataset.captions
+    Path("questions.txt").write_text("".join(f"{text}\n" for text in texts))
+    ask(*TEST, "--correction", "mean", *flags)
+    assert store.describe("g")["correction"]["parameters"] == {"alpha": 0.5}
+    capsys.readouterr()
+    ask("--index", "g", "--batch", "questions.txt", "--json", "--top", "6")
+    expected = [sum(np.dot(image, one) for one in bank) / len(bank) / 2 for image in images]
+    check_answers(results(capsys), texts, captions, images, expected)
 
 
 def test_the_default_correction_is_the_best_on_dev(evaluated, loaded, capsys):
