@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+import compute_results
 import train
 from runtime.errors import InputError
 from tests.helpers.made import DEFAULTS, REFERENCE, TINY, load, write_precomp
@@ -249,6 +250,10 @@ def test_vse_infinity_s_command_takes_its_vocabulary_and_its_encoder(data):
     words = json.loads((data / "vocab" / "coco_precomp_vocab.json").read_text())["word2idx"]
     assert content["vocabulary"] == [*words, "<mask>"]
     assert "mlp.layers.0.weight" in content["model"][0] and content["opt"].data_name == "precomp"
+    flags = ["--model_path", "runs/x/log/model_best.pth.tar", "--export_for", "vse_infty"]
+    compute_results.main([*flags, "--export", "out"])
+    assert sorted(os.listdir("out")) == ["coco_precomp_vocab.json", "model_best.pth"]
+    assert load("out/model_best.pth")["opt"].data_name == "coco"
 
 
 def test_scan_s_flags_on_a_vse_point_to_the_family(data, capsys):
