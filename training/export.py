@@ -166,11 +166,11 @@ def write(folder, kind, member, figures):
 
 
 def _finished(content):
-    """The number of finished epochs. SCAN's own files, which lack our marks, count from 0."""
+    """The number of finished epochs. SCAN's own files, which carry no words, count from 0."""
     epoch = content.get("epoch")
     if type(epoch) is not int:
         return 0
-    return epoch + bool(content["opt"].cross_attn and "caption_reading" not in content)
+    return epoch + bool(content["opt"].cross_attn and "vocabulary" not in content)
 
 
 def _write_for(code, new, folder, content, member):

@@ -24,6 +24,7 @@ from tests.helpers import loops
 from tests.helpers.made import DEFAULTS, RAW, REFERENCE, TINY, load, states_equal, write_precomp
 from tests.test_regions import RECIPE, write_regions
 from training import checkpoint, export
+from vocab import read_vocabulary
 
 BEST = "runs/runX/model_best.pth.tar"
 
@@ -415,13 +416,14 @@ def test_a_checkpoint_from_within_the_first_epoch_starts_scan_at_its_epoch_0(
     monkeypatch.chdir(tmp_path)
     root = THEIRS["scan"].parents[2]
     content = load(THEIRS["scan"])
-    content |= {"epoch": epoch, "caption_reading": "text"}  # as ours count: finished epochs
+    words = read_vocabulary(f"{root}/vocab/f30k_precomp_vocab.json").words
+    content |= {"epoch": epoch, "vocabulary": words}  # as ours, which count finished epochs
     torch.save(content, "own.pth.tar")
     loaded = load_for_evaluation(
         Namespace(model_path="own.pth.tar", vocab_path=f"{root}/vocab", device="cpu")
     )
     export.write("out", "scan", loaded, {})
-    # Its --resume starts at `epoch` + 1.
+    # SCAN's --resume starts at `epoch` + 1.
     assert load("out/model_best.pth.tar")["epoch"] + 1 == epoch
 
 
