@@ -118,8 +118,8 @@ class Embeddings:
             part.copy_(own)
             if self.opt.measure == "cosine":
                 lengths = torch.linalg.vector_norm(part, dim=1, keepdim=True)
-                lengths[((lengths - 1).abs() < UNIT) | (lengths == 0)] = 1
-                part.div_(lengths)
+                keeps = ((lengths - 1).abs() < UNIT) | (lengths == 0)
+                part.div_(lengths.masked_fill(keeps, 1))
         return placed
 
     def similarities(self, images, captions):

@@ -150,7 +150,7 @@ def _numpy(path, shown, flag, choose):
                 else np.lib.format.read_array_header_2_0(file)
             )
             has_objects = kind.hasobject
-        except ValueError:
+        except Exception:  # a torn header may raise anything
             has_objects = False  # map_array says what is wrong
         if has_objects:
             return _unpickled(file, os.path.getsize(path) - file.tell(), shown, choose)
@@ -204,7 +204,9 @@ def _torch(path, shown, flag, choose):
             (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             content = archive.read(name)
         return _unpickled(io.BytesIO(content), len(content), shown, choose)
-    except (pickles.HasTensors, zipfile.BadZipFile, ValueError, OSError):  # or a legacy file
+    except InputError:
+        raise
+    except Exception:  # it has tensors, is a legacy file, or is damaged, which is said there
         content = torch_files.read(path, "file of embeddings", flag=flag)
     if isinstance(content, torch.Tensor):
         tensors, name = {"": content}, ""

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests.helpers.made import RAW, ROOT, TINY
@@ -240,6 +241,27 @@ COMMANDS = {
         "--tune_correction",
         "a dog",
     ],
+    "embeddings": [
+        "compute_results.py",
+        "--embeddings",
+        "runX_img_and_cap_embeddings.npz",
+        "--hubness",
+        "--correction",
+        "all",
+        "--transductive",
+        "--report",
+        "embeddings",
+    ],
+    "similarities": [
+        "compute_results.py",
+        "--sims",
+        "sims.npy",
+        "--correction",
+        "all",
+        "--transductive",
+        "--report",
+        "similarities",
+    ],
     "reranked": [
         "compute_results.py",
         "--model_path",
@@ -283,6 +305,7 @@ def outcome(request, tmp_path_factory, drawn_data):
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copytree(drawn_data, folder / "data")
     write_regions(folder / "data" / "regions_precomp")
+    np.save(folder / "sims.npy", np.random.default_rng(0).random((6, 30)))
     run = subprocess.run(
         [
             sys.executable,

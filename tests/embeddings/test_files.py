@@ -376,3 +376,28 @@ def test_a_few_rows_of_zeros_are_counted(capsys):
     assert "Warning: --embeddings x.npy has 1 of 4 rows of nothing but zeros" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_damaged_file_is_read_or_refused(name):
+    """Cut short, or with changed bytes in its first part, where the structure is."""
+    WRITERS[name]()
+    path, key = files.split_key(name)
+    with open(path, "rb") as file:
+        whole = file.read()
+    rng, refused = np.random.default_rng(len(whole)), 0
+    for number in range(30):
+        content = bytearray(whole)
+        if number % 3 == 0:
+            content = content[: int(rng.integers(len(whole)))]
+        else:
+            for place in rng.integers(min(len(whole), 1500), size=number % 5 + 1):
+                content[place] = int(rng.integers(256))
+        damaged = f"damaged_{path}"
+        with open(damaged, "wb") as file:
+            file.write(content)
+        try:
+            assert rows_of(damaged + (f":{key}" if key else "")).isfinite().all()
+        except InputError:
+            refused += 1
+    assert refused >= 10  # those that were cut short
