@@ -305,7 +305,7 @@ def outcome(request, tmp_path_factory, drawn_data):
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copytree(drawn_data, folder / "data")
     write_regions(folder / "data" / "regions_precomp")
-    np.save(folder / "sims.npy", np.random.default_rng(0).random((6, 30)))
+    np.save(folder / "sims.npy", np.random.default_rng(0).random((6, 30), np.float32))
     run = subprocess.run(
         [
             sys.executable,

@@ -125,3 +125,12 @@ def test_a_matrix_gives_its_own_entries(kind, permuted):
     assert torch.equal(source.across("t2i", slice(4, 7)).double(), expected[4:7])
     images, captions = torch.tensor([0, 6, 3]), torch.tensor([14, 0, 2])
     assert torch.equal(source.pairs(images, captions).double(), expected[images, captions])
+
+
+@pytest.mark.parametrize(
+    "device, expected", [("cpu", torch.float64), ("cuda", torch.float64), ("mps", torch.float32)]
+)
+def test_a_matrix_in_float64_is_one_only_where_the_device_has_it(device, expected):
+    matrix = torch.zeros(2, 2, dtype=torch.float64)
+    numbers = torch.arange(2)
+    assert Matrix(matrix, numbers, numbers, torch.device(device)).dtype == expected
