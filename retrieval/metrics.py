@@ -9,7 +9,11 @@ DEPTHS = (1, 5, 10)  # the K of R@K
 
 
 class Recall(NamedTuple):
-    """One direction's recalls in percent, and its median and mean rank, counted from 1."""
+    """One direction's recalls in percent, and its median and mean rank, counted from 1.
+
+    A metric of your own is a field after these and its formula in `recall_of`: it is then printed
+    and written everywhere. VSE++ code unpacks these five from `i2t` and `t2i`, so it has to follow.
+    """
 
     r1: float
     r5: float

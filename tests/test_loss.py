@@ -153,6 +153,25 @@ def test_the_batch_indices_may_come_as_a_tuple_and_the_bank_s_as_a_list(case):
     assert abs(loss.item() - case["loss"]) < 1e-9
 
 
+@pytest.mark.parametrize("sizes", [(9,), (4, 1, 4)], ids=["one batch", "three batches"])
+@pytest.mark.parametrize("rows", [torch.clone, torch.Tensor.numpy], ids=["tensors", "arrays"])
+@pytest.mark.parametrize("numbers", [torch.clone, torch.Tensor.tolist], ids=["tensors", "lists"])
+def test_the_bank_may_come_as_lists_of_its_batches(sizes, rows, numbers):
+    im, s = embeddings(4), embeddings(4, seed=1)
+    bank = [embeddings(9, seed=2), embeddings(9, seed=3), torch.arange(9)]
+    batches = [
+        [kind(batch) for batch in part.split(sizes)]
+        for kind, part in zip((rows, rows, numbers), bank)
+    ]
+    indices = [2, 50, 8, 52]
+    W, w = loops.global_weights(
+        im.tolist(), s.tolist(), indices, [part.tolist() for part in bank], 3, 40, 40, 0.1
+    )
+    expected = loops.hal(loops.similarities(im.tolist(), s.tolist()), 30.0, 0.3, W, w)
+    found = ContrastiveLoss(options(mb_k=3))(im, s, *batches, [indices[:1], indices[1:]])
+    assert float(found) == pytest.approx(expected, abs=1e-11)
+
+
 def test_cosine_similarity_is_the_dot_product_of_each_pair():
     im, s = embeddings(3), embeddings(5, seed=1)
     expected = [[float(x) for x in row] for row in loops.similarities(im.tolist(), s.tolist())]

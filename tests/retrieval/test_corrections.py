@@ -1,5 +1,6 @@
 """Corrections against plain double loops of their papers' formulas, their limiting cases, and the NNN package."""
 
+import argparse
 import json
 import math
 
@@ -432,6 +433,26 @@ def test_without_parameters_a_correction_takes_the_documented_ones(name, expecte
 
 def test_parameters_are_the_defaults_but_for_what_is_given():
     assert parameters_of("qbnorm", k=None, temperature=0.1, alpha=3) == {"temperature": 0.1, "k": 1}
+
+
+@pytest.mark.parametrize(
+    "flag, allowed, refused",
+    [
+        ("k", ["1", "500"], ["0", "-1", "1.5"]),
+        ("temperature", ["0.0001", "100"], ["0.00009", "0", "100.1", "nan"]),
+        ("alpha", ["1e-9", "7"], ["0", "-1", "inf"]),
+    ],
+)
+def test_parameters_on_the_command_line_stay_where_the_formulas_make_sense(flag, allowed, refused):
+    parser = argparse.ArgumentParser()
+    corrections.add_flags(parser, METHODS)
+    for text in allowed:
+        options = parser.parse_args([f"--correction_{flag}", text])
+        rest = dict.fromkeys({"k", "temperature", "alpha"} - {flag})
+        assert corrections.given_by(options) == {**rest, flag: float(text)}
+    for text in refused:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--correction_{flag}={text}"])
 
 
 @pytest.mark.parametrize(
