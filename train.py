@@ -109,12 +109,12 @@ def get_vocabulary(opt, start):
     It is the start checkpoint's, else that of the file in --vocab_path, else built from the
     training captions.
     """
-    if opt.text_features is not None and not start:
+    if opt.text_features and not start:
         folder = os.path.join(opt.data_path, opt.data_name)
-        return frozen_texts(opt.text_features or None, folder), False
+        return frozen_texts(opt.texts_path, folder), False
     if start:
         start["opt"].vocab_path = opt.vocab_path
-        start["opt"].text_features = opt.text_features
+        start["opt"].texts_path = opt.texts_path
         vocabulary, is_new = checkpoint.vocabulary(start, opt.resume or opt.init_from), False
     else:
         vocabulary = find_vocabulary(opt.vocab_path, opt.vocab_name or opt.data_name)

@@ -111,7 +111,7 @@ def read_texts(captions, vocabulary, reading="text", cache_dir=None):
 
 def open_texts(path):
     """A .npy file of text vectors (captions, width), checked, as a memory-mapped tensor."""
-    found = map_array(path, "text vectors", "--text_features")
+    found = map_array(path, "text vectors", "--texts_path and --data_name")
     if found.dtype.kind != "f" or found.ndim != 2 or 0 in found.shape:
         raise InputError(
             f"text vectors {path} are {found.dtype} of shape {found.shape}: they must be float16 "

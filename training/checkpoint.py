@@ -58,6 +58,7 @@ OPTION_DEFAULTS = {
     "memory_bank": False,
     "text_encoder": "gru",
     "img_layers": 1,
+    "text_features": False,
     "text_pooling": "last",
     "bi_gru": False,
     "no_txtnorm": False,
@@ -73,12 +74,12 @@ OPTION_DEFAULTS = {
 
 # Those that may be None: the pooling of regions and their number, the vocabulary's name if it is
 # not the data set's, and SCAN's direction.
-REGION_OPTIONS = ("image_pooling", "regions", "vocab_name", "cross_attn", "text_features")
+REGION_OPTIONS = ("image_pooling", "regions", "vocab_name", "cross_attn", "texts_path")
 
 # What a resumed run may change; any other option would make it another model.
 FREE_OPTIONS = {
     "data_path",
-    "text_features",
+    "texts_path",
     "word_vectors",
     "vocab_path",
     "cache_dir",
@@ -400,7 +401,7 @@ def vocabulary(content, path, vocab_path=None):
     opt, words = content["opt"], content.get("vocabulary")
     if getattr(opt, "text_encoder", "gru") == "features":
         texts = content.get("texts")
-        return FrozenTexts(opt.text_features, texts and check_texts_json(texts, path))
+        return FrozenTexts(opt.texts_path, texts and check_texts_json(texts, path))
     if words is not None and not vocab_path:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise InputError(f"checkpoint {path}: 'vocabulary' is not a list of words")

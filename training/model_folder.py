@@ -23,7 +23,7 @@ DESCRIPTIONS = ("features", "texts")  # what made the features and the text vect
 # Options that say where files lay on the machine of the training. They are left out.
 PATHS = (
     "data_path", "vocab_path", "cache_dir", "logger_name", "model_name", "resume", "init_from",
-    "cnn_weights", "backbone_path", "device", "text_features", "word_vectors",
+    "cnn_weights", "backbone_path", "device", "texts_path", "word_vectors",
 )  # fmt: skip
 
 

@@ -288,11 +288,15 @@ def add_text_flags(group):
     )
     group.add_argument(
         "--text_features",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
+        action="store_true",
         help="train on {split}_txts.npy, a frozen text model's vectors of the captions, in place "
-        "of words; they lie in FOLDER (default: beside the captions)",
+        "of words",
+    )
+    group.add_argument(
+        "--texts_path",
+        type=path_type,
+        metavar="FOLDER",
+        help="folder of {split}_txts.npy (default: the captions')",
     )
     group.add_argument(
         "--txt_layers",
@@ -705,9 +709,10 @@ def check_loss_flags(opt):
 
 def check_text_features(opt):
     """Choose the text encoder of --text_features; raises InputError if other flags contradict it."""
-    if opt.text_features is None:
-        if opt.txt_layers > 1:
-            raise InputError("--txt_layers goes with --text_features: leave it out")
+    if not opt.text_features:
+        if opt.txt_layers > 1 or opt.texts_path:
+            flag = "--texts_path" if opt.texts_path else "--txt_layers"
+            raise InputError(f"{flag} goes with --text_features: add that, or leave it out")
         return
     of_words = {
         "--cross_attn": opt.cross_attn,

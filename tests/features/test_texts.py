@@ -138,7 +138,7 @@ def test_vectors_may_lie_in_a_folder_of_their_own():
     write_vectors("vectors", described=True)
     for split in SPLITS:
         (FOLDER / f"{split}_txts.npy").unlink()
-    train.main([*FLAGS, "vectors", "--num_epochs", "1"])
+    train.main([*FLAGS, "--texts_path", "vectors", "--num_epochs", "1"])
     assert load(BEST)["texts"]["encoder"] == "sentence_transformers/some"
     compute_results.main(["--model_path", BEST])
 
