@@ -47,6 +47,7 @@ USUAL = {
 }
 PARTS = {"images": "img_emb", "captions": "text_emb"}  # clip-retrieval's folders and file names
 NUMPY, PARQUET = b"\x93NUMPY", b"PAR1"
+SAFE_PYARROW = 15  # the first whose every release has CVE-2023-47248 closed
 SHOWN = 5  # rows or names listed in a message
 
 
@@ -240,7 +241,8 @@ def _parquet(path, shown, flag, choose):
     with _open_parquet(path, shown) as file:
         from pyarrow.compute import list_value_length
 
-        vectors = [one.name for one in file.schema_arrow if "list<" in str(one.type)]
+        is_vector = re.compile("(large_|fixed_size_)?list<").match
+        vectors = [one.name for one in file.schema_arrow if is_vector(str(one.type))]
         name = choose(vectors, "columns of vectors")
         column = file.read(columns=[name]).column(0)
         lengths = list_value_length(column).to_numpy()  # NaN for a row without a vector
@@ -260,9 +262,15 @@ class _open_parquet:
 
     def __enter__(self):
         try:
+            import pyarrow
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise missing(self.shown, "pyarrow") from error
+        if int(pyarrow.__version__.split(".")[0]) < SAFE_PYARROW:
+            raise InputError(
+                f"{self.shown} needs pyarrow {SAFE_PYARROW} or newer, since {pyarrow.__version__} "
+                "may run a file's code: pip install --upgrade pyarrow"
+            )
         try:
             self.file = ParquetFile(self.path)
         except Exception as error:  # the package has errors of its own

@@ -1,5 +1,7 @@
 """Files as models to be evaluated: figures against plain loops over what the files hold."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,29 @@ def test_a_stride_takes_every_third_image_with_its_captions():
     assert np.array_equal(found.numpy(), images[order])
     expected = [caption for one in order for caption, image in enumerate(own) if image == one]
     assert np.array_equal(texts.numpy(), captions[expected])
+
+
+def test_clip_retrieval_s_folder_of_twelve_parts_gives_the_recalls_of_a_loop():
+    """Each caption has a row of its image; images come back in other parts, by their path."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    images, captions, own = made(each=[3, 1, 2, 7, 4, 2, 5, 1, 6, 3, 1, 1])
+    images, captions = images.astype(np.float16), captions.astype(np.float16)
+    for name in ("img_emb", "text_emb", "metadata"):
+        os.makedirs(f"out/{name}")
+    for number, part in enumerate(np.array_split(np.arange(len(own)), 12)):
+        chosen = [own[caption] for caption in part]
+        np.save(f"out/img_emb/img_emb_{number}.npy", images[chosen])
+        np.save(f"out/text_emb/text_emb_{number}.npy", captions[part])
+        about = {"image_path": [f"{one}.jpg" for one in chosen], "caption": list(map(str, part))}
+        parquet.write_table(pa.table(about), f"out/metadata/metadata_{number}.parquet")
+    model = Embeddings({"test": Files(["out"], flag="--embeddings")}, CPU)
+    result = evaluated(model)
+    exact = [unit(rows.astype(np.float64)) for rows in (images, captions)]
+    assert same(result.metrics, recalls_of(exact[0] @ exact[1].T, own))
+    assert result.dataset.names == [f"{one}.jpg" for one in dict.fromkeys(own)]
+    assert result.dataset.captions == [str(line) for line in result.dataset.lines.tolist()]
 
 
 def test_two_widths_are_refused():

@@ -370,6 +370,14 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, package, name,
         rows_of(name)
 
 
+def test_a_pyarrow_that_runs_a_file_s_code_is_refused(monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    write_parquet("x.parquet", own=ROWS.tolist())
+    monkeypatch.setattr(pyarrow, "__version__", "14.0.0")
+    with pytest.raises(InputError, match="since 14.0.0 may run a file's code: pip install --upg"):
+        rows_of("x.parquet")
+
+
 def test_a_few_rows_of_zeros_are_counted(capsys):
     np.save("x.npy", np.eye(4, 3, dtype=np.float32))
     rows_of("x.npy")

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 import compute_results
+import train
 from embeddings.options import labels_of
 from retrieval import eccv
 from runtime import errors
 from runtime.errors import InputError
 from tests.helpers import loops
-from tests.helpers.made import RELEASED, run_script  # noqa: F401 (the fixture `released` reads it)
+from tests.helpers.made import RELEASED, TINY, run_script  # noqa: F401 (the fixture `released` reads it)
 
 CPU = ["--device", "cpu"]
 SAVED = "runX_img_and_cap_embeddings.npz"
@@ -48,6 +49,34 @@ def test_saved_embeddings_have_the_checkpoint_s_figures_to_the_digit(released, r
     assert figures(json_of(["--embeddings", saved, *flags])) == figures(expected)
     both = [f"{saved}:img_embs", f"{saved}:cap_embs"]
     assert figures(json_of(["--embeddings", *both, *flags])) == figures(expected)
+
+
+def test_uneven_captions_have_the_checkpoint_s_figures_to_the_digit(evaluated):
+    """30 captions of six images, which come in another order and unevenly; each has its row."""
+    names = [f"photo {place}" for place in np.repeat(np.arange(6), [1, 9, 4, 2, 8, 6])]
+    order = np.random.default_rng(0).permutation(30).tolist()
+    features = np.load("data/tiny_precomp/test_ims.npy")
+    rows = [int(names[place].split()[1]) for place in order]
+    np.save("data/tiny_precomp/test_ims.npy", features[rows])
+    with open("data/tiny_precomp/test_ids.txt", "w") as file:
+        file.write("".join(f"{names[place]}\n" for place in order))
+    expected = json_of(["--save_embeddings", "--hubness"])
+    assert expected["images"] == 6
+    assert figures(json_of(["--embeddings", SAVED, "--hubness"])) == figures(expected)
+    ids = ["--ids", "data/tiny_precomp/test_ids.txt"]
+    assert figures(json_of(["--embeddings", SAVED, "--hubness", *ids])) == figures(expected)
+
+
+@pytest.mark.parametrize(
+    "flags, measure",
+    [(["--measure", "order", "--max_violation", "--use_abs"], "order"), (["--no_imgnorm"], "dot")],
+    ids=["order", "lengths that count"],
+)
+def test_models_without_cosines_have_the_checkpoint_s_figures(workdir, flags, measure):
+    train.main([*TINY, "--num_epochs", "1", *flags])
+    expected = json_of(["--save_embeddings", "--hubness"])
+    found = json_of(["--embeddings", SAVED, "--measure", measure, "--hubness"])
+    assert figures(found) == figures(expected)
 
 
 def save_splits(*splits):
