@@ -18,6 +18,7 @@ import re
 import sys
 import warnings
 import zipfile
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -254,39 +255,28 @@ def _parquet(path, shown, flag, choose):
         return np.concatenate(rows).reshape(len(lengths), int(lengths[0]))
 
 
-class _open_parquet:
+@contextmanager
+def _open_parquet(path, shown):
     """A parquet file, whose errors become an InputError."""
-
-    def __init__(self, path, shown):
-        self.path, self.shown = path, shown
-
-    def __enter__(self):
-        try:
-            import pyarrow
-            from pyarrow.parquet import ParquetFile
-        except ImportError as error:
-            raise missing(self.shown, "pyarrow") from error
-        if int(pyarrow.__version__.split(".")[0]) < SAFE_PYARROW:
-            raise InputError(
-                f"{self.shown} needs pyarrow {SAFE_PYARROW} or newer, since {pyarrow.__version__} "
-                "may run a file's code: pip install --upgrade pyarrow"
-            )
-        try:
-            self.file = ParquetFile(self.path)
-        except Exception as error:  # the package has errors of its own
-            raise self.broken(error) from error
-        return self.file
-
-    def __exit__(self, kind, error, trace):
-        self.file.close()
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            raise self.broken(error) from error
-
-    def broken(self, error):
-        """The InputError for what the package raised."""
-        return InputError(
-            f"{self.shown} cannot be read as parquet ({error}): fetch or make it again"
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise missing(shown, "pyarrow") from error
+    if int(pyarrow.__version__.split(".")[0]) < SAFE_PYARROW:
+        raise InputError(
+            f"{shown} needs pyarrow {SAFE_PYARROW} or newer, since {pyarrow.__version__} may run a "
+            "file's code: pip install --upgrade pyarrow"
         )
+    try:
+        with ParquetFile(path) as file:
+            yield file
+    except InputError:
+        raise
+    except Exception as error:  # the package has errors of its own
+        raise InputError(
+            f"{shown} cannot be read as parquet ({error}): fetch or make it again"
+        ) from error
 
 
 def missing(shown, package):

@@ -54,7 +54,7 @@ def print_ties(ties):
         f"Ties: {images:.1%} of images and {captions:.1%} of captions have an item that scores as "
         "high as their own."
     )
-    print("With ties counted against the model (above) to for it:")
+    print("From ties counted against the model (above) to ties counted for it:")
     print(f"rsum: {ties.against.rsum:.1f} to {ties.favourable.rsum:.1f}")
     for name, low, high in zip(("Image to text", "Text to image"), ties.against, ties.favourable):
         recalls = zip(DEPTHS, low, high)
