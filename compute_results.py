@@ -696,10 +696,11 @@ def carry_out(options):
         print(f"{next(iter(models))}:")
     top = max(DEPTHS) if look_at_hubs or options.save_ranks else 1
     result, more = evaluated(options, top, loaders, models)
-    compared = None
+    compared, tied = None, ""
     if models:
         ties = ties_of(result)
         print_ties(ties)
+        tied = ties.in_words()
         more |= {**files.as_dict(options), "ties": ties.as_dict()}
     if options.against:
         compared = compare(options, result, models, top)
@@ -724,13 +725,14 @@ def carry_out(options):
         }
     if distributed.is_first():
         write_results(options, options.split, result, more)
-        write_others(options, result, hubs if look_at_hubs else None, words, outcome, compared)
+        hubs = hubs if look_at_hubs else None
+        write_others(options, result, hubs, words, outcome, compared, tied)
 
 
-def write_others(options, result, hubs, words, outcome, compared):
+def write_others(options, result, hubs, words, outcome, compared, tied):
     """Write the files that options ask for, beside those of `write_results`.
 
-    hubs, words, outcome, compared: as `report.write_report` takes them
+    hubs, words, outcome, compared, tied: as `report.write_report` takes them
     """
     if options.save_ranks:
         intervals.write_ranks(
@@ -739,7 +741,7 @@ def write_others(options, result, hubs, words, outcome, compared):
             {"": result.rankings, **{name: one["rankings"] for name, one in outcome.items()}},
         )
     if options.report:
-        report.write_report(options, options.split, result, hubs, words, outcome, compared)
+        report.write_report(options, options.split, result, hubs, words, outcome, compared, tied)
     if options.export:
         write_export(options, result)
     # Last: if another file cannot be written, the next try must not append the same line twice.

@@ -36,7 +36,7 @@ THUMBNAIL = 160  # pixels
 SIDES = {"i2t": ("image", "caption"), "t2i": ("caption", "image")}  # query, target
 
 
-def write_report(options, split, result, hubs, words, outcome, compared=None):
+def write_report(options, split, result, hubs, words, outcome, compared=None, tied=""):
     """Write <options.report>/report.html.
 
     Raises InputError if options.images does not fit the data, or the page cannot be written.
@@ -45,6 +45,7 @@ def write_report(options, split, result, hubs, words, outcome, compared=None):
     hubs, words: its hubness both ways, and the corrections' bank in words
     outcome: {method: its parameters, rankings, metrics, hubness}; empty without a correction
     compared: a `retrieval.comparison.Compared` of this model and others, or None
+    tied: ties in words, if they matter
     """
     plain = {
         "parameters": {"i2t": {}, "t2i": {}},
@@ -64,7 +65,7 @@ def write_report(options, split, result, hubs, words, outcome, compared=None):
     page = template("report.html").render(
         data=opt.data_name,
         split=split,
-        facts=facts(options, split, result, words, measure),
+        facts=facts(options, split, result, words, measure) | ({"Ties": tied} if tied else {}),
         sides=SIDES,
         depths=DEPTHS,
         transductive=words.startswith("transductive"),

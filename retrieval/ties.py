@@ -26,6 +26,16 @@ class Ties(NamedTuple):
             for low, high in zip(one[: len(DEPTHS)], other)
         )
 
+    def in_words(self):
+        """What the report says, if a recall is not one figure; else nothing."""
+        if not self.matter():
+            return ""
+        images, captions = self.shares
+        return (
+            f"{images:.1%} of images and {captions:.1%} of captions are tied; counted for the "
+            f"model, rsum is {self.favourable.rsum:.1f} instead of {self.against.rsum:.1f}"
+        )
+
     def as_dict(self):
         """Names and numbers, for JSON."""
         shares = dict(zip(("images", "captions"), self.shares))

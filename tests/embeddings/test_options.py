@@ -155,7 +155,7 @@ def unit(name):
 def test_ties_are_an_interval_in_print_and_json(here, capsys):
     scores = np.round(unit("i.npy") @ unit("c.npy").T, 1)
     np.save("s.npy", scores)
-    content = json_of(["--sims", "s.npy"])
+    content = json_of(["--sims", "s.npy", "--report", "page"])
     own = [caption // 5 for caption in range(100)]
     low, high = (
         [loops.recall(ranks) for ranks in loops.ranks_of_groups(scores, own, ties_win)]
@@ -165,13 +165,16 @@ def test_ties_are_an_interval_in_print_and_json(here, capsys):
     assert low[0][0] < high[0][0]
     assert f"Image to text: R@1 {low[0][0]:.1f} to {high[0][0]:.1f}, R@5" in printed
     assert f"Text to image: R@1 {low[1][0]:.1f} to {high[1][0]:.1f}, R@5" in printed
+    rsums = (content["ties"]["counted_for_the_model"]["rsum"], content["rsum"])
+    page = (here / "page/report.html").read_text()
+    assert "rsum is {:.1f} instead of {:.1f}".format(*rsums) in page
     found = content["ties"]["counted_for_the_model"]["t2i"]
     assert [found[name] for name in ("r1", "r5", "r10")] == pytest.approx(high[1][:3])
 
 
 def test_without_ties_there_is_no_interval(here, capsys):
-    compute_results.main([*CPU, *PAIR])
-    assert "Ties" not in capsys.readouterr().out
+    compute_results.main([*CPU, *PAIR, "--report", "page"])
+    assert "Ties" not in capsys.readouterr().out + (here / "page/report.html").read_text()
 
 
 def test_models_are_compared_in_print_json_csv_and_report(here, capsys):
