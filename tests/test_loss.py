@@ -381,6 +381,14 @@ def test_vse_plus_plus_s_defaults_are_the_sum_margin_loss_with_margin_0():
     assert expected > 0 and float(ContrastiveLoss()(im, s)) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("hardest, loop", [(False, loops.sum_margin), (True, loops.max_margin)])
+def test_scan_s_call_without_a_margin_takes_0_whatever_the_options_have(hardest, loop):
+    im, s = embeddings(5), embeddings(5, seed=1)
+    expected = loop(loops.similarities(im.tolist(), s.tolist()), 0)
+    found = ContrastiveLoss(options(margin=0.2), max_violation=hardest)(im, s)
+    assert expected > 0 and float(found) == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_options_may_come_by_name():
     im, s = embeddings(5), embeddings(5, seed=1)
     expected = loops.hal(loops.similarities(im.tolist(), s.tolist()), 30.0, 0.3)

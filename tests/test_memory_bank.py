@@ -98,6 +98,21 @@ def test_weights_equal_the_loop(n, bank_size, k, indices, measure):
     assert pair_weights.diagonal().eq(0).all()
 
 
+def test_without_parameters_the_weights_take_the_released_ones():
+    """k is 250, so that the 251st neighbour counts for nothing."""
+    im, s = embeddings(252), embeddings(252, seed=1)
+    bank = MemoryBank(embeddings(300, seed=2), embeddings(300, seed=3), torch.arange(300))
+    indices = torch.arange(1000, 1252)
+    found = global_weights(im, s, im @ s.t(), bank, indices)
+    released, one_less, one_more = (
+        weights_of(im, s, bank, indices.tolist(), k, alpha=40.0, beta=40.0, epsilon=0.1)
+        for k in (250, 249, 251)
+    )
+    for part, expected, less, more in zip(found, released, one_less, one_more):
+        assert torch.equal(part, expected)
+        assert not torch.equal(part, less) and not torch.equal(part, more)
+
+
 def test_equal_neighbours_all_count():
     """k of a bank of equal entries is k times one entry."""
     im, s = embeddings(3), embeddings(3, seed=1)
