@@ -178,6 +178,11 @@ def test_captions_that_do_not_go_through_the_images_in_order_are_refused(image_o
         rank_both_ways(np.eye(3), np.ones((4, 3)), image_of=image_of)
 
 
+def test_numbers_of_no_captions_are_refused():
+    with pytest.raises(ValueError, match="each of the 0 captions"):
+        image_numbers([], 3, 0)
+
+
 @pytest.mark.parametrize("images, captions", [(3, 14), (0, 5), (3, 0)])
 def test_without_numbers_all_images_have_as_many_captions(images, captions):
     assert image_numbers(None, 3, 6).tolist() == [0, 0, 1, 1, 2, 2]
