@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from features.clip_models import OPEN_CLIP, clip_transform, load_clip
 from features.description import FORMAT, refuse_other
 from inputs.decoding import decode_image
 from layers.pretrained import load_state
@@ -76,16 +77,16 @@ def add_flags(group, optional=False):
     group.add_argument(
         "--encoder",
         default=default("resnet152"),
-        help="a torchvision classification CNN, timm/<name>, a torchvision detector (with "
-        "--regions), or sample",
+        help="a torchvision classification CNN, timm/<name>, open_clip/<name>, a torchvision "
+        "detector (with --regions), or sample",
     )
     group.add_argument(
         "--encoder_weights",
         type=path_type,
         default=default("imagenet"),
-        metavar="imagenet|none|FILE",
-        help="imagenet (a detector's: COCO), none (random, the same every time), or a file "
-        "(default: imagenet)",
+        metavar="imagenet|none|FILE|TAG",
+        help="imagenet (a detector's: COCO), none (random, the same every time), a file, or a "
+        "pretrained tag of open_clip's (default: imagenet)",
     )
     group.add_argument(
         "--pooling",
@@ -109,22 +110,24 @@ def add_flags(group, optional=False):
 def build_encoder(
     name, weights="imagenet", pooling="pooled", regions=None, normalised=False, device="cpu"
 ):
-    """Build the Encoder of a torchvision CNN, `timm/<name>`, a torchvision detector, or `sample`.
+    """Build the Encoder of a torchvision CNN or detector, timm/<name>, open_clip/<name> or sample.
 
-    weights: imagenet (COCO for a detector), none (random, the same every time), or a state dict
-    file.
+    weights: imagenet (COCO for a detector), none (random, the same every time), a state dict file,
+    or open_clip's tag.
     regions: boxes per photo, if `name` is a detector.
     normalised: scale each row to length one, as VSE++ scales raw images' features before its last
     layer.
     Raises InputError if there is no such encoder, its weights cannot be had, or it cannot pool so.
     """
-    device = torch.device(device)
+    device, transform = torch.device(device), None
     if regions is not None:
         net, seen, pooling = _build_boxes(name, weights, pooling, regions)
     elif name == "sample":
         return _sample_encoder(pooling, normalised)
     elif name.startswith(TIMM):
         net, seen = _build_timm(name, weights)
+    elif name.startswith(OPEN_CLIP):
+        net, seen, transform = _build_clip(name, weights, pooling)
     else:
         net, seen = _build_torchvision(name, weights)
     digest = _hash_state(net)
@@ -142,11 +145,10 @@ def build_encoder(
         "normalised": normalised,
         **seen._asdict(),
         "width": width,
-        "versions": _versions("torch", "torchvision", "pillow", *["timm"] * name.startswith(TIMM)),
+        "versions": _versions(name),
     }
-    return Encoder(
-        net, _transform(seen, pooling), description, device, 1 if pooling == "boxes" else None
-    )
+    transform = transform or _transform(seen, pooling)
+    return Encoder(net, transform, description, device, 1 if pooling == "boxes" else None)
 
 
 def _width(net, size, device):
@@ -184,7 +186,7 @@ def _build_torchvision(name, weights):
     if name not in models.list_models(module=models):
         raise InputError(
             f"--encoder {name} is not known: give one of torchvision's classification CNNs such as "
-            "resnet152, timm/<name>, sample, or a detector with --regions 36"
+            "resnet152, timm/<name>, open_clip/<name>, sample, or a detector with --regions 36"
         )
     choices = models.get_model_weights(name)
     # IMAGENET1K_V1 are the papers' weights, if there are several.
@@ -250,6 +252,17 @@ def _build_timm(name, weights):
         list(seen["mean"]),
         list(seen["std"]),
     )
+
+
+def _build_clip(name, weights, pooling):
+    if pooling != "pooled":
+        raise InputError(f"--encoder {name} cannot pool by {pooling}: leave --pooling out")
+    weights = None if weights == "imagenet" else weights
+    net = load_clip(name, weights, ("--encoder", "--encoder_weights"))
+    transform, seen = clip_transform(net)
+    size = seen.size if isinstance(seen.size, int) else max(seen.size)
+    seen = Seen(size, size, seen.interpolation, list(seen.mean), list(seen.std))
+    return _FirstOf(net.visual), seen, transform
 
 
 def _build_boxes(name, weights, pooling, regions):
@@ -334,7 +347,10 @@ def _hash_state(net):
     return digest.hexdigest()
 
 
-def _versions(*packages):
+def _versions(name):
+    """{package: version} of what an encoder's features depend on."""
+    packages = ["torch", "torchvision", "pillow"]
+    packages += ["timm"] * name.startswith(TIMM) + ["open_clip_torch"] * name.startswith(OPEN_CLIP)
     return {package: importlib.metadata.version(package) for package in packages}
 
 
@@ -380,6 +396,18 @@ class _Seeing(nn.Module):
             return torch.stack([self(crop) for crop in pictures.unbind(1)]).mean(0)
         pictures = pictures.float().div_(255).sub_(self.mean).div_(self.std)
         return self.net(pictures.contiguous(memory_format=torch.channels_last))
+
+
+class _FirstOf(nn.Module):
+    """The first output of a net that may have several, as CoCa's image tower has."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pictures):
+        found = self.net(pictures)
+        return found[0] if isinstance(found, tuple) else found
 
 
 class _Grid(nn.Module):

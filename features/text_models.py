@@ -1,24 +1,26 @@
 """Named text models that turn captions into vectors: open_clip's and sentence-transformers'.
 
-Both packages are imported only here, when a model is asked for.
+Both packages are imported only when a model is asked for.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from features.clip_models import OPEN_CLIP, clip_tokenizer, load_clip, told_once
 from features.encoders import _hash_state
 from features.text_description import FORMAT, hash_captions, read_texts_json, refuse_other
 from inputs.captions import read_captions
 from runtime.errors import InputError
 from runtime.files import check_regular, replacing
 
-OPEN_CLIP, SENTENCES = "open_clip/", "sentence_transformers/"
+SENTENCES = "sentence_transformers/"
 BLOCKS = ".texts"  # folder below the output, for finished blocks until all are finished
 BLOCK_CAPTIONS = 4096
 SPLITS = ("train", "dev", "test", "testall")
@@ -75,11 +77,12 @@ def _sentence_transformers(name, device):
             f"--text_encoder {name} needs sentence-transformers, which is not installed: pip "
             "install sentence-transformers"
         ) from error
-    where = name.removeprefix(SENTENCES)
-    try:
-        net = SentenceTransformer(where, device=str(device)).eval()
-    except Exception as error:  # no network, no such model, a folder of something else
-        raise _not_had(name, error, "the name of a model, or the folder that it lies in") from error
+    with suppress(ImportError):  # else it draws a bar, even for the file of a folder
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    with told_once(name):
+        net = SentenceTransformer(name.removeprefix(SENTENCES), device=str(device)).eval()
 
     def encode(texts):
         found = net.encode(texts, convert_to_tensor=True, show_progress_bar=False)
@@ -89,47 +92,14 @@ def _sentence_transformers(name, device):
 
 
 def _open_clip(name, weights, device):
-    try:
-        import open_clip
-    except ImportError as error:
-        raise InputError(
-            f"--text_encoder {name} needs open_clip, which is not installed: pip install "
-            "open_clip_torch"
-        ) from error
-    model = name.removeprefix(OPEN_CLIP)
-    if model not in open_clip.list_models():
-        raise InputError(
-            f"--text_encoder {name} is not a model that open_clip knows: see "
-            "open_clip.list_models()"
-        )
-    if weights is None:
-        raise InputError(
-            f"--text_encoder {name} needs --text_weights: a tag of "
-            f"open_clip.list_pretrained_tags_by_model({model!r}), a file, or none for random ones"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            net = open_clip.create_model(
-                model, pretrained=None if weights == "none" else weights, device=device
-            ).eval()
-        except Exception as error:  # no network, no such tag, a broken file
-            raise _not_had(name, error, "a tag, a file or none as --text_weights") from error
-    tokenizer = open_clip.get_tokenizer(model)
+    net = load_clip(name, weights, ("--text_encoder", "--text_weights"), device)
+    tokenizer = clip_tokenizer(name)
 
     @torch.no_grad()
     def encode(texts):
         return net.encode_text(tokenizer(texts).to(device)).float().cpu()
 
     return net, encode
-
-
-def _not_had(name, error, remedy):
-    reason = " ".join(str(error).split())[:200]
-    return InputError(
-        f"the text model {name} could not be loaded ({type(error).__name__}: {reason}): give "
-        f"{remedy}"
-    )
 
 
 # A data set's captions --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ A folder holds `{split}_txts.npy`, (captions, width): row c is the vector of lin
 
 import os
 import sys
+import threading
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from features.text_description import hash_captions, read_texts_json, refuse_oth
 from features.text_models import text_model_from
 from inputs.word_ids import number_words
 from runtime.errors import InputError
+
+LOADING = threading.Lock()  # two questions at once load one model
 
 
 class TextRows(NamedTuple):
@@ -97,8 +100,9 @@ class FrozenTexts:
                 "which text model can read a question: make them with extract_features.py "
                 "--text_encoder and train again"
             )
-        if self.model is None:
-            self.model = text_model_from(self.description)
+        with LOADING:
+            if self.model is None:
+                self.model = text_model_from(self.description)
         return TextRows(self.model.encode(captions), torch.arange(len(captions)))
 
 
