@@ -45,7 +45,8 @@ from runtime.files import lock
 from runtime.finite import check_size
 from runtime.seeds import own_draws, seed_for
 from training import checkpoint, run_record
-from training.options import FAMILIES, SCAN_DEFAULTS, model_in_words, parse_args
+from training.families import FAMILIES, model_in_words
+from training.options import SCAN_DEFAULTS, parse_args
 from training.run import (
     Run,
     bring_best,

@@ -15,7 +15,7 @@ from loss import LOSSES, loss_kind
 from runtime.errors import InputError
 from runtime.files import new_folder, replacing
 from training import checkpoint, model_folder
-from training.options import FAMILIES, model_in_words
+from training.families import FAMILIES, model_in_words
 from vocab import MASK, vocabulary_of, vocabulary_path, write_vocabulary
 
 
