@@ -152,7 +152,7 @@ def add_computing_flags(group):
         "--batch_size",
         default=32,
         type=number(int, 1, BLOCK_PHOTOS),
-        help="photos encoded at a time (detectors take one)",
+        help="photos or captions encoded at a time (detectors take one)",
     )
     group.add_argument(
         "--workers",
@@ -221,12 +221,14 @@ def carry_out(args):
 
 def write_text_vectors(args):
     """Write the text model's vectors of a data set's captions."""
-    from features.text_models import text_model, write_texts
+    from features import text_models
 
-    model = text_model(args.text_encoder, args.text_weights, choose_device(args.device))
-    output = args.output or args.texts
-    if distributed.is_first():
-        write_texts(args.texts, output, model, args.batch_size, args.dtype)
+    device, output = choose_device(args.device), args.output or args.texts
+    with the_only_one(output, text_models.BLOCKS):
+        if distributed.is_first():
+            model = text_models.text_model(args.text_encoder, args.text_weights, device)
+            text_models.write_texts(args.texts, output, model, args.batch_size, args.dtype)
+        distributed.sync()
 
 
 # Photos and captions ----------------------------------------------------------------------------

@@ -71,7 +71,9 @@ from vocab import (
 )
 
 # These may differ between the machines of one run.
-LOCAL_FLAGS = {"data_path", "vocab_path", "cache_dir", "workers", "features_on_device"}
+LOCAL_FLAGS = {
+    *("data_path", "vocab_path", "texts_path", "cache_dir", "workers", "features_on_device")
+}
 # Streams of an epoch's random numbers, so that the bank does not change training's order (0).
 BANK_DRAW = 1  # order of the bank's batches
 KEEP_DRAW = 2  # which of them are kept

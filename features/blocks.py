@@ -257,9 +257,12 @@ def read_rows(block):
 
 
 @contextmanager
-def the_only_one(output):
-    """Lock the output folder during the block; a killed run's lock ends with the process."""
-    path, was_there = os.path.join(output, BLOCKS), os.path.exists(output)
+def the_only_one(output, blocks=BLOCKS):
+    """Lock the output folder during the block; a killed run's lock ends with the process.
+
+    blocks: the folder below it that holds the finished blocks, and the lock
+    """
+    path, was_there = os.path.join(output, blocks), os.path.exists(output)
     held = lock(path, "--output") if distributed.is_first() else None
     try:
         distributed.sync()

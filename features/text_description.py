@@ -43,12 +43,21 @@ def check_texts_json(content, source):
     return content
 
 
-def refuse_other(found, expected, folder):
-    """Raise InputError unless two descriptions are of the same text model."""
+def refuse_other(
+    found,
+    expected,
+    found_where,
+    expected_where="the model was trained on those by",
+    remedy="make them again with the same model",
+):
+    """Raise InputError unless two descriptions are of the same text model.
+
+    found_where, expected_where, remedy: parts of the sentence; the first two stand before a model's name.
+    """
     differing = [name for name in KIND if found[name] != expected[name]]
     if differing:
         raise InputError(
-            f"{folder} has text vectors by {found['encoder']}, width {found['width']}, but the "
-            f"model was trained on those by {expected['encoder']}, width {expected['width']}, with "
-            f"other {', '.join(differing)}: make them again with the same model"
+            f"{found_where} {found['encoder']}, width {found['width']}, but {expected_where} "
+            f"{expected['encoder']}, width {expected['width']}, with other "
+            f"{', '.join(differing)}: {remedy}"
         )

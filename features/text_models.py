@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from features.clip_models import OPEN_CLIP, clip_tokenizer, load_clip, told_once
 from features.encoders import _hash_state
@@ -29,7 +30,8 @@ SPLITS = ("train", "dev", "test", "testall")
 class TextModel(NamedTuple):
     """A frozen text model."""
 
-    encode: Callable  # a list of n texts -> (n, width) float32 on the CPU
+    # (a list of n texts, how many at a time) -> (n, width) float32 on the CPU
+    encode: Callable
     description: dict  # what texts.json says of it, but for the captions
 
 
@@ -65,7 +67,8 @@ def text_model(name, weights=None, device="cpu"):
 def text_model_from(description, device="cpu"):
     """The TextModel that a texts.json describes; raises InputError if its weights are others."""
     found = text_model(description["encoder"], description.get("weights"), device)
-    refuse_other(found.description, description, f"the model {description['encoder']}")
+    where = "the text model that is here is", "the vectors in training were made by"
+    refuse_other(found.description, description, *where, "bring back the weights of then")
     return found
 
 
@@ -84,8 +87,10 @@ def _sentence_transformers(name, device):
     with told_once(name):
         net = SentenceTransformer(name.removeprefix(SENTENCES), device=str(device)).eval()
 
-    def encode(texts):
-        found = net.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+    def encode(texts, batch_size=32):
+        found = net.encode(
+            texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
+        )
         return found.float().cpu()
 
     return net, encode
@@ -96,8 +101,10 @@ def _open_clip(name, weights, device):
     tokenizer = clip_tokenizer(name)
 
     @torch.no_grad()
-    def encode(texts):
-        return net.encode_text(tokenizer(texts).to(device)).float().cpu()
+    def encode(texts, batch_size=32):
+        batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        rows = [net.encode_text(tokenizer(batch).to(device)).float().cpu() for batch in batches]
+        return torch.cat(rows)
 
     return net, encode
 
@@ -105,33 +112,58 @@ def _open_clip(name, weights, device):
 # A data set's captions --------------------------------------------------------------------------
 
 
-def write_texts(folder, output, model, batch_size=256, dtype="float16", say=print):
+def write_texts(folder, output, model, batch_size=32, dtype="float16", say=print):
     """Write `{split}_txts.npy` for every `{split}_caps.txt` of a folder, and texts.json.
 
-    Finished blocks are kept below the output until all are done, so a killed run goes on.
+    A split whose vectors are there already, of the same model and captions, is left as it is; those
+    of a split that the folder no longer has are removed. Finished blocks are kept below the output
+    until all are done, so a killed run goes on.
     Raises InputError if there are no captions, or the output has vectors of another model.
     """
     found = read_texts_json(output)
     if found:
-        refuse_other(found, model.description, f"--output {output}")
-    splits = [split for split in SPLITS if os.path.exists(f"{folder}/{split}_caps.txt")]
+        where = f"--output {output} has text vectors by", "this run makes them by"
+        refuse_other(found, model.description, *where, "name another --output")
+    names = {split: os.path.join(folder, f"{split}_caps.txt") for split in SPLITS}
+    splits = {split: read_captions(name) for split, name in names.items() if os.path.exists(name)}
     if not splits:
         raise InputError(
             f"{folder} has no captions ({', '.join(f'{split}_caps.txt' for split in SPLITS)}): "
             "name the folder of a data set"
         )
-    hashes = dict(found["captions_sha256"]) if found else {}
-    for split in splits:
-        captions = read_captions(os.path.join(folder, f"{split}_caps.txt"))
-        hashes[split] = hash_captions(captions)
-        rows = _rows(captions, output, model, batch_size)
+    hashes = {split: hash_captions(captions) for split, captions in splits.items()}
+    wanted = {**model.description, "dtype": dtype, "captions_sha256": hashes}
+    for split, captions in splits.items():
+        path = os.path.join(output, f"{split}_txts.npy")
+        if _is_done(path, split, (len(captions), model.description["width"]), found, wanted):
+            say(f"{path}: {len(captions)} captions, already there")
+            continue
+        with np.errstate(over="ignore"):  # it is refused in the next line
+            rows = _rows(captions, output, model, batch_size, split).astype(dtype)
         _check_rows(rows, captions, split)
-        with replacing(os.path.join(output, f"{split}_txts.npy")) as file:
-            np.save(file, rows.astype(dtype))
-        say(f"{os.path.join(output, f'{split}_txts.npy')}: {len(rows)} captions")
+        with replacing(path) as file:
+            np.save(file, rows)
+        say(f"{path}: {len(captions)} captions")
+    # Written before a split is removed: a run that is killed between leaves a stray file at most.
     with replacing(os.path.join(output, "texts.json"), "w", encoding="utf-8") as file:
-        json.dump({**model.description, "dtype": dtype, "captions_sha256": hashes}, file, indent=1)
+        json.dump(wanted, file, indent=1)
+    for split in set(found["captions_sha256"] if found else ()) & set(SPLITS) - set(splits):
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(output, f"{split}_txts.npy"))
+            say(f"{output}/{split}_txts.npy: removed, since {folder} has no {split}_caps.txt")
     _remove_blocks(output)
+
+
+def _is_done(path, split, shape, found, wanted):
+    """Whether the vectors of a split, (captions, width), are at `path` as this run would make them.
+
+    found, wanted: texts.json as it is, or None, and as it is to be
+    """
+    same = found and found.get("dtype") == wanted["dtype"]
+    if not same or found["captions_sha256"].get(split) != wanted["captions_sha256"][split]:
+        return False
+    rows = _read_array(path, "r")
+    return rows is not None and rows.shape == shape and rows.dtype == wanted["dtype"]
 
 
 def _check_rows(rows, captions, split):
@@ -139,37 +171,36 @@ def _check_rows(rows, captions, split):
     if broken.any():
         line = int(broken.argmax())
         raise InputError(
-            f"the text model gives NaN or infinity for line {line + 1} of {split}_caps.txt "
-            f"({captions[line][:60]!r}): check its weights"
+            f"the text model gives NaN or infinity, as {rows.dtype}, for line {line + 1} of "
+            f"{split}_caps.txt ({captions[line][:60]!r}): check its weights"
         )
 
 
-def _rows(captions, output, model, batch_size):
+def _rows(captions, output, model, batch_size, split):
     """The vectors (n, width) of captions, block by block; those of finished blocks are read."""
     made_by = json.dumps(model.description, sort_keys=True)
     parts = []
-    for start in range(0, len(captions), BLOCK_CAPTIONS):
+    starts = range(0, len(captions), BLOCK_CAPTIONS)
+    for start in tqdm(starts, f"Encoding {split}", unit="block", leave=False, disable=None):
         part = captions[start : start + BLOCK_CAPTIONS]
         digest = hashlib.sha256(f"{made_by}\n{hash_captions(part)}".encode()).hexdigest()[:32]
         path = os.path.join(output, BLOCKS, f"{digest}.npy")
-        rows = _read_block(path, (len(part), model.description["width"]))
-        if rows is None:
-            batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-            rows = torch.cat([model.encode(batch) for batch in batches]).numpy()
+        rows = _read_array(path)
+        if rows is None or rows.shape != (len(part), model.description["width"]):
+            rows = model.encode(part, batch_size).numpy()
             with replacing(path) as file:
                 np.save(file, rows)
         parts.append(rows)
     return np.concatenate(parts)
 
 
-def _read_block(path, shape):
-    """A finished block's rows; None if it is not there or not whole."""
+def _read_array(path, mmap_mode=None):
+    """A finished file's rows; None if it is not there or not whole."""
     check_regular(path)
     try:
-        rows = np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return rows if rows.shape == shape else None
 
 
 def _remove_blocks(output):

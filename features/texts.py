@@ -86,7 +86,7 @@ class FrozenTexts:
                 "make the vectors of these captions again"
             )
         if found and self.description:
-            refuse_other(found, self.description, folder)
+            refuse_other(found, self.description, f"{folder} has text vectors by")
         return TextRows(rows, lines)
 
     def encode(self, captions):

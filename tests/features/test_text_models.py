@@ -41,7 +41,7 @@ class Sentences(torch.nn.Module):
             raise OSError("no such model, and no network")
         self.scale = torch.nn.Parameter(torch.tensor(2.0 if name == "other" else 1.0))
 
-    def encode(self, texts, convert_to_tensor, show_progress_bar):
+    def encode(self, texts, batch_size, convert_to_tensor, show_progress_bar):
         Sentences.encoded += len(texts)
         return torch.tensor([vector(text) for text in texts]) * self.scale.detach()
 
@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_with_its_finished_blocks(monkeypatch):
         path.write_text("".join(f"{split} {i} {line}\n" for i, line in enumerate(lines)))
     model = text_model(NAME)
     already = Sentences.encoded
-    dying = model._replace(encode=lambda texts: dies(model, texts))
+    dying = model._replace(encode=lambda texts, batch_size: dies(model, texts))
 
     def dies(model, texts):
         if Sentences.encoded - already >= 60:
@@ -93,6 +93,67 @@ def test_a_killed_run_goes_on_with_its_finished_blocks(monkeypatch):
     write_texts(str(FOLDER), str(FOLDER), model, batch_size=20)
     whole = 5 * sum(SPLITS.values())
     assert Sentences.encoded - before == whole - 60 and (FOLDER / "texts.json").exists()
+
+
+def encoded_by(run):
+    """How many captions a run encodes; text_model itself encodes one text."""
+    before = Sentences.encoded
+    run()
+    return Sentences.encoded - before - 1
+
+
+def test_only_what_is_missing_or_has_changed_is_encoded(capsys):
+    counts = {split: 5 * images for split, images in SPLITS.items()}
+    assert encoded_by(extract) == sum(counts.values())
+    first = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
+    capsys.readouterr()
+    assert encoded_by(extract) == 0
+    assert capsys.readouterr().out.count("already there") == len(SPLITS)
+    assert {path.name: path.read_bytes() for path in FOLDER.iterdir()} == first
+    lines = (FOLDER / "dev_caps.txt").read_text().splitlines()
+    (FOLDER / "dev_caps.txt").write_text("\n".join(["Another caption.", *lines[1:], ""]))
+    assert encoded_by(extract) == counts["dev"]
+    np.testing.assert_array_equal(np.load(FOLDER / "dev_txts.npy")[0], vector("Another caption."))
+    (FOLDER / "test_txts.npy").write_bytes(first["test_txts.npy"][:-8])
+    assert encoded_by(extract) == counts["test"]
+    assert (FOLDER / "test_txts.npy").read_bytes() == first["test_txts.npy"]
+
+
+def test_another_type_is_written_anew_and_elsewhere_if_asked():
+    extract()
+    assert encoded_by(lambda: extract("--dtype", "float16")) == 5 * sum(SPLITS.values())
+    assert np.load(FOLDER / "dev_txts.npy").dtype == np.float16
+    extract("--output", "vectors")
+    assert sorted(path.name for path in Path("vectors").iterdir()) == sorted(
+        ["texts.json", *(f"{split}_txts.npy" for split in SPLITS)]
+    )
+    captions = read_captions(f"{FOLDER}/train_caps.txt")
+    found = np.load("vectors/train_txts.npy")
+    np.testing.assert_array_equal(found, np.array([vector(one) for one in captions], np.float32))
+
+
+def test_a_split_that_is_gone_loses_its_vectors(capsys):
+    extract()
+    (FOLDER / "testall_caps.txt").unlink()
+    assert encoded_by(extract) == 0
+    assert "testall_txts.npy: removed" in capsys.readouterr().out
+    assert not (FOLDER / "testall_txts.npy").exists()
+    assert "testall" not in json.loads((FOLDER / "texts.json").read_text())["captions_sha256"]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (1e6, "float16")])
+def test_a_vector_that_is_not_finite_is_named_by_its_line(value, dtype):
+    (FOLDER / "dev_caps.txt").write_text("a dog\na cat\n" * 15)
+    model = text_model(NAME)
+
+    def encode(texts, batch_size):
+        rows = model.encode(texts, batch_size)
+        rows[[number for number, text in enumerate(texts) if text == "a cat"]] = value
+        return rows
+
+    with pytest.raises(InputError, match=f"as {dtype}, for line 2 of dev_caps.txt .'a cat'.: "):
+        write_texts(str(FOLDER), "out", model._replace(encode=encode), dtype=dtype)
+    assert not Path("out/texts.json").exists()
 
 
 def test_training_evaluation_and_questions_read_the_same_model(capsys):
