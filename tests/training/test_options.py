@@ -46,6 +46,23 @@ def test_the_released_flags_have_their_defaults():
     assert found["img_dim"] is None
 
 
+@pytest.mark.parametrize(
+    "flag, allowed, refused",
+    [
+        ("margin", ["0", "0.5"], ["-0.1", "nan"]),
+        ("local_alpha", ["1e-3", "60"], ["0", "-1"]),
+        ("local_ep", ["-0.2", "0", "0.7"], ["inf", "-inf"]),
+        ("temperature", ["0.01", "1"], ["0", "-0.07"]),
+    ],
+)
+def test_a_loss_s_numbers_stay_where_its_formula_makes_sense(flag, allowed, refused):
+    for text in allowed:
+        assert getattr(parse_args([f"--{flag}={text}"]), flag) == float(text)
+    for text in refused:
+        with pytest.raises(InputError, match=f"--{flag}: {text} is out of range"):
+            parse_args([f"--{flag}={text}"])
+
+
 def test_a_loss_by_name_beside_the_flag_of_another_is_refused(workdir):
     with pytest.raises(InputError, match="--loss hal and --max_violation name two losses"):
         train.main([*TINY, "--loss", "hal", "--max_violation"])
