@@ -346,10 +346,24 @@ class Checkpoint(NamedTuple):
     path: str = ""
     features: dict | None = None  # description of the features that it was trained on
 
+    reads_words = reads_photos = True  # questions may be of both kinds
+
     @property
     def members(self):
         """Itself alone; an Ensemble has several."""
         return [self]
+
+    @property
+    def name(self):
+        """What messages call it."""
+        return f"checkpoint {self.path}"
+
+    def embed_questions(self, questions):
+        """Embeddings (q, D) of texts on the model's device; for SCAN, `similarity.Words`."""
+        from features.texts import read_texts
+
+        words = read_texts(questions, self.vocabulary, self.opt.caption_reading)
+        return embed_texts(self.model, words, self.opt.batch_size)
 
     def embed(self, loader, stride=1):
         """(images, captions) of a loader's split, as `evaluation.embed` returns them."""

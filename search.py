@@ -4,8 +4,10 @@
     python3 search.py --model_path runs/x/model_best.pth.tar --images photos/  # -> runs/x/gallery
     python3 search.py --index runs/x/gallery "two dogs play in the snow"
     python3 search.py --index runs/x/gallery --image query.jpg
+    python3 search.py --embeddings images.npy --index g --query_embeddings questions.npy
 
-A gallery is built once, from photos or from existing features (--precomp, --split).
+A gallery is built once: from photos, from existing features (--precomp, --split), or from
+embeddings that another model made (--embeddings), without a checkpoint.
 """
 
 import signal
@@ -50,6 +52,9 @@ def parse_args(argv=None):
     add_rerank_flags(parser.add_argument_group("reranking by SCAN, for questions in words"))
     add_serve_flags(parser.add_argument_group("the search page"))
     add_gallery_flags(parser.add_argument_group("the gallery"))
+    add_embeddings_flags(
+        parser.add_argument_group("a gallery of embeddings that another model made")
+    )
     add_change_flags(parser.add_argument_group("changes to the gallery, and checks of it"))
     add_correction_flags(parser.add_argument_group("correction of hubs, for questions in words"))
     add_model_flags(parser.add_argument_group("the model"))
@@ -73,6 +78,12 @@ def add_question_flags(group):
         help="find similar photos and fitting captions",
     )
     group.add_argument("--batch", type=path_type, metavar="FILE", help="questions, one per line")
+    group.add_argument(
+        "--query_embeddings",
+        type=path_type,
+        metavar="FILE",
+        help="questions that are embeddings already, a vector a row, in a file as for --embeddings",
+    )
     group.add_argument(
         "--top", default=10, type=number(int, 1, MOST_HITS), help="photos for each question"
     )
@@ -146,7 +157,7 @@ def add_gallery_flags(group):
         type=path_type,
         metavar="FILE|FOLDER",
         help="the photos' captions: a table, JSON or folder as for extract_features.py (default: "
-        "text files beside them, if any)",
+        "text files beside them, if any); with --captions_embeddings: a text file, one a line",
     )
     group.add_argument(
         "--precomp",
@@ -155,6 +166,75 @@ def add_gallery_flags(group):
         help="build it from the precomputed features in there",
     )
     group.add_argument("--split", help="with --precomp: split to build it from (default: test)")
+
+
+def add_embeddings_flags(group):
+    """What a gallery without a checkpoint is built from."""
+    group.add_argument(
+        "--embeddings",
+        type=path_type,
+        metavar="IMAGES",
+        help="build the gallery from these embeddings of images: .npy, .npz, .pt, .safetensors, "
+        ".parquet (FILE:NAME names an array in a file of several) or a folder of clip-retrieval's; "
+        "with --images: folder of the photos that --items names",
+    )
+    group.add_argument(
+        "--items",
+        type=path_type,
+        metavar="NAMES",
+        help="a name for each row of --embeddings, one a line (default: the rows' numbers)",
+    )
+    group.add_argument(
+        "--captions_embeddings",
+        type=path_type,
+        metavar="FILE",
+        help="embeddings of --captions, to show what photos are found by, and as a bank",
+    )
+    group.add_argument(
+        "--ids",
+        type=path_type,
+        metavar="FILE",
+        help="with --captions_embeddings: the photo's name for each caption, one a line (default: "
+        "five captions a photo in turn, or equal rows are one photo)",
+    )
+    group.add_argument(
+        "--measure",
+        choices=["cosine", "dot"],
+        help="how embeddings are compared (default: cosine, which makes rows length 1)",
+    )
+    group.add_argument(
+        "--text_model",
+        metavar="NAME",
+        help="the model that reads questions in words: open_clip/<name> or sentence_transformers/"
+        "<name or folder> (default: the one that the gallery was built with; without one, "
+        "questions are embeddings)",
+    )
+    group.add_argument(
+        "--text_weights",
+        metavar="TAG|FILE",
+        help="with --text_model open_clip/<name>: its pretrained tag, a file, or none",
+    )
+    group.add_argument(
+        "--bank",
+        type=path_type,
+        metavar="FILE",
+        help="embeddings of captions that show which photos are hubs, such as those of the "
+        "training split (default: --captions_embeddings)",
+    )
+    group.add_argument(
+        "--dev",
+        nargs="+",
+        type=path_type,
+        metavar="FILE",
+        help="image and caption embeddings of the split that the correction is chosen on",
+    )
+    group.add_argument(
+        "--dev_ids",
+        nargs="+",
+        type=path_type,
+        metavar="IDS",
+        help="the image's id for each caption of --dev, one a line",
+    )
 
 
 def add_change_flags(group):
@@ -261,6 +341,9 @@ def check_flags(options):
     bank = ["correction_bank", "correction_bank_images", "tune_correction"]
     asks_in_words = options.question is not None or options.batch is not None or options.serve
     rules = (
+        *rules_of_embeddings(options),
+        (options.text_model is None, ["text_weights"], "without --text_model"),
+        (options.dev is None, ["dev_ids"], "without --dev"),
         (not options.serve, ["host", "port", "allow_host"], "without --serve"),
         (
             options.rerank_model is None,
@@ -268,13 +351,17 @@ def check_flags(options):
             "without --rerank_model",
         ),
         (
-            options.image is not None and not asks_in_words,
+            (options.image or options.query_embeddings) is not None and not asks_in_words,
             ["rerank_model"],
-            "with --image alone: it orders what is found by words",
+            "without a question in words: it orders what is found by words",
         ),
         (options.precomp is None, ["split"], "without --precomp"),
         (options.precomp is not None, ["captions", "add"], "with --precomp"),
-        (options.images is None and options.add is None, ["captions"], "without --images or --add"),
+        (
+            options.images is options.add is options.embeddings is None,
+            ["captions"],
+            "without --images, --embeddings or --add",
+        ),
         (options.encoder is None, ["pooling", "regions", "normalise"], "without --encoder"),
         (options.correction == "none", [*parameters, *bank], "with --correction none"),
         (
@@ -299,6 +386,22 @@ def check_flags(options):
             "a question and --batch are given: write the question into that file, too, or leave "
             "one out"
         )
+
+
+def rules_of_embeddings(options):
+    """As `refuse_useless` takes them: what does nothing with --embeddings, or without."""
+    if options.embeddings is None:
+        case = "without --embeddings"
+        own = ["items", "captions_embeddings", "ids", "measure"]
+        changes = ["bank", "dev"]
+        return (True, own, case), (not options.rebuild_index, changes, f"{case} or --rebuild_index")
+    others = ["model_path", "precomp", "split", "add", "data_path", "vocab_path", "batch_size"]
+    others += ["caption_reading", "rerank_model", "correction_bank", "correction_bank_images"]
+    no_captions = options.captions_embeddings is None
+    return (
+        (True, others, "with --embeddings"),
+        (no_captions, ["captions", "ids"], "without --captions_embeddings"),
+    )
 
 
 # Answers ----------------------------------------------------------------------------------------
@@ -347,6 +450,19 @@ def print_answer(options, gallery, query, hits, captions=None, unknown=None):
         print(f"  {hit.score:.3f}  {shown(hit.item)}{'  (missing)' if gone else ''}")
 
 
+def read_vectors(options, searcher):
+    """The questions in --query_embeddings (q, D), and what each is called; or ((), ())."""
+    if options.query_embeddings is None:
+        return (), ()
+    from embeddings.files import read
+
+    found = read(options.query_embeddings, "captions", "--query_embeddings")
+    shown_path = f"--query_embeddings {options.query_embeddings}"
+    searcher.check_width(found.rows, f"the rows of {shown_path}")
+    names = found.texts or [f"{options.query_embeddings}, row {n}" for n in range(len(found.rows))]
+    return found.rows, names
+
+
 def answer(options, questions, searcher):
     """Print the answers to all questions; raises InputError, before any answer, for a bad one."""
     for line, question in enumerate(questions, start=1):
@@ -356,6 +472,7 @@ def answer(options, questions, searcher):
             raise InputError(
                 f"--batch {options.batch}, line {line}: {error}" if options.batch else error
             ) from error
+    rows, names = read_vectors(options, searcher)
     found = searcher.by_photo(options.image, options.top) if options.image is not None else None
     for place in range(0, len(questions), BATCH):
         some = questions[place : place + BATCH]
@@ -363,6 +480,10 @@ def answer(options, questions, searcher):
             print_answer(
                 options, searcher.gallery, question, hits, unknown=searcher.unknown(question)
             )
+    for place in range(0, len(rows), BATCH):
+        some = slice(place, place + BATCH)
+        for name, hits in zip(names[some], searcher.by_vectors(rows[some], options.top)):
+            print_answer(options, searcher.gallery, name, hits)
     if found:
         print_answer(options, searcher.gallery, options.image, *found)
 
@@ -386,11 +507,12 @@ def main(argv=None):
     """Open, build or change a gallery, then answer from it."""
     options = parse_args(argv)
     questions = read_questions(options)
+    by_others = options.image is not None or options.query_embeddings is not None
     if options.check:
         check_files(options)
         if not (
             questions
-            or options.image
+            or by_others
             or options.serve
             or options.recall_check
             or options.add
@@ -412,12 +534,12 @@ def main(argv=None):
             PORT if options.port is None else options.port,
             options.allow_host or (),
         )
-    elif options.question is options.batch is options.image is None and not options.recall_check:
+    elif not (questions or by_others or options.recall_check):
         gallery = searcher.gallery
         print(
             f"{shown(gallery.folder)}: {gallery.count} photos, {gallery.n_captions} captions, "
             f"correction {gallery.correction}, index {gallery.description['index']}; ask with a "
-            "question, --image or --serve"
+            "question, --image, --query_embeddings or --serve"
         )
 
 

@@ -104,11 +104,11 @@ class Embeddings:
         """(images, captions) of every stride-th image, on the device."""
         dataset = split.dataset
         return (
-            self._placed(split.images, dataset.row_of[::stride]),
-            self._placed(split.captions, dataset.lines[dataset.image_of % stride == 0]),
+            self.placed(split.images, dataset.row_of[::stride]),
+            self.placed(split.captions, dataset.lines[dataset.image_of % stride == 0]),
         )
 
-    def _placed(self, rows, numbers):
+    def placed(self, rows, numbers):
         """Rows by number, in float32 or float64, of length 1 if cosines are measured."""
         half = torch.promote_types(rows.dtype, torch.float32)
         kind = torch.float32 if self.device.type == "mps" else half

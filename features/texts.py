@@ -100,10 +100,14 @@ class FrozenTexts:
                 "which text model can read a question: make them with extract_features.py "
                 "--text_encoder and train again"
             )
+        self.load()
+        return TextRows(self.model.encode(captions), torch.arange(len(captions)))
+
+    def load(self, device="cpu"):
+        """Load the model that made the vectors, if that has not been done yet."""
         with LOADING:
             if self.model is None:
-                self.model = text_model_from(self.description)
-        return TextRows(self.model.encode(captions), torch.arange(len(captions)))
+                self.model = text_model_from(self.description, device)
 
 
 def read_texts(captions, vocabulary, reading="text", cache_dir=None):

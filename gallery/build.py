@@ -29,6 +29,7 @@ from features.layout import first_of, numbered
 from features.texts import read_texts
 from gallery import hubs as gallery_hubs
 from gallery import index, store
+from gallery.other_models import OtherModel, read_material
 from inputs.captions import CaptionedPhoto, read_caption_texts, read_photo_captions
 from inputs.photos import image_transform, photo_names
 from inputs.word_ids import unknown_in_words
@@ -186,6 +187,23 @@ def embedded(model, features, rows, batch_size):
         yield model.embed_images(filled(features[batch].float(), batch_size))[: len(batch)]
 
 
+# From embeddings --------------------------------------------------------------------------------
+
+
+def from_embeddings(loaded, options):
+    """The Contents of embeddings that another model made; loaded: an OtherModel."""
+    found = read_material(loaded, options)
+    return Contents(
+        found.items,
+        found.rows.split(BLOCK_ROWS),
+        found.captions,
+        found.caption_rows,
+        os.path.realpath(options.embeddings),
+        options.images,
+        loaded.features,
+    )
+
+
 # From photos ------------------------------------------------------------------------------------
 
 
@@ -260,13 +278,13 @@ def feature_encoder(loaded, known, options):
                 encoder.description,
                 known,
                 f"--encoder {options.encoder}",
-                f"checkpoint {loaded.path}",
+                loaded.name,
             )
     elif known:
         encoder = encoders.encoder_from(known, device, getattr(options, "encoder_weights", None))
     else:
         raise InputError(
-            f"checkpoint {loaded.path} does not say which network saw its photos: name it with "
+            f"{loaded.name} does not say which network saw its photos: name it with "
             "--encoder, --encoder_weights and --pooling, as extract_features.py takes them"
         )
     name, width = encoder.description["encoder"], encoder.description["width"]
@@ -489,7 +507,7 @@ def write(folder, loaded, contents, correction, kind=None):
                 "count": n,
                 "width": loaded.opt.embed_size,
                 "captions": sum(map(len, contents.captions)),
-                "model": {"path": relative(loaded.path, folder), "sha256": hash_file(loaded.path)},
+                **manifest(loaded, folder),
                 "source": contents.source,
                 "precomp": contents.precomp
                 and {"folder": relative(contents.precomp[0], folder), "split": contents.precomp[1]},
@@ -505,6 +523,13 @@ def write(folder, loaded, contents, correction, kind=None):
                 },
             },
         )
+
+
+def manifest(loaded, folder):
+    """What gallery.json says of the model."""
+    if isinstance(loaded, OtherModel):
+        return loaded.manifest(folder)
+    return {"model": {"path": relative(loaded.path, folder), "sha256": hash_file(loaded.path)}}
 
 
 def write_arrays(files, loaded, contents, correction, kind):
@@ -524,9 +549,8 @@ def write_arrays(files, loaded, contents, correction, kind):
     )
     embeddings = torch.from_numpy(np.load(path, mmap_mode="c"))
     if kind != index.EXACT:
-        queries = index.spread(
-            embeddings[:, :-1] if captions is None else captions.float().cpu(), PROBE_QUERIES
-        )
+        like = embeddings[:, :-1] if captions is None else captions
+        queries = index.spread(like, PROBE_QUERIES).float().cpu()
         asked = queries.new_full((len(queries), 1), float(correction.method != "none"))
         index.build(
             kind, embeddings, torch.cat([queries, asked], 1), os.path.join(files, store.INDEX)
@@ -567,7 +591,12 @@ def with_shift(loaded, rows, correction):
 
 
 def build(options, loaded, folder, photo_folder):
-    """Build a gallery of options.precomp and its split, or else of the photos in photo_folder."""
+    """Build a gallery of options.embeddings, of options.precomp, or of photos in photo_folder."""
+    if options.embeddings is not None:
+        contents = from_embeddings(loaded, options)
+        correction = gallery_hubs.choose_correction(options, loaded, contents.caption_embeddings)
+        write(folder, loaded, contents, correction, options.index_type)
+        return
     names = [] if options.precomp is not None else names_below(photo_folder, photo_folder)
     if names:
         index.check_count(options.index_type, len(names))
@@ -596,7 +625,7 @@ def change(options, loaded, folder):
     found = store.Gallery(folder, with_index=not options.rebuild_index, whole=True)
     anew = options.rebuild_index and options.correction is not None
     correction = (
-        gallery_hubs.choose_correction(options, loaded)
+        gallery_hubs.choose_correction(options, loaded, found.own_captions)
         if anew
         else gallery_hubs.correction_of(found, loaded)
     )

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from evaluation import bank_stride, embed, embed_texts
+from evaluation import bank_stride, embed_texts
 from gallery import index
+from gallery.other_models import OtherModel
 from retrieval import corrections
 from retrieval.hubness import k_occurrence
 from retrieval.metrics import recall_of
@@ -36,15 +37,23 @@ class Correction(NamedTuple):
         return corrections.corrections_of("t2i", source, [(self.method, self.parameters)])[0].shift
 
 
-def load_bank(loaded, split, limit):
-    """(B, D) embeddings of a split's captions, of at most `limit` images (see `bank_stride`)."""
+def load_bank(loaded, split, limit, captions=None):
+    """(B, D) embeddings of a split's captions, of at most `limit` images (see `bank_stride`).
+
+    captions: the gallery's own embeddings of them, which serve an OtherModel without another bank
+    """
+    if isinstance(loaded, OtherModel):
+        return loaded.bank(captions)
     dataset = loaded.loader(split).dataset
     chosen = dataset.image_of % bank_stride(loaded.opt, dataset.n_images, limit) == 0
     return embed_texts(loaded.model, dataset.word_ids, loaded.opt.batch_size, chosen)
 
 
-def choose_correction(options, loaded):
-    """The Correction that the options name, or else the best on dev, if its data is available."""
+def choose_correction(options, loaded, captions=None):
+    """The Correction that the options name, or else the best on dev, if its data is available.
+
+    captions: see `load_bank`
+    """
     if options.correction == "none":
         return Correction()
     given = corrections.given_by(options)
@@ -52,7 +61,9 @@ def choose_correction(options, loaded):
         "none", {}, None, options.correction_bank or "train", options.correction_bank_images
     )
     try:
-        found = found._replace(bank=load_bank(loaded, found.bank_split, found.bank_images))
+        found = found._replace(
+            bank=load_bank(loaded, found.bank_split, found.bank_images, captions)
+        )
         if options.correction is None or options.tune_correction:
             names = corrections.SHIFTS if options.correction is None else [options.correction]
             return found._replace(
@@ -75,7 +86,7 @@ def choose_correction(options, loaded):
 def best_on_dev(loaded, names, given, bank, may_be_none):
     """{"method", "parameters"} with the best sum of text-to-image recalls on dev; prints it."""
     loader = loaded.loader("dev")
-    source = loaded.similarities(*embed(loaded.model, loader))
+    source = loaded.similarities(*loaded.embed(loader))
     wanted = corrections.candidates(names, given)
     shifts = corrections.corrections_of("t2i", loaded.similarities(source.images, bank), wanted)
     nothing = shifts[0].shift.new_zeros(source.n_captions)
@@ -101,7 +112,9 @@ def correction_of(found, loaded):
         said["method"], said["parameters"], None, said["bank_split"], said["bank_images"]
     )
     try:
-        return own._replace(bank=load_bank(loaded, own.bank_split, own.bank_images))
+        return own._replace(
+            bank=load_bank(loaded, own.bank_split, own.bank_images, found.own_captions)
+        )
     except InputError as error:
         if own.method == "none":
             return own
@@ -125,6 +138,6 @@ def count_hubs(search, captions, bank, n):
         if captions is None
         else (captions, "its own captions")
     )
-    queries = index.spread(queries.float().cpu(), HUB_QUERIES)
+    queries = index.spread(queries, HUB_QUERIES).float().cpu()
     numbers = search(torch.cat([queries, queries.new_zeros(len(queries), 1)], 1), HUB_DEPTH)[1]
     return k_occurrence(numbers[numbers >= 0], n).numpy(), f"{len(queries)} of {words}"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from evaluation import load_for_evaluation
 from gallery import build as build_gallery
+from gallery import other_models
 from gallery.build import refuse_unsearchable
 from gallery.rerank import Reranker
 from gallery.searcher import Searcher
@@ -26,8 +27,7 @@ def open_searcher(options):
     if options.images is not None and not os.path.isdir(options.images):
         raise InputError(f"--images {options.images!r} is not a folder: name that of the photos")
     options.model_path, folder = find_places(options)
-    loaded = load_for_evaluation(options)
-    refuse_unsearchable(loaded)
+    loaded = open_model(options, folder)
     if not is_whole(folder) or is_stale_sample(folder, options, loaded):
         with locked(folder):
             build_named(options, loaded, folder)
@@ -37,7 +37,7 @@ def open_searcher(options):
             build_gallery.change(options, loaded, folder)
     else:
         check_own(folder, options, loaded)
-        if options.images is not None or options.precomp is not None:
+        if any(one is not None for one in (options.images, options.precomp, options.embeddings)):
             print(
                 f"note: the gallery {shown(folder)} is there, and is asked as it is: --add takes "
                 "up new photos, another --index builds one anew",
@@ -63,17 +63,40 @@ def open_searcher(options):
     )
 
 
+def open_model(options, folder):
+    """The Checkpoint, or the OtherModel, of the options and the gallery in this folder."""
+    if other_models.is_asked_for(options, folder):
+        return other_models.opened(options, folder)
+    for name in ("text_model", "bank", "dev", "measure"):
+        if getattr(options, name) is not None:
+            raise InputError(
+                f"--{name} is for galleries of embeddings that another model made, and the model "
+                f"here is the checkpoint {options.model_path}: leave it out"
+            )
+    loaded = load_for_evaluation(options)
+    refuse_unsearchable(loaded)
+    return loaded
+
+
 def find_places(options):
-    """(path of the checkpoint, folder of the gallery)."""
+    """(path of the checkpoint or None, folder of the gallery)."""
+    if options.embeddings is not None:
+        if options.index is None:
+            raise InputError("--embeddings needs --index: name the folder of the gallery")
+        return None, options.index
     if options.index is not None and options.model_path is None and is_whole(options.index):
-        own = describe(options.index)["model"]["path"]
+        model = describe(options.index)["model"]
+        if model is None:
+            return None, options.index
+        own = model["path"]
         return os.path.normpath(os.path.join(os.path.realpath(options.index), own)), options.index
     if (
         options.index is not None
         and options.model_path is options.images is options.precomp is None
     ):
         raise InputError(
-            f"there is no whole gallery in {options.index}: build it with --images or --precomp"
+            f"there is no whole gallery in {options.index}: build it with --images, --precomp or "
+            "--embeddings"
         )
     model_path = options.model_path or DEFAULT_MODEL
     return model_path, options.index or os.path.join(os.path.dirname(model_path), "gallery")
@@ -123,7 +146,7 @@ def build_named(options, loaded, folder):
             f"there is no whole gallery in {folder} to change: build it first, with --images or "
             "--precomp"
         )
-    if options.precomp is None and options.images is None:
+    if options.embeddings is options.precomp is options.images is None:
         if loaded.opt.data_name != SAMPLE:
             raise InputError(
                 f"there is no whole gallery in {folder}: build it with --images or --precomp"
@@ -131,16 +154,23 @@ def build_named(options, loaded, folder):
         sample_data.draw(loaded.opt.data_path)
         options.precomp = os.path.join(loaded.opt.data_path, SAMPLE)
     options.split = options.split or "test"
-    print(
-        f"Building the gallery {shown(folder)} from {shown(options.precomp or options.images)}",
-        file=sys.stderr,
-    )
+    source = options.embeddings or options.precomp or options.images
+    print(f"Building the gallery {shown(folder)} from {shown(source)}", file=sys.stderr)
     build_gallery.build(options, loaded, folder, options.images)
 
 
 def check_own(folder, options, loaded):
     """Raise InputError unless a gallery is of the options' model, photos and correction."""
     found = describe(folder)
+    if isinstance(loaded, other_models.OtherModel):
+        other_models.check_own(folder, options)
+        check_correction(folder, found["correction"], options)
+        return
+    if found["model"] is None:
+        raise InputError(
+            f"the gallery {folder} is of embeddings that another model made, not of the checkpoint "
+            f"{loaded.path}: leave --model_path out"
+        )
     own = build_gallery.hash_file(loaded.path), loaded.opt.embed_size
     if (found["model"]["sha256"], found["width"]) != own:
         raise InputError(
@@ -178,7 +208,8 @@ def check_correction(folder, own, options):
             "would change it: name a --correction, too"
         )
     # With --index alone nothing is built, so there is nothing to tune.
-    tuned = options.tune_correction and options.index and options.images is options.precomp is None
+    sources = options.images, options.precomp, options.embeddings
+    tuned = options.tune_correction and options.index and not any(sources)
     if not options.rebuild_index and (others or tuned):
         flags = [f"--{name} {value}" for name, value in has.items() if value is not None]
         raise InputError(

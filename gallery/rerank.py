@@ -12,10 +12,9 @@ import sys
 import torch
 
 from data import check_form
-from evaluation import embed_texts, load_for_evaluation
+from evaluation import load_for_evaluation
 from features.description import read_features_json, refuse_other
 from features.files import open_features, read_ids
-from features.texts import read_texts
 from gallery.store import shown
 from retrieval.rerank import candidate_scores
 from runtime.errors import InputError
@@ -94,12 +93,8 @@ class Reranker:
 
         questions: q texts; numbers: (q, K) photos found for each, -1 for none
         """
-        model, opt = self.loaded.model, self.loaded.opt
-        words = embed_texts(
-            model,
-            read_texts(questions, self.loaded.vocabulary, opt.caption_reading),
-            opt.batch_size,
-        )
+        model = self.loaded.model
+        words = self.loaded.embed_questions(questions)
         scores = []
         for question, found in enumerate(numbers):
             (regions,) = checked(

@@ -3,14 +3,14 @@
 import os
 from typing import NamedTuple
 
-from evaluation import embed_texts
+import torch
+
 from features.encoders import encode_photo
-from features.texts import read_texts
 from gallery.store import shown
 from inputs.decoding import decode_image
 from inputs.tokenizer import MAX_CAPTION, tokenize
 from runtime.errors import InputError
-from runtime.finite import checked
+from runtime.finite import LARGEST, checked
 
 MAX_WORDS = 1000  # of a question
 
@@ -27,7 +27,7 @@ class Searcher:
     """A model and its gallery, which answer one caller at a time (see also `embed_photo`)."""
 
     def __init__(self, loaded, gallery, make_encoder, corrected=True, reranker=None):
-        """loaded: an `evaluation.Checkpoint`
+        """loaded: an `evaluation.Checkpoint`, or a `gallery.other_models.OtherModel`
         make_encoder: returns the `features.encoders.Encoder` whose rows are photos' embeddings;
             called when the first photo comes
         corrected: False switches the gallery's correction off for all questions
@@ -40,6 +40,7 @@ class Searcher:
             reranker,
         )
         self.make_encoder, self.encoder = make_encoder, None
+        self.reads_words, self.reads_photos = loaded.reads_words, loaded.reads_photos
         loaded.model.val_start()
 
     def unknown(self, question):
@@ -57,6 +58,12 @@ class Searcher:
 
     def check(self, question):
         """Raise InputError for a question that is empty, too long, or without any known word."""
+        if not self.reads_words:
+            raise InputError(
+                f"the gallery {shown(self.gallery.folder)} has no text model, so it can't read "
+                "words: ask with vectors (--query_embeddings, or embedding in JSON), or name the "
+                "model that made its embeddings with --text_model"
+            )
         if not question.strip():
             raise InputError("the question is empty: say in a few words what to look for")
         words = tokenize(question) if len(question) <= MAX_CAPTION else question.split()
@@ -80,13 +87,44 @@ class Searcher:
         """
         for question in questions:
             self.check(question)
-        words = read_texts(questions, self.loaded.vocabulary, self.loaded.opt.caption_reading)
-        queries = embed_texts(self.loaded.model, words, self.loaded.opt.batch_size)
+        queries = self.loaded.embed_questions(questions)
         count = max(top, self.reranker.k) if self.reranker else top
         scores, numbers = self.gallery.search(queries, count, corrected and self.corrected)
         if self.reranker:
             scores, numbers = self.reranker.reordered(questions, numbers)
         return self._hits(scores[:, :top], numbers[:, :top])
+
+    def by_vectors(self, rows, top, corrected=True):
+        """As `by_words`, for questions (q, D) that are embeddings already, of any float type."""
+        self.check_width(rows, "the questions")
+        scores, numbers = self.gallery.search(
+            self._as_queries(rows), top, corrected and self.corrected
+        )
+        return self._hits(scores, numbers)
+
+    def by_numbers(self, numbers, top):
+        """As `by_vectors`, for one question as a list of numbers from a stranger: [Hit, ...]."""
+        if not all(type(one) in (int, float) and abs(one) <= LARGEST for one in numbers):
+            raise InputError(f"the embedding holds something else than numbers up to {LARGEST:g}")
+        if not any(numbers):
+            raise InputError("the embedding is all zeros, equally near to everything")
+        (hits,) = self.by_vectors(torch.tensor([numbers], dtype=torch.float64), top)
+        return hits
+
+    def check_width(self, rows, shown):
+        """Raise InputError unless rows (q, D) are as wide as the gallery's."""
+        if rows.shape[1] != self.gallery.width:
+            raise InputError(
+                f"{shown} have {rows.shape[1]} numbers each, and the gallery's embeddings "
+                f"{self.gallery.width}: both must come from one model"
+            )
+
+    def _as_queries(self, rows):
+        """Rows in float32, of length 1 if the gallery compares by cosine."""
+        if self.loaded.opt.no_imgnorm:
+            return rows.float()
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return torch.nn.functional.normalize(rows, dim=1).float()
 
     def by_photo(self, file, top):
         """A photo's `top` Hits, and the captions that fit best, each with the Hit of its photo.
@@ -125,6 +163,12 @@ class Searcher:
         file: a path or an open file
         decode: the function that makes a picture of it
         """
+        if not self.reads_photos:
+            raise InputError(
+                f"the gallery {shown(self.gallery.folder)} does not know which network saw its "
+                "photos, so it can't be asked by a photo: ask with the photo's embedding "
+                "(--query_embeddings), or name the network with --encoder"
+            )
         self.encoder = self.encoder or self.make_encoder()
         try:
             return encode_photo(self.encoder, file, decode)

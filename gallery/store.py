@@ -25,13 +25,14 @@ import torch
 
 from features.blocks import BLOCKS
 from features.description import check_description
+from features.text_description import KIND
 from gallery import index
 from inputs.captions import read_json
 from retrieval.corrections import METHODS
 from runtime.errors import InputError
 from runtime.files import check_regular, replacing
 
-FORMAT = 1  # of gallery.json
+FORMAT = 2  # of gallery.json, the newest; a gallery of a checkpoint is of format 1
 BLOCK_ROWS = 8192  # embeddings written at a time
 SUMMED_BYTES = 2**20  # at a time
 OPENING_BYTES = 2**27  # checked whenever a gallery is opened, smallest files first
@@ -48,7 +49,7 @@ KEYS = {
     "count": int,
     "width": int,
     "captions": int,
-    "model": dict,
+    "model": (dict, type(None)),
     "source": str,
     "precomp": (dict, type(None)),
     "folder": (str, type(None)),
@@ -57,6 +58,14 @@ KEYS = {
     "index": str,
     "hubs": (str, type(None)),
     "checksums": (dict, type(None)),
+}
+
+# A gallery of embeddings that another model made has no model, but this.
+EMBEDDINGS = {
+    "images": str,
+    "measure": str,
+    "bank": (str, type(None)),
+    "text_model": (dict, type(None)),
 }
 
 PARTS = {
@@ -194,7 +203,7 @@ def publish(folder, files, description):
     os.chmod(files, 0o755)  # mkdtemp's 0700 would lock colleagues out
     sizes = {name: os.path.getsize(os.path.join(files, name)) for name in sorted(os.listdir(files))}
     content = {
-        "format": FORMAT,
+        "format": 1 if description["model"] else FORMAT,
         **description,
         "files": os.path.basename(files),
         "sizes": sizes,
@@ -274,10 +283,7 @@ def describe(folder):
             f"{path} is of format {content['format']}, newer than this program's {FORMAT}: update "
             "it, or build the gallery in another folder"
         )
-    for part, keys in {None: KEYS, **PARTS}.items():
-        for name, kinds in keys.items() if part is None or content[part] is not None else ():
-            if not isinstance((content[part] if part else content).get(name, ...), kinds):
-                raise InputError(f"{path} lacks {name!r}, or has something odd for it: {ANEW}")
+    _check_keys(content, path)
     if content["index"] not in index.TYPES or content["correction"]["method"] not in (
         "none",
         *METHODS,
@@ -298,6 +304,19 @@ def describe(folder):
     if content["checksums"] is not None and content["checksums"].get(NAME) != own_checksum(content):
         raise InputError(f"{path} is not as it was written: {ANEW}")
     return content
+
+
+def _check_keys(content, path):
+    """Raise InputError unless gallery.json has all its keys, with values of their types."""
+    parts = [(content, KEYS), *((content.get(part), keys) for part, keys in PARTS.items())]
+    if content.get("model", ...) is None:
+        own = content.get("embeddings")
+        texts = own.get("text_model") if isinstance(own, dict) else None
+        parts += [(content, {"embeddings": dict}), (own, EMBEDDINGS), (texts, KIND)]
+    for part, keys in parts:
+        for name, kinds in keys.items() if part is not None else ():
+            if not isinstance(part, dict) or not isinstance(part.get(name, ...), kinds):
+                raise InputError(f"{path} lacks {name!r}, or has something odd for it: {ANEW}")
 
 
 def damaged(files, description, names):
@@ -348,7 +367,8 @@ class Gallery:
         """
         if not is_whole(folder):
             raise InputError(
-                f"there is no whole gallery in {folder}: build it with --images or --precomp"
+                f"there is no whole gallery in {folder}: build it with --images, --precomp or "
+                "--embeddings"
             )
         self.folder, description = folder, describe(folder)
         try:
@@ -382,6 +402,7 @@ class Gallery:
             self.caption_embeddings = torch.from_numpy(
                 self._array("caption_embeddings", (self.n_captions, self.width), np.float32)
             )
+        self.own_captions = self.caption_embeddings if self.n_captions else None
         has_facts = "facts.npy" in self.description["sizes"]
         self.facts = self._array("facts", (self.count, 2), np.int64) if has_facts else None
         self.hub_counts = (
