@@ -353,7 +353,7 @@ def check_flags(options):
         (
             (options.image or options.query_embeddings) is not None and not asks_in_words,
             ["rerank_model"],
-            "without a question in words: it orders what is found by words",
+            "with --image or --query_embeddings alone: it orders what is found by words",
         ),
         (options.precomp is None, ["split"], "without --precomp"),
         (options.precomp is not None, ["captions", "add"], "with --precomp"),

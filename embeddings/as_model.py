@@ -80,7 +80,7 @@ class Embeddings:
         files = self.files.get(split)
         if files is None:
             raise InputError(
-                f"the embeddings of the {'bank' if split == 'train' else split} are needed: give "
+                f"embeddings of the {'bank' if split == 'train' else 'dev split'} are needed: give "
                 f"{FLAGS[split]} IMAGES CAPTIONS"
             )
         flag, (images, captions) = files.flag or FLAGS[split], both(files.paths)

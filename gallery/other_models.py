@@ -86,7 +86,7 @@ class OtherModel(Embeddings):
     @property
     def vocabulary(self):
         """One without words: a frozen text model reads any."""
-        return self.texts or FrozenTexts()
+        return self.texts if self.reads_words else FrozenTexts()
 
     @property
     def reads_words(self):
@@ -157,7 +157,9 @@ class OtherModel(Embeddings):
 
     def manifest(self, folder):
         """What gallery.json says of it, with paths relative to the gallery's folder."""
-        texts = self.texts and {name: self.texts.description[name] for name in (*KIND, "weights")}
+        texts = None
+        if self.reads_words:
+            texts = {name: self.texts.description[name] for name in (*KIND, "weights")}
         return {
             "model": None,
             "embeddings": {
@@ -334,7 +336,8 @@ def _with_captions(found, options, rows, names, names_shown):
             "one a line, with --captions"
         )
     ids = captions.ids if options.ids is None else read_ids(options.ids)
-    ids_shown = f"{captions_shown}'s metadata" if options.ids is None else f"--ids {options.ids}"
+    ids_shown = f"{captions_shown}'s metadata" if captions.ids else "--ids"
+    ids_shown = ids_shown if options.ids is None else f"--ids {options.ids}"
     if ids is not None and names is not None and len(set(names)) == len(names) == len(rows):
         lines, image_of = _by_names(ids, names, len(captions.rows), ids_shown, names_shown)
         row_of, items = torch.arange(len(rows)), names

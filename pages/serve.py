@@ -410,6 +410,7 @@ class Pages:
         """GET /api: how to ask in JSON."""
         return self._page(
             "search_api.html",
+            width=self.gallery.width,
             address=request.host_url,
             top_limit=TOP_LIMIT,
             default=TOP,
@@ -433,11 +434,14 @@ class Pages:
     def search(self):
         """POST /api/search: the best photos in JSON; search_api.html describes both formats."""
         question, top = _read_question()
+        if not isinstance(question, str):
+            hits = self.asker.call(self.searcher.by_numbers, question, top)
+            return _json({"results": _results(hits)})
         hits = wait(self.asker.words(question, top))
         return _json(
             {
                 "query": question,
-                "results": [{"item": hit.item, "score": hit.score} for hit in hits],
+                "results": _results(hits),
                 "unknown_words": self.searcher.unknown(question),
             }
         )
@@ -471,6 +475,8 @@ class Pages:
             compare=self._compares(),
             correction=self.gallery.correction,
             count=self.gallery.count,
+            reads_words=self.searcher.reads_words,
+            reads_photos=self.searcher.reads_photos,
             megabytes=UPLOAD_LIMIT // 2**20,
             **values,
         )
@@ -524,6 +530,10 @@ class Pages:
         return self.asker.call(self.searcher.hubs, HUBS)
 
 
+def _results(hits):
+    return [{"item": hit.item, "score": hit.score} for hit in hits]
+
+
 def _read(name):
     with open(os.path.join(TEMPLATES, name), "rb") as file:
         return file.read()
@@ -561,7 +571,10 @@ def _top(text):
 
 
 def _read_question():
-    """(query, top) of a request in JSON. Raises InputError, 413 or 415 for anything else."""
+    """(query, top) of a request in JSON; the query is a text, or an embedding as a list of numbers.
+
+    Raises InputError, 413 or 415 for anything else.
+    """
     if request.mimetype != "application/json":
         abort(415)
     request.max_content_length = JSON_LIMIT
@@ -571,18 +584,21 @@ def _read_question():
         raise InputError(
             'this is not JSON: send something like {"query": "two dogs in the snow", "top": 10}'
         ) from None
+    kinds = {"query": str, "embedding": list}
+    asked = [name for name in kinds if isinstance(content, dict) and name in content]
     if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("query"), str)
-        or set(content) - {"query", "top"}
+        len(asked) != 1
+        or not isinstance(content[asked[0]], kinds[asked[0]])
+        or set(content) - {*asked, "top"}
     ):
         raise InputError(
-            'send an object with "query", a text, and if you like "top", a number, and nothing else'
+            'send an object with "query", a text, or "embedding", a list of numbers, and if you '
+            'like "top", a number, and nothing else'
         )
     top = content.get("top", TOP)
     if type(top) is not int:
         raise InputError(f"top is not a whole number: give one from 1 to {TOP_LIMIT}")
-    return content["query"], _top(top)
+    return content[asked[0]], _top(top)
 
 
 def check_upload(file):

@@ -33,7 +33,7 @@ class FakeGallery:
     """Twelve photos in a folder: each thing in each colour."""
 
     def __init__(self, folder, correction="nnn"):
-        self.photo_folder, self.correction = str(folder), correction
+        self.photo_folder, self.correction, self.width = str(folder), correction, 2
         self.description = {"hubs": "twelve captions"}
         pairs = [(colour, thing) for thing in THINGS for colour in COLOURS]
         self.items = [f"{thing}/{colour}.png" for colour, thing in pairs]
@@ -63,6 +63,8 @@ class FakeSearcher:
 
     The correction takes 0.4 off red ones.
     """
+
+    reads_words = reads_photos = True
 
     def __init__(self, folder, correction="nnn"):
         self.gallery = FakeGallery(folder, correction)
@@ -99,6 +101,11 @@ class FakeSearcher:
             )
             for question in questions
         ]
+
+    def by_numbers(self, numbers, top):
+        if len(numbers) != self.gallery.width:
+            raise InputError(f"{len(numbers)} numbers: give {self.gallery.width}")
+        return self._best([numbers[0] * n + numbers[1] for n in range(self.gallery.count)], top)
 
     def embed_photo(self, file, decode):
         assert self.photo_gate.wait(20)

@@ -357,6 +357,26 @@ def test_json_answers(client):
     assert len(client.post("/api/search", json={"query": "a star"}).json["results"]) == 10
 
 
+def test_json_asks_with_an_embedding(client):
+    response = client.post("/api/search", json={"embedding": [0.5, 1], "top": 1})
+    assert response.json == {"results": [{"item": "tree/white.png", "score": 6.5}]}
+    assert "a list of 2 numbers" in Page(client.get("/api")).text
+
+
+def test_forms_that_a_gallery_cannot_answer_are_left_out(searcher):
+    client = checked_client(serve.make_app(searcher))
+    for words, photos, said in (
+        (False, True, "no text model, so it can't read words"),
+        (True, False, "Type what a photo shows, in a sentence or a few words."),
+        (False, False, "it is asked with embeddings in JSON"),
+    ):
+        searcher.reads_words, searcher.reads_photos = words, photos
+        page = Page(client.get("/"))
+        ids = [value for name, value in page.attributes if name == "id"]
+        assert ("q" in ids, "photo" in ids) == (words, photos) and said in page.text
+        assert ("For example" in page.text) == words
+
+
 def test_words_that_the_model_does_not_know_are_named(client):
     page = client.get("/?q=a+qqq+red+<i>zz</i>").text
     assert "Not known to the model: qqq, &lt;i&gt;zz&lt;/i&gt;." in page
@@ -376,6 +396,10 @@ def test_words_that_the_model_does_not_know_are_named(client):
         ("{}", 400, "object"),
         ('"a star"', 400, "object"),
         ('{"query": 3}', 400, "object"),
+        ('{"embedding": "a star"}', 400, "object"),
+        ('{"embedding": [1, 2], "query": "a star"}', 400, "object"),
+        ('{"embedding": [1, 2, 3]}', 400, "3 numbers"),
+        ('{"embedding": [1, 2], "top": 0}', 400, "from 1 to 100"),
         ('{"query": "a star", "path": "/etc"}', 400, "object"),
         ('{"query": ""}', 400, "empty"),
         ('{"query": "qqq"}', 400, "No word|no word"),
