@@ -540,6 +540,12 @@ def check_form(dataset, opt):
     The options describe the model: over vectors, or over a number of regions. Those of other codes
     may say nothing of it, and then features of any form will do.
     """
+    texts = getattr(dataset, "word_ids", None)
+    if isinstance(texts, TextRows) and texts.rows.shape[1] != opt.word_dim:
+        raise InputError(
+            f"the text vectors have width {texts.rows.shape[1]}, but the model takes {opt.word_dim}"
+            ": make them with the text model of its training"
+        )
     says = hasattr(opt, "image_pooling") or hasattr(opt, "cross_attn")
     shape = getattr(getattr(dataset, "images", None), "shape", ())
     expected = getattr(opt, "regions", None)

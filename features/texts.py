@@ -71,9 +71,8 @@ class FrozenTexts:
         Raises InputError unless there is one finite row for each caption, of the same captions and
         the same model as texts.json and the checkpoint say.
         """
-        folder = self.folder or data_folder
-        path = os.path.join(folder, f"{split}_txts.npy")
-        rows = open_texts(path)
+        path = self.path_of(data_folder, split)
+        folder, rows = os.path.dirname(path), open_texts(path)
         if len(rows) != len(captions):
             raise InputError(
                 f"{path} has {len(rows)} rows for the {len(captions)} captions of "
@@ -88,6 +87,21 @@ class FrozenTexts:
         if found and self.description:
             refuse_other(found, self.description, f"{folder} has text vectors by")
         return TextRows(rows, lines)
+
+    def path_of(self, data_folder, split):
+        """The file of a split's vectors, in --texts_path or beside the captions; InputError if none.
+
+        Beside the captions it is looked for, too, if the model of a --texts_path goes elsewhere.
+        """
+        folders = [folder for folder in (self.folder, data_folder) if folder]
+        paths = [os.path.join(folder, f"{split}_txts.npy") for folder in folders]
+        found = [path for path in paths if os.path.lexists(path)]
+        if not found:
+            raise InputError(
+                f"{' or '.join(paths)} is not there, and the model takes captions as text vectors: "
+                f"make them with extract_features.py --texts {data_folder} --text_encoder NAME"
+            )
+        return found[0]
 
     def encode(self, captions):
         """The TextRows of captions or questions (n texts), by the model that made the vectors.
@@ -119,7 +133,7 @@ def read_texts(captions, vocabulary, reading="text", cache_dir=None):
 
 def open_texts(path):
     """A .npy file of text vectors (captions, width), checked, as a memory-mapped tensor."""
-    found = map_array(path, "text vectors", "--texts_path and --data_name")
+    found = map_array(path, "text vectors", "the file")
     if found.dtype.kind != "f" or found.ndim != 2 or 0 in found.shape:
         raise InputError(
             f"text vectors {path} are {found.dtype} of shape {found.shape}: they must be float16 "
@@ -132,7 +146,11 @@ def open_texts(path):
 
 
 def frozen_texts(folder, data_folder):
-    """The FrozenTexts of a folder for a new run; prints a note if nothing describes the vectors."""
+    """The FrozenTexts of a folder for a new run; prints a note if nothing describes the vectors.
+
+    Raises InputError if there are no vectors.
+    """
+    FrozenTexts(folder).path_of(data_folder, "train")
     found = read_texts_json(folder or data_folder)
     if found is None:
         print(
