@@ -690,7 +690,7 @@ def check_alike(label, first, loaded, dataset):
 def carry_out(options):
     """Evaluate what the options name, print the tables and write the files."""
     look_at_hubs = options.hubness or options.correction or options.report
-    words, outcome, loaders = "", {}, {}
+    words, outcome, loaders, hubs = "", {}, {}, None
     models = files.opened(options) if files.given(options) else {}
     if options.against:
         print(f"{next(iter(models))}:")
@@ -725,7 +725,6 @@ def carry_out(options):
         }
     if distributed.is_first():
         write_results(options, options.split, result, more)
-        hubs = hubs if look_at_hubs else None
         write_others(options, result, hubs, words, outcome, compared, tied)
 
 
