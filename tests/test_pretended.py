@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.helpers.made import RAW, ROOT, TINY
+from tests.helpers.made import RAW, ROOT, TINY, write_vectors
 from tests.test_regions import write_regions
 
 
@@ -163,6 +163,22 @@ COMMANDS = {
         "--drop_regions",
         "0.2",
     ],
+    "text vectors": [
+        "train.py",
+        *TINY,
+        "--text_features",
+        "--loss",
+        "hal+infonce",
+        "--micro_batch",
+        "5",
+        "--logger_name",
+        "runs/texts",
+    ],
+    "text vectors evaluated": [
+        "compute_results.py",
+        "--model_path",
+        "runs/texts/model_best.pth.tar",
+    ],
     "hubs and corrections": [
         "compute_results.py",
         "--hubness",
@@ -281,6 +297,7 @@ STEP = {
     "data.py",
     "inputs/photos.py",
     "inputs/word_ids.py",
+    "features/texts.py",
     "inputs/augmentation.py",
     "model.py",
     "layers/gru.py",
@@ -305,6 +322,7 @@ def outcome(request, tmp_path_factory, drawn_data):
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copytree(drawn_data, folder / "data")
     write_regions(folder / "data" / "regions_precomp")
+    write_vectors(folder / "data" / "tiny_precomp")
     np.save(folder / "sims.npy", np.random.default_rng(0).random((6, 30), np.float32))
     run = subprocess.run(
         [
@@ -353,8 +371,8 @@ def test_no_step_waits_for_the_device(outcome):
 def test_a_split_s_loss_waits_once_a_validation(outcome):
     waits = [times for *_, function, _, times in of(outcome, "wait") if function == "split_loss"]
     assert waits == [
-        2 + 2 + 2 + 1 + 2 + 1 + 1 + 2 + 2 + 2 + 2
-    ]  # one an epoch of the first eleven commands
+        2 + 2 + 2 + 1 + 2 + 1 + 1 + 2 + 2 + 2 + 2 + 2
+    ]  # one an epoch of the first twelve commands
 
 
 @pytest.mark.parametrize("folder", [".", "layers", "layers/deeper"])

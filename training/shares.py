@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from features.texts import TextRows
 from inputs.word_ids import by_length
 from layers.batch_norm import _SharedBatchNorm
 from memory_bank import MemoryBank, build_bank
@@ -114,7 +115,8 @@ def shared_batches(loader, batches, micro_batch=None, device="cpu"):
 
 def _shares_states(dataset):
     """Whether captions that begin alike share GRU states: on a CPU, with precomputed features."""
-    return getattr(dataset, "device", None) == torch.device("cpu")
+    words = not isinstance(dataset.word_ids, TextRows)
+    return words and getattr(dataset, "device", None) == torch.device("cpu")
 
 
 def _pieces(places, rank, micro_batch):

@@ -14,16 +14,13 @@ import compute_results
 import train
 from data import PrecompDataset
 from evaluation import embed, load_for_evaluation
-from features.text_description import hash_captions
 from features.texts import FrozenTexts, TextRows
-from inputs.captions import read_captions
 from model import VSE, FrozenTextHead
 from runtime.errors import InputError
-from tests.helpers.made import SPLITS, load, states_equal, write_precomp
+from tests.helpers.made import SPLITS, load, states_equal, write_precomp, write_vectors
+from tests.helpers.made import TEXT_WIDTH as WIDTH
 
 FOLDER = Path("data/tiny_precomp")
-
-WIDTH = 6
 
 FLAGS = [
     *("--data_name", "tiny_precomp", "--embed_size", "8", "--batch_size", "16"),
@@ -33,33 +30,11 @@ FLAGS = [
 BEST = "runs/runX/model_best.pth.tar"
 
 
-def write_vectors(folder=FOLDER, described=False):
-    """{split}_txts.npy beside the captions, random but the same for equal captions."""
-    rng, known = np.random.default_rng(3), {}
-    hashes = {}
-    for split in SPLITS:
-        captions = read_captions(f"{FOLDER}/{split}_caps.txt")
-        rows = [known.setdefault(one, rng.standard_normal(WIDTH)) for one in captions]
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        np.save(f"{folder}/{split}_txts.npy", np.array(rows, np.float16))
-        hashes[split] = hash_captions(captions)
-    if described:
-        content = {
-            "format": 1,
-            "encoder": "sentence_transformers/some",
-            "weights_sha256": "0" * 64,
-            "width": WIDTH,
-            "normalised": False,
-            "captions_sha256": hashes,
-        }
-        Path(folder, "texts.json").write_text(json.dumps(content))
-
-
 @pytest.fixture(autouse=True)
 def data_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_precomp(FOLDER)
-    write_vectors()
+    write_vectors(FOLDER)
 
 
 def test_rows_are_read_by_their_lines():
@@ -136,7 +111,7 @@ def test_embeddings_are_the_head_s_of_each_caption_s_vector():
 
 
 def test_vectors_may_lie_in_a_folder_of_their_own():
-    write_vectors("vectors", described=True)
+    write_vectors(FOLDER, "vectors", described=True)
     for split in SPLITS:
         (FOLDER / f"{split}_txts.npy").unlink()
     train.main([*FLAGS, "--texts_path", "vectors", "--num_epochs", "1"])
@@ -145,7 +120,7 @@ def test_vectors_may_lie_in_a_folder_of_their_own():
 
 
 def test_a_moved_folder_s_vectors_are_found_beside_the_captions(capsys):
-    write_vectors("vectors")
+    write_vectors(FOLDER, "vectors")
     train.main([*FLAGS, "--texts_path", "vectors", "--num_epochs", "1"])
     capsys.readouterr()
     compute_results.main(["--model_path", BEST])
@@ -228,7 +203,7 @@ def test_bad_input_is_one_sentence(change, flags, said):
 
 
 def test_vectors_of_other_captions_or_models_are_refused():
-    write_vectors(described=True)
+    write_vectors(FOLDER, described=True)
     train.main([*FLAGS, "--num_epochs", "1"])
     content = json.loads((FOLDER / "texts.json").read_text())
     other = {**content, "encoder": "open_clip/ViT-B-32"}

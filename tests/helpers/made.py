@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from features.text_description import hash_captions
+from inputs.captions import read_captions
+
 ROOT = Path(__file__).resolve().parents[2]
 
 REFERENCE = ROOT / "tests" / "reference"
@@ -20,6 +23,8 @@ RELEASED = REFERENCE / "released_checkpoints"
 ANIMALS, COLOURS = ("dog", "cat", "horse", "bird"), ("red", "blue", "green")
 
 PLACES = ("on the grass", "near a river", "in the snow")
+
+TEXT_WIDTH = 6
 
 SPLITS = {"train": 12, "dev": 5, "test": 6, "testall": 10}
 
@@ -168,6 +173,27 @@ def write_precomp(folder, splits=None, width=IMG_DIM, dtype=np.float32):
         (folder / f"{split}_caps.txt").write_text(
             "".join(f"{line}\n" for line in lines), encoding="utf-8"
         )
+
+
+def write_vectors(data, folder=None, described=False):
+    """{split}_txts.npy of a data set, in its folder or another: random, alike for equal captions."""
+    rng, known, hashes, folder = np.random.default_rng(3), {}, {}, Path(folder or data)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(Path(data).glob("*_caps.txt")):
+        split, captions = path.name.removesuffix("_caps.txt"), read_captions(str(path))
+        rows = [known.setdefault(one, rng.standard_normal(TEXT_WIDTH)) for one in captions]
+        np.save(folder / f"{split}_txts.npy", np.array(rows, np.float16))
+        hashes[split] = hash_captions(captions)
+    if described:
+        content = {
+            "format": 1,
+            "encoder": "sentence_transformers/some",
+            "weights_sha256": "0" * 64,
+            "width": TEXT_WIDTH,
+            "normalised": False,
+            "captions_sha256": hashes,
+        }
+        (folder / "texts.json").write_text(json.dumps(content))
 
 
 def write_image(path, number):

@@ -32,6 +32,8 @@ from tests.helpers.made import (
     tree,
     write_flickr,
     write_image,
+    write_precomp,
+    write_vectors,
 )
 from tests.helpers.together import check_same_gradients, whole
 from tests.test_regions import write_regions
@@ -219,6 +221,18 @@ def test_two_processes_train_as_one_in_bf16(folder):
         furthest(*(load(Path(run, "checkpoint.pth.tar")) for run in ("runs/one", "runs/runX")))
         <= 1e-2
     )
+
+
+def test_text_vectors_train_on_two_processes_in_pieces_as_on_one(folder):
+    write_precomp(Path("data/tiny_precomp"))
+    write_vectors("data/tiny_precomp")
+    flags = ["--text_features", "--data_name", "tiny_precomp", "--embed_size", "8", "--log_step"]
+    flags += ["1", "--batch_size", "16", "--loss", "hal+infonce", "--num_epochs", "2"]
+    flags += ["--device", "cpu", "--txt_layers", "2"]
+    code, _, said = ended(torchrun(2, "train.py", *flags, "--micro_batch", "3"))
+    assert code == 0, said
+    train.main([*flags, "--logger_name", "runs/one"])
+    check_same_run("runs/one", "runs/runX", 3e-5, 1e-6)
 
 
 @pytest.fixture
