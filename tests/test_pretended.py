@@ -90,6 +90,8 @@ COMMANDS = {
         "--finetune",
         "--micro_batch",
         "3",
+        "--loss",
+        "hal+infonce",
         "--logger_name",
         "runs/photos",
     ],
