@@ -155,6 +155,27 @@ def test_rows_of_one_name_are_one_photo(files, capsys):
     assert "3 names for 4 rows" in capsys.readouterr().err
 
 
+def test_a_folder_of_clip_retrieval_names_photos_and_captions_itself(files):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name in ("img_emb", "text_emb", "metadata"):
+        os.makedirs(f"clip/{name}")
+    rows = np.load("im.npy")
+    names = [f"set/{number}.jpg" for number in range(N)]
+    captions = [f"caption of {name}" for name in names]
+    for part, own in enumerate((slice(0, 25), slice(25, N))):
+        np.save(f"clip/img_emb/img_emb_{part}.npy", rows[own])
+        np.save(f"clip/text_emb/text_emb_{part}.npy", rows[own] + 1)
+        table = pyarrow.table({"image_path": names[own], "caption": captions[own]})
+        parquet.write_table(table, f"clip/metadata/metadata_{part}.parquet")
+    ask("--embeddings", "clip", "--captions_embeddings", "clip", "--index", "g")
+    found = store.Gallery("g")
+    assert list(found.items) == names
+    assert [found.captions(number) for number in range(N)] == [[text] for text in captions]
+    assert np.allclose(found.caption_embeddings, unit(rows + 1), atol=1e-6)
+
+
 # Hubs -------------------------------------------------------------------------------------------
 
 
