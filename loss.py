@@ -203,9 +203,9 @@ class InfoNCE(nn.Module):
         # As a logarithm the scale stays positive, and a step changes it by a factor.
         scale = self.log_scale.exp().clamp(max=self.LARGEST_SCALE)
         logits = _at_least_float32(similarities) * scale
-        pairs = torch.arange(len(logits), device=logits.device)
-        entropy = nn.functional.cross_entropy
-        return (entropy(logits, pairs) + entropy(logits.t(), pairs)) / 2
+        # The cross entropies of rows and columns; PyTorch's own would copy the transpose.
+        both = (logits.logsumexp(0) + logits.logsumexp(1)) / 2
+        return (both - logits.diagonal()).mean()
 
 
 class HALWithInfoNCE(nn.Module):
