@@ -175,6 +175,7 @@ def add_text_flags(group):
     )
     group.add_argument(
         "--text_weights",
+        type=path_type,
         metavar="TAG|FILE|none",
         help="open_clip's weights: a pretrained tag, a file, or none (random)",
     )

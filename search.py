@@ -211,6 +211,7 @@ def add_embeddings_flags(group):
     )
     group.add_argument(
         "--text_weights",
+        type=path_type,
         metavar="TAG|FILE",
         help="with --text_model open_clip/<name>: its pretrained tag, a file, or none",
     )
