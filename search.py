@@ -52,9 +52,9 @@ def parse_args(argv=None):
     add_rerank_flags(parser.add_argument_group("reranking by SCAN, for questions in words"))
     add_serve_flags(parser.add_argument_group("the search page"))
     add_gallery_flags(parser.add_argument_group("the gallery"))
-    add_embeddings_flags(
-        parser.add_argument_group("a gallery of embeddings that another model made")
-    )
+    of_others = parser.add_argument_group("a gallery of embeddings that another model made")
+    add_embeddings_flags(of_others)
+    add_knowledge_flags(of_others)
     add_change_flags(parser.add_argument_group("changes to the gallery, and checks of it"))
     add_correction_flags(parser.add_argument_group("correction of hubs, for questions in words"))
     add_model_flags(parser.add_argument_group("the model"))
@@ -202,6 +202,10 @@ def add_embeddings_flags(group):
         choices=["cosine", "dot"],
         help="how embeddings are compared (default: cosine, which makes rows length 1)",
     )
+
+
+def add_knowledge_flags(group):
+    """What a gallery without a checkpoint knows of texts, and of hubs."""
     group.add_argument(
         "--text_model",
         metavar="NAME",
@@ -343,8 +347,6 @@ def check_flags(options):
     asks_in_words = options.question is not None or options.batch is not None or options.serve
     rules = (
         *rules_of_embeddings(options),
-        (options.text_model is None, ["text_weights"], "without --text_model"),
-        (options.dev is None, ["dev_ids"], "without --dev"),
         (not options.serve, ["host", "port", "allow_host"], "without --serve"),
         (
             options.rerank_model is None,
@@ -358,11 +360,6 @@ def check_flags(options):
         ),
         (options.precomp is None, ["split"], "without --precomp"),
         (options.precomp is not None, ["captions", "add"], "with --precomp"),
-        (
-            options.images is options.add is options.embeddings is None,
-            ["captions"],
-            "without --images, --embeddings or --add",
-        ),
         (options.encoder is None, ["pooling", "regions", "normalise"], "without --encoder"),
         (options.correction == "none", [*parameters, *bank], "with --correction none"),
         (
@@ -391,16 +388,23 @@ def check_flags(options):
 
 def rules_of_embeddings(options):
     """As `refuse_useless` takes them: what does nothing with --embeddings, or without."""
+    rules = (
+        (options.text_model is None, ["text_weights"], "without --text_model"),
+        (options.dev is None, ["dev_ids"], "without --dev"),
+    )
     if options.embeddings is None:
         case = "without --embeddings"
-        own = ["items", "captions_embeddings", "ids", "measure"]
-        changes = ["bank", "dev"]
-        return (True, own, case), (not options.rebuild_index, changes, f"{case} or --rebuild_index")
-    others = ["model_path", "precomp", "split", "add", "data_path", "vocab_path", "batch_size"]
-    others += ["caption_reading", "rerank_model", "correction_bank", "correction_bank_images"]
+        no_photos = options.images is options.add is None
+        return (
+            *rules,
+            (True, ["items", "captions_embeddings", "ids", "measure"], case),
+            (not options.rebuild_index, ["bank", "dev"], f"{case} or --rebuild_index"),
+            (no_photos, ["captions"], "without --images, --embeddings or --add"),
+        )
     no_captions = options.captions_embeddings is None
     return (
-        (True, others, "with --embeddings"),
+        *rules,
+        (True, ["model_path"], "with --embeddings"),
         (no_captions, ["captions", "ids"], "without --captions_embeddings"),
     )
 

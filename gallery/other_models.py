@@ -24,8 +24,20 @@ from features.texts import FrozenTexts
 from gallery.index import spread
 from gallery.store import describe, is_whole
 from runtime.device import choose_device, choose_products
-from runtime.errors import InputError
+from runtime.errors import InputError, refuse_useless
 
+OF_CHECKPOINTS = (
+    "precomp",
+    "split",
+    "add",
+    "data_path",
+    "vocab_path",
+    "caption_reading",
+    "batch_size",
+    "rerank_model",
+    "correction_bank",
+    "correction_bank_images",
+)
 BANK_CAPTIONS = CAPTIONS_PER_IMAGE * BANK_IMAGES  # most rows of a correction's bank
 
 
@@ -72,7 +84,7 @@ class OtherModel(Embeddings):
         super().__init__({"test": Files([images])}, device, measure)
         self.path, self.width, self.features, self.model = images, width, features, self
         self.reads_photos = features is not None
-        self.bank_path, self.texts = None, None
+        self.bank_path, self.texts, self.content = None, None, None
         self.opt.embed_size = self.opt.img_dim = width
         self.opt.no_imgnorm = measure == "dot"
 
@@ -198,15 +210,15 @@ def opened(options, folder):
 
     If words may be asked, the text model is loaded now, so that nobody waits for it later.
     """
+    refuse_useless(options, [(True, OF_CHECKPOINTS, "for embeddings that another model made")])
     device = choose_device(options.device)
     choose_products(device)
     about = describe(folder) if is_whole(folder) else None
     if about is None or about["model"] is not None:  # `check_own` refuses a checkpoint's gallery
-        rows, path = read(options.embeddings, "images", "--embeddings").rows, options.embeddings
-        found = OtherModel(
-            path, rows.shape[1], device, options.measure or "cosine", features_beside(path, rows)
-        )
-        own = None
+        content, path = read(options.embeddings, "images", "--embeddings"), options.embeddings
+        width, features = content.rows.shape[1], features_beside(path, content.rows)
+        found = OtherModel(path, width, device, options.measure or "cosine", features)
+        found.content, own = content, None
     else:
         said = about["embeddings"]
         own, path = said["text_model"], joined_to(folder, said["images"])
@@ -260,6 +272,12 @@ def check_own(folder, options):
             f"the gallery {folder} is of {joined_to(folder, said['images'])}, not of {named}: name "
             "another --index"
         )
+    photos = about["folder"] and joined_to(folder, about["folder"])
+    if options.images and os.path.realpath(options.images) != photos:
+        raise InputError(
+            f"the gallery {folder} has its photos in {photos or 'no folder'}, not in "
+            f"{options.images}: name another --index"
+        )
     if options.measure not in (None, said["measure"]):
         raise InputError(
             f"the gallery {folder} was built with --measure {said['measure']}: build one with "
@@ -273,9 +291,9 @@ def check_own(folder, options):
 def read_material(found, options):
     """The Material that the options name; raises InputError for files that do not fit each other.
 
-    found: an OtherModel
+    found: an OtherModel, whose `content` is that of the images' file
     """
-    images = read(options.embeddings, "images", "--embeddings")
+    images = found.content
     n, shown = len(images.rows), f"--embeddings {options.embeddings}"
     names, names_shown = images.ids, f"{shown}'s metadata"
     if options.items is not None:

@@ -318,6 +318,10 @@ def test_photos_are_asked_if_features_json_says_what_saw_them(photos, capsys):
     ask("--embeddings", "rows.npy", "--index", "other", *flags)
     with pytest.raises(InputError, match="does not know which network saw its photos"):
         ask("--index", "other", *asked)
+    ask("--index", "other", "--encoder", "shufflenet_v2_x0_5", "--encoder_weights", "none", *asked)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == [hit]
+    with pytest.raises(InputError, match="has its photos in .*photos, not in data"):
+        ask("--index", "other", "--images", "data")
 
 
 # Files ------------------------------------------------------------------------------------------
@@ -452,6 +456,8 @@ BAD = {
     "a checkpoint, too": (lambda: None, [*GIVEN, "--model_path", "x"], ["--model_path"]),
     "names of nothing": (lambda: None, ["--index", "g", "--items", "names.txt"], ["--items"]),
     "ids of nothing": (lambda: None, [*GIVEN, "--ids", "names.txt"], ["--captions_embeddings"]),
+    "features, too": (lambda: None, [*GIVEN, "--precomp", "x"], ["--precomp", "embeddings"]),
+    "a vocabulary": (lambda: None, [*GIVEN, "--vocab_path", "x"], ["--vocab_path", "embeddings"]),
     "weights of nothing": (lambda: None, [*GIVEN, "--text_weights", "none"], ["--text_model"]),
 }
 
