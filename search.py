@@ -210,8 +210,8 @@ def add_knowledge_flags(group):
         "--text_model",
         metavar="NAME",
         help="the model that reads questions in words: open_clip/<name> or sentence_transformers/"
-        "<name or folder> (default: the one that the gallery was built with; without one, "
-        "questions are embeddings)",
+        "<name or folder> (default: the one that the gallery was built with, or that made the text "
+        "vectors of the model's training; without one, questions are embeddings)",
     )
     group.add_argument(
         "--text_weights",

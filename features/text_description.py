@@ -7,6 +7,7 @@ from inputs.captions import read_json
 from runtime.errors import InputError
 
 FORMAT = 1  # of texts.json
+SENTENCES = "sentence_transformers/"
 # What must agree for two sets of vectors to be the same model's, with the types.
 KIND = {"encoder": str, "weights_sha256": str, "width": int, "normalised": bool}
 
@@ -55,6 +56,9 @@ def refuse_other(
     found_where, expected_where, remedy: parts of the sentence; the first two stand before a model's name.
     """
     differing = [name for name in KIND if found[name] != expected[name]]
+    # What follows the package may be a folder, which can be moved: the weights say what it holds.
+    if all(one["encoder"].startswith(SENTENCES) for one in (found, expected)):
+        differing = [name for name in differing if name != "encoder"]
     if differing:
         raise InputError(
             f"{found_where} {found['encoder']}, width {found['width']}, but {expected_where} "

@@ -16,12 +16,17 @@ from tqdm import tqdm
 
 from features.clip_models import OPEN_CLIP, clip_tokenizer, load_clip, told_once
 from features.encoders import _hash_state
-from features.text_description import FORMAT, hash_captions, read_texts_json, refuse_other
+from features.text_description import (
+    FORMAT,
+    SENTENCES,
+    hash_captions,
+    read_texts_json,
+    refuse_other,
+)
 from inputs.captions import read_captions
 from runtime.errors import InputError
 from runtime.files import check_regular, replacing
 
-SENTENCES = "sentence_transformers/"
 BLOCKS = ".texts"  # folder below the output, for finished blocks until all are finished
 BLOCK_CAPTIONS = 4096
 SPLITS = ("train", "dev", "test", "testall")
@@ -41,6 +46,10 @@ def text_model(name, weights=None, device="cpu"):
     weights: open_clip's pretrained tag, a file, or none (random, the same every time).
     Raises InputError if the package is not installed, or the model or its weights cannot be had.
     """
+    if os.path.isdir(name.removeprefix(SENTENCES)):  # so that it is found from any folder
+        name = SENTENCES + os.path.realpath(name.removeprefix(SENTENCES))
+    if weights is not None and os.path.isfile(weights):
+        weights = os.path.realpath(weights)
     if name.startswith(OPEN_CLIP):
         net, encode = _open_clip(name, weights, device)
     elif name.startswith(SENTENCES):
@@ -64,9 +73,12 @@ def text_model(name, weights=None, device="cpu"):
     return TextModel(encode, description)
 
 
-def text_model_from(description, device="cpu"):
-    """The TextModel that a texts.json describes; raises InputError if its weights are others."""
-    found = text_model(description["encoder"], description.get("weights"), device)
+def text_model_from(description, device="cpu", named=None):
+    """The TextModel that a texts.json describes; raises InputError if its weights are others.
+
+    named: (name, weights) as they are called here, if its folder or file was moved.
+    """
+    found = text_model(*(named or (description["encoder"], description.get("weights"))), device)
     where = "the text model that is here is", "the vectors in training were made by"
     refuse_other(found.description, description, *where, "bring back the weights of then")
     return found

@@ -54,12 +54,14 @@ class FrozenTexts:
 
     folder: holds the splits' vectors; None takes the data set's folder.
     description: what texts.json says, or None.
+    named: (name, weights) of the text model, if they are no longer as texts.json says.
     """
 
     words, word2idx = (), {}  # it knows no words
 
     def __init__(self, folder=None, description=None):
         self.folder, self.description, self.model = folder, description, None
+        self.named = None
 
     def __len__(self):
         return 0
@@ -121,7 +123,7 @@ class FrozenTexts:
         """Load the model that made the vectors, if that has not been done yet."""
         with LOADING:
             if self.model is None:
-                self.model = text_model_from(self.description, device)
+                self.model = text_model_from(self.description, device, self.named)
 
 
 def read_texts(captions, vocabulary, reading="text", cache_dir=None):

@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 
 from evaluation import load_for_evaluation
+from features.texts import FrozenTexts
 from gallery import build as build_gallery
 from gallery import other_models
 from gallery.build import refuse_unsearchable
@@ -67,13 +68,18 @@ def open_model(options, folder):
     """The Checkpoint, or the OtherModel, of the options and the gallery in this folder."""
     if other_models.is_asked_for(options, folder):
         return other_models.opened(options, folder)
-    for name in ("text_model", "bank", "dev", "measure"):
+    refused = ["bank", "dev", "measure"]
+    loaded = load_for_evaluation(options)
+    if isinstance(loaded.vocabulary, FrozenTexts):
+        loaded.vocabulary.named = options.text_model and (options.text_model, options.text_weights)
+    else:
+        refused.append("text_model")
+    for name in refused:
         if getattr(options, name) is not None:
             raise InputError(
                 f"--{name} is for galleries of embeddings that another model made, and the model "
                 f"here is the checkpoint {options.model_path}: leave it out"
             )
-    loaded = load_for_evaluation(options)
     refuse_unsearchable(loaded)
     return loaded
 

@@ -33,11 +33,11 @@ def vector(text):
 class Sentences(torch.nn.Module):
     """In place of SentenceTransformer; counts the texts that it encodes."""
 
-    encoded = 0
+    encoded, gone = 0, "missing"
 
     def __init__(self, name, device="cpu"):
         super().__init__()
-        if name == "missing":
+        if name == Sentences.gone:
             raise OSError("no such model, and no network")
         self.scale = torch.nn.Parameter(torch.tensor(2.0 if name == "other" else 1.0))
 
@@ -174,6 +174,32 @@ def test_training_evaluation_and_questions_read_the_same_model(capsys):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_a_model_that_was_moved_is_named_when_it_is_asked(monkeypatch, capsys):
+    from search import main as search
+
+    extract()
+    flags = ["--data_name", "tiny_precomp", "--embed_size", "8", "--batch_size", "16"]
+    train.main([*flags, "--device", "cpu", "--num_epochs", "1", "--text_features"])
+    ask = ["--index", "gallery", "--model_path", BEST, "a red dog"]
+    capsys.readouterr()
+    search(["--precomp", str(FOLDER), *ask])
+    first = capsys.readouterr().out
+    monkeypatch.setattr(Sentences, "gone", "some")
+    with pytest.raises(InputError, match="sentence_transformers/some could not be loaded"):
+        search(ask)
+    search([*ask, "--text_model", "sentence_transformers/elsewhere"])
+    assert capsys.readouterr().out == first
+    with pytest.raises(InputError, match="with other weights_sha256: bring back"):
+        search([*ask, "--text_model", "sentence_transformers/other"])
+
+
+def test_a_folder_is_described_by_its_whole_path(monkeypatch):
+    monkeypatch.setattr(Sentences, "gone", None)
+    Path("models/some").mkdir(parents=True)
+    found = text_model("sentence_transformers/models/some").description["encoder"]
+    assert found == f"sentence_transformers/{Path('models/some').resolve()}"
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -191,7 +217,7 @@ def test_a_model_that_cannot_be_had_is_one_sentence(name, said, monkeypatch):
 
 def test_vectors_of_another_model_are_not_replaced():
     extract()
-    with pytest.raises(InputError, match="other encoder, weights_sha256"):
+    with pytest.raises(InputError, match="with other weights_sha256: name another --output"):
         extract_features.main(
             ["--texts", str(FOLDER), "--text_encoder", "sentence_transformers/other"]
         )
