@@ -208,6 +208,7 @@ def add_knowledge_flags(group):
     """What a gallery without a checkpoint knows of texts, and of hubs."""
     group.add_argument(
         "--text_model",
+        type=path_type,
         metavar="NAME",
         help="the model that reads questions in words: open_clip/<name> or sentence_transformers/"
         "<name or folder> (default: the one that the gallery was built with, or that made the text "

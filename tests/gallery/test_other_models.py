@@ -86,6 +86,22 @@ def test_a_checkpoint_s_gallery_is_asked_by_vectors_too(evaluated, capsys):
     assert words["results"] == vectors["results"]
 
 
+def test_a_checkpoint_s_saved_embeddings_make_its_own_gallery(evaluated, loaded):
+    """Rows, shifts, captions and index are those that the checkpoint itself gives."""
+    for split in ("train", "test"):
+        images, captions = loaded.embed(loaded.loader(split))
+        np.savez(f"{split}.npz", img_embs=images.numpy(), cap_embs=captions.numpy())
+    ask(*TEST, "--correction", "csls")
+    texts = "data/tiny_precomp/test_caps.txt"
+    flags = ["--captions_embeddings", "test.npz", "--captions", texts, "--bank", "train.npz"]
+    ask("--embeddings", "test.npz", "--index", "other", *flags, "--correction", "csls")
+    own, other = store.Gallery("g"), store.Gallery("other")
+    assert torch.equal(own.embeddings, other.embeddings)
+    assert torch.equal(own.caption_embeddings, other.caption_embeddings)
+    assert [own.captions(n) for n in range(6)] == [other.captions(n) for n in range(6)]
+    assert own.hub_counts.tolist() == other.hub_counts.tolist()
+
+
 def test_numbers_from_a_stranger_are_checked(files):
     found = searcher_of(*GIVEN)
     assert (
