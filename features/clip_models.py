@@ -16,8 +16,8 @@ OPEN_CLIP = "open_clip/"
 PREPROCESSING = "mean", "std", "interpolation", "resize_mode"
 
 
-def load_clip(name, weights, flags, device="cpu"):
-    """The model `open_clip/<name>`, in evaluation mode.
+def load_clip(name, weights, flags):
+    """The model `open_clip/<name>` on the CPU, in evaluation mode.
 
     weights: a pretrained tag, a file, or none (random, the same every time); None if not given.
     flags: those that name the model and its weights, for messages.
@@ -48,7 +48,6 @@ def load_clip(name, weights, flags, device="cpu"):
         net = open_clip.create_model(
             model,
             pretrained=None if weights == "none" else weights,
-            device=device,
             pretrained_text=False,  # or `none` would fetch a text tower
             force_preprocess_cfg=None if weights in tags else _preprocessing(open_clip, model),
         )

@@ -59,9 +59,9 @@ def text_model(name, weights=None, device="cpu"):
             f"--text_encoder {name} is not known: give open_clip/<name> or "
             "sentence_transformers/<name or folder>"
         )
-    sample = encode(["a photo"])
-    digest = _hash_state(net.cpu() if torch.device(device).type != "cpu" else net)
+    digest = _hash_state(net)  # while it is on the CPU
     net.to(device)
+    sample = encode(["a photo"])
     description = {
         "format": FORMAT,
         "encoder": name,
@@ -97,19 +97,18 @@ def _sentence_transformers(name, device):
 
         logging.disable_progress_bar()
     with told_once(name):
-        net = SentenceTransformer(name.removeprefix(SENTENCES), device=str(device)).eval()
+        net = SentenceTransformer(name.removeprefix(SENTENCES), device="cpu").eval()
 
     def encode(texts, batch_size=32):
-        found = net.encode(
-            texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
-        )
+        how = {"convert_to_tensor": True, "show_progress_bar": False}
+        found = net.encode(texts, batch_size=batch_size, device=str(device), **how)
         return found.float().cpu()
 
     return net, encode
 
 
 def _open_clip(name, weights, device):
-    net = load_clip(name, weights, ("--text_encoder", "--text_weights"), device)
+    net = load_clip(name, weights, ("--text_encoder", "--text_weights"))
     tokenizer = clip_tokenizer(name)
 
     @torch.no_grad()

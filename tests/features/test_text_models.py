@@ -41,7 +41,7 @@ class Sentences(torch.nn.Module):
             raise OSError("no such model, and no network")
         self.scale = torch.nn.Parameter(torch.tensor(2.0 if name == "other" else 1.0))
 
-    def encode(self, texts, batch_size, convert_to_tensor, show_progress_bar):
+    def encode(self, texts, batch_size, device, convert_to_tensor, show_progress_bar):
         Sentences.encoded += len(texts)
         return torch.tensor([vector(text) for text in texts]) * self.scale.detach()
 
