@@ -18,8 +18,8 @@ from evaluation import BANK_IMAGES
 from features.description import read_features_json
 from features.files import CAPTIONS_PER_IMAGE, read_ids
 from features.layout import first_of, numbered, same_rows
-from features.text_description import KIND
-from features.text_models import SENTENCES, text_model
+from features.text_description import KIND, refuse_other
+from features.text_models import text_model
 from features.texts import FrozenTexts
 from gallery.index import spread
 from gallery.store import describe, is_whole
@@ -147,10 +147,6 @@ class OtherModel(Embeddings):
 
     def name_text_model(self, name, weights):
         """Load a text model, so that words can be asked; InputError if its width is another."""
-        if name.startswith(SENTENCES) and os.path.isdir(name.removeprefix(SENTENCES)):
-            name = SENTENCES + os.path.realpath(name.removeprefix(SENTENCES))
-        if weights and os.path.exists(weights):
-            weights = os.path.realpath(weights)
         try:
             found = text_model(name, weights, self.device)
         except InputError as error:
@@ -241,12 +237,9 @@ def _add_texts(found, own, options):
             found.texts.load(found.device)
     elif options.text_model is not None:
         found.name_text_model(options.text_model, options.text_weights)
-        loaded = found.texts.description
-        if own is not None and any(loaded[name] != own[name] for name in KIND):
-            raise InputError(
-                f"the gallery reads words by {own['encoder']}, and --text_model "
-                f"{options.text_model} is another model or has other weights: leave it out"
-            )
+        if own is not None:
+            where = "--text_model is", "the gallery's vectors were made by"
+            refuse_other(found.texts.description, own, *where, "name that one, or leave it out")
 
 
 def features_beside(path, rows):

@@ -261,8 +261,8 @@ def letters(texts):
 
 
 def fake_model(name, weights=None, device="cpu"):
-    assert name == TEXTS and weights in ("none", "other")
-    description = {"encoder": name, "weights": weights, "weights_sha256": weights}
+    assert name.endswith("tiny") and weights in (None, "none", "other")
+    description = {"encoder": name, "weights": weights, "weights_sha256": str(weights)}
     return TextModel(
         lambda texts: letters(texts).float(),
         {**description, "width": WIDTH, "normalised": False, "format": 1},
@@ -287,7 +287,7 @@ def test_words_are_read_by_the_model_that_the_gallery_names(fake_texts, capsys):
     assert words["unknown_words"] == []
     said = store.describe("g")["embeddings"]["text_model"]
     assert (said["encoder"], said["weights"], said["weights_sha256"]) == (TEXTS, "none", "none")
-    with pytest.raises(InputError, match="has other weights"):
+    with pytest.raises(InputError, match="the gallery's vectors were made by .* weights"):
         ask("--index", "g", "--text_model", TEXTS, "--text_weights", "other", QUESTION)
 
 
@@ -302,6 +302,15 @@ def test_a_text_model_can_be_named_later_and_is_kept_by_a_change(fake_texts, cap
     ask("--index", "g", QUESTION)
     with pytest.raises(InputError, match="the question is empty"):
         ask("--index", "g", "")
+
+
+def test_a_text_model_s_folder_may_have_moved(fake_texts, capsys):
+    ask(*GIVEN, "--text_model", "sentence_transformers/tiny", "--json", QUESTION)
+    ask("--index", "g", "--text_model", "sentence_transformers/moved/tiny", "--json", QUESTION)
+    first, again = results(capsys)
+    assert first == again
+    with pytest.raises(InputError, match="the gallery's vectors were made by"):
+        ask("--index", "g", "--text_model", TEXTS, QUESTION)
 
 
 def test_a_text_model_that_is_not_installed_is_said(files, monkeypatch):
