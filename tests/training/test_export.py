@@ -21,7 +21,16 @@ from inputs.tokenizer import nltk_words
 from runtime.errors import InputError
 from tests.features import test_texts
 from tests.helpers import loops
-from tests.helpers.made import DEFAULTS, RAW, REFERENCE, TINY, load, states_equal, write_precomp
+from tests.helpers.made import (
+    DEFAULTS,
+    RAW,
+    REFERENCE,
+    TINY,
+    load,
+    states_equal,
+    write_precomp,
+    write_vectors,
+)
 from tests.test_regions import RECIPE, write_regions
 from training import checkpoint, export
 from vocab import read_vocabulary
@@ -278,7 +287,7 @@ def test_a_model_over_text_vectors_has_a_folder_without_words(tmp_path, monkeypa
     pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
     write_precomp(test_texts.FOLDER)
-    test_texts.write_vectors(described=True)
+    write_vectors(test_texts.FOLDER, described=True)
     train.main([*test_texts.FLAGS, "--img_layers", "2"])
     before = figures("--export", "out")
     assert "vocab.json" not in os.listdir("out")
