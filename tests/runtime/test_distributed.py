@@ -232,7 +232,8 @@ def test_text_vectors_train_on_two_processes_in_pieces_as_on_one(folder):
     code, _, said = ended(torchrun(2, "train.py", *flags, "--micro_batch", "3"))
     assert code == 0, said
     train.main([*flags, "--logger_name", "runs/one"])
-    check_same_run("runs/one", "runs/runX", 3e-5, 1e-6)
+    # The loss is about 6, where float32 has steps of 5e-7.
+    check_same_run("runs/one", "runs/runX", 3e-5, 1e-5)
 
 
 @pytest.fixture
