@@ -47,6 +47,15 @@ def reads_heic():
     return True
 
 
+def photo_formats():
+    """Those of PHOTO_FORMATS that this Pillow can read, and HEIF if it can; AVIF came with 11.3."""
+    from PIL import Image
+
+    Image.init()
+    names = PHOTO_FORMATS + ("HEIF",) * reads_heic()
+    return tuple(name for name in names if name in Image.OPEN)
+
+
 def open_photo(file):
     """Open a path or an open file as a PIL picture, without decoding it yet.
 
@@ -58,7 +67,7 @@ def open_photo(file):
     # Never undone: restoring the filters is not safe with other threads running.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        picture = Image.open(file, formats=PHOTO_FORMATS + ("HEIF",) * reads_heic())
+        picture = Image.open(file, formats=photo_formats())
         too_large = picture.width * picture.height > Image.MAX_IMAGE_PIXELS
     except Image.DecompressionBombError:  # raised for twice as many
         too_large = True

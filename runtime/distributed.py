@@ -24,6 +24,7 @@ import torch.distributed as dist
 from runtime.errors import InputError
 
 TIMEOUT = 600  # seconds to wait for other processes, unless --dist_timeout says otherwise
+HEAD_START = 1.0  # seconds of the process that prints why a run fails, before the others end
 _timeout = TIMEOUT
 
 
@@ -68,7 +69,7 @@ def session():
     if not launched():
         yield
         return
-    whole = False
+    wait = 0.0
     try:
         with _in_silence() if rank() else nullcontext():
             try:
@@ -78,9 +79,9 @@ def session():
                 if not getattr(error, "told", False):
                     sync(error)
                 raise
-        whole = True
-    except InputError:
-        whole = True
+    except InputError as error:
+        if not str(error):  # another process prints the sentence; torchrun ends all with the first
+            wait = HEAD_START
         raise
     except RunBroken as error:
         print(f"error: process {rank()} of {size()}: {error}", file=sys.stderr)
@@ -89,10 +90,7 @@ def session():
         # torchrun sends these signals as soon as the first process has ended.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        # It waits for the others, so that the one with the sentence can print it. With PyTorch
-        # 2.6 it would wait for ever if another process has ended before.
-        if whole and dist.is_initialized() and torch.__version__ >= "2.7":
-            dist.destroy_process_group()
+        time.sleep(wait)
 
 
 @contextmanager

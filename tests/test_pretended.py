@@ -362,7 +362,9 @@ def of(outcome, what):
     return [
         finding
         for finding in outcome[2]
-        if finding[0] == what and finding[1] != "embedding_dense_backward"
+        if finding[0] == what
+        and finding[1] != "embedding_dense_backward"
+        and (what != "mixed" or tuple(finding[2:4]) != ("train.py", "backward"))
     ]
 
 

@@ -157,7 +157,10 @@ def test_a_photo_of_any_kind_is_seen_alike_on_every_road(tmp_path, kind, ending,
         options["exif"][0x0112] = orientation
         shown = TURNS[orientation](shown)
     path = tmp_path / f"a.{ending}"
-    picture.save(path, **options)
+    if ending == "pgm":  # Pillow before 11 reads 16 bits, but writes none
+        path.write_bytes(b"P5 7 5 65535\n" + np.asarray(picture).astype(">u2").tobytes())
+    else:
+        picture.save(path, **options)
     first, *others = roads(path)
     for other in others:
         assert np.array_equal(other, first)
