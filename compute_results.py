@@ -90,14 +90,17 @@ def parse_args(argv=None):
     return options
 
 
+EVAL_DATA = "/tmp/data"  # the folder that VSE-infinity's eval.py has fixed
+
+
 def of_eval(options):
     """The sentence for the flags of VSE-infinity's eval.py, which reads fixed folders."""
     name = options.dataset
     return (
         "--dataset is of VSE-infinity's eval.py; its command is here: python3 compute_results.py "
         f"--model_path runs/release_weights/{name}_butd_region_bigru/model_best.pth --data_path "
-        f"{options.data_path or f'/tmp/data/{name}'} --data_name precomp --vocab_path "
-        f"/tmp/data/vocab --split {'testall' if name == 'coco' else 'test'}"
+        f"{options.data_path or f'{EVAL_DATA}/{name}'} --data_name precomp --vocab_path "
+        f"{EVAL_DATA}/vocab --split {'testall' if name == 'coco' else 'test'}"
     )
 
 

@@ -121,6 +121,7 @@ def chooser(key, side, shown):
     """A function that chooses one of a file's names: the key, the only one, or the usual one."""
 
     def choose(names, what="arrays"):
+        """The chosen one of `names`; raises InputError if none is, or several could be."""
         names = list(names)
         listed = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "") or "none"
         if key is not None and key in names:
