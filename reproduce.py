@@ -242,6 +242,17 @@ def main(argv=None):
         compare(opt)
 
 
+def curves_of(opt):
+    """{flag: {name: [(value, model), ...]}} of the models that are compared, see Preset."""
+    return {
+        flag: {
+            name: [(value, model) for value, model in own.items() if model in opt.models]
+            for name, own in families.items()
+        }
+        for flag, families in opt.preset.curves.items()
+    }
+
+
 def compare(opt):
     """Choose settings, run all seeds, write the results."""
     settings, calls = keep_settings(opt), Calls(opt.devices)
@@ -254,6 +265,7 @@ def compare(opt):
             "seeds": opt.seeds,
             "finalists": opt.finalists,
             "pairs": opt.preset.pairs,
+            "curves": curves_of(opt),
             **run_all(opt, Comparison(opt, calls)),
         }
     except Stopped:

@@ -1,10 +1,12 @@
 """Draw a comparison's plots."""
 
 import io
+import itertools
 import os
 import statistics
 from contextlib import suppress
 
+from retrieval.intervals import mean_over_seeds
 from runtime.files import replacing
 
 # What is drawn of each epoch, and its title.
@@ -13,7 +15,7 @@ CURVES = {
     "i2t_n10_skewness": "i2t N10 skewness",
     "t2i_n10_skewness": "t2i N10 skewness",
 }
-NAMES = ("results.png", "epochs.png", "grid.png")
+NAMES = ("results.png", "epochs.png", "grid.png", "curves.png")
 
 
 def pyplot_without_screen():
@@ -42,7 +44,7 @@ def save_plot(figure, path):
 
 
 def plot_all(folder, results):
-    """Draw the three plots of a comparison into its output folder, see `NAMES`.
+    """Draw the plots of a comparison into its output folder, see `NAMES`.
 
     results: as `tables.write_results` completes them.
     """
@@ -50,6 +52,7 @@ def plot_all(folder, results):
     plot_runs(paths[0], results)
     plot_epochs(paths[1], results["epochs"])
     plot_grid(paths[2], results)
+    plot_curves(paths[3], results)
 
 
 def plot_runs(path, results):
@@ -152,7 +155,8 @@ def plot_grid(path, results):
             os.unlink(path)
         return
     pyplot = pyplot_without_screen()
-    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(12, 3.2), layout="constrained")
+    size = max(12, 2 * len(epsilons)), max(3.2, 0.45 * len(alphas))
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=size, layout="constrained")
     for axis, (name, title) in zip(axes, CURVES.items()):
         cells = [[grid.get((alpha, epsilon), {}) for epsilon in epsilons] for alpha in alphas]
         values = [[cell.get(name, float("nan")) for cell in row] for row in cells]
@@ -179,3 +183,46 @@ def cell_text(cell, name, n_seeds):
         return "failed"
     text = f"{cell[name]:.{1 if name == 'rsum' else 2}f}"
     return text if cell["seeds"] == n_seeds else f"{text}\n{cell['seeds']} of {n_seeds}"
+
+
+def plot_curves(path, results):
+    """rsum and N_10's skewness over a flag's values, as means with 95 % intervals over seeds.
+
+    A row of panels for each flag and test, a line for each name in `results["curves"]`. Without
+    curves there is nothing to draw, and an older plot is deleted.
+    """
+    rows = list(itertools.product(results["curves"], results["summary"]))
+    if not rows:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    pyplot = pyplot_without_screen()
+    size = 12, 3.4 * len(rows)
+    panels = [("rsum", "summary"), ("rsum", "corrected"), (CURVES["i2t_n10_skewness"], "summary")]
+    figure, axes = pyplot.subplots(
+        len(rows), len(panels), figsize=size, squeeze=False, layout="constrained"
+    )
+    for line, (flag, test) in zip(axes, rows):
+        for axis, (name, kind) in zip(line, panels):
+            for place, (family, models) in enumerate(results["curves"][flag].items()):
+                trained = [
+                    (value, results[kind][test][model][name]) for value, model in sorted(models)
+                ]
+                points = [(value, *mean_over_seeds(own)) for value, own in trained if own]
+                if points:
+                    values, means, lows, highs = zip(*points)
+                    label = family.replace(f"{{{flag}}}", "").strip()
+                    axis.plot(values, means, marker=".", color=f"C{place}", label=label)
+                    axis.fill_between(values, lows, highs, color=f"C{place}", alpha=0.15, lw=0)
+            every = sorted(
+                {value for models in results["curves"][flag].values() for value, _ in models}
+            )
+            if every[0] > 0:
+                axis.set_xscale("log", base=2)
+            axis.set_xticks(every, [f"{value:g}" for value in every], fontsize=8)
+            axis.set_xlabel(flag.replace("_", " "), fontsize=8)
+            words = ", corrected" if kind == "corrected" else ""
+            axis.set_title(f"{test}: {name}{words}", fontsize=10)
+            axis.grid(alpha=0.3)
+        line[0].legend(fontsize=7)
+    save_plot(figure, path)

@@ -36,7 +36,12 @@ class Model(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """What is compared on one data set; the module's text explains each key."""
+    """What is compared on one data set.
+
+    The keys of a TOML file are these, but for the name, which is the file's, and `curves`, which
+    follows from the models: {flag: {model's name in the file: {value: model}}}, of each model that
+    is made `each` of three values or more of one flag.
+    """
 
     name: str
     data_name: str
@@ -53,6 +58,7 @@ class Preset(NamedTuple):
     tests: dict = {"test": ("--split", "test")}
     ensembles: dict = {}
     pairs: tuple = ()
+    curves: dict = {}
 
 
 def bundled():
@@ -82,7 +88,8 @@ def read_preset(given):
 
 def preset_of(name, content):
     """The Preset of a TOML file's content; raises ValueError about the first key that is wrong."""
-    check_keys("", content, {*Preset._fields} - {"name"}, ("data_name", "models"))
+    check_keys("", content, {*CHECKS}, ("data_name", "models"))
+    content["models"], curves = expanded(content["models"])
     values = {key: CHECKS[key](key, value) for key, value in content.items()}
     models, ensembles = values["models"], values.get("ensembles", {})
     for ensemble, members in ensembles.items():
@@ -93,7 +100,52 @@ def preset_of(name, content):
         check_members("pairs", pair, {**models, **ensembles})
         if len(pair) != 2:
             raise ValueError(f"pairs has {list(pair)}: give two names in each")
-    return Preset(name, **values)
+    return Preset(name, **values, curves=curves)
+
+
+def expanded(models):
+    """The table `models` without `each`, and the Preset's curves.
+
+    A model "HAL alpha {local_alpha}" with `each.local_alpha = [20, 30]` stands for two models, "HAL
+    alpha 20" and "HAL alpha 30"; with `each` of several flags, for one of every combination.
+    Raises ValueError about the first key that is wrong.
+    """
+    found, curves = {}, {}
+    if not isinstance(models, dict):
+        return models, curves
+    for name, own in models.items():
+        if not isinstance(own, dict) or "each" not in own:
+            made = {(): (name, own)}
+        else:
+            made = models_of_each(name, own)
+        for values, (full, one) in made.items():
+            if full in found:
+                raise ValueError(f"models has {full!r} twice: give each a name of its own")
+            found[full] = one
+            if len(values) == 1 and len(made) > 2:
+                flag = next(iter(own["each"]))
+                curves.setdefault(flag, {}).setdefault(name, {})[values[0]] = full
+    return found, curves
+
+
+def models_of_each(name, own):
+    """{values of the flags in `each`: (name, table without `each`)} of one such model."""
+    key, others = f"models.{name}", {part: value for part, value in own.items() if part != "each"}
+    each = _table(f"{key}.each", own["each"], lambda name, own: _list(name, own, _value))
+    tried = own.get("tried", {})
+    for flag in each:
+        if f"{{{flag}}}" not in name:
+            raise ValueError(f"{key}.each.{flag} needs {{{flag}}} in the model's name: add it")
+        if flag in tried:
+            raise ValueError(f"{key}.tried.{flag} is in each, too: leave one out")
+    made = {}
+    for values in itertools.product(*each.values()):
+        full = name
+        for flag, value in zip(each, values):
+            full = full.replace(f"{{{flag}}}", str(value))
+        one = {flag: [value] for flag, value in zip(each, values)}
+        made[values] = full, {**others, "tried": {**tried, **one}}
+    return made
 
 
 def check_keys(where, table, known, required=()):

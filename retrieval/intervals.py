@@ -115,6 +115,14 @@ def difference_over_seeds(runs_a, runs_b):
     return interval_of([np.tile(group, (3, 1)) for group in groups], 2)
 
 
+def mean_over_seeds(values):
+    """The Interval of a figure's mean over seeds; of one seed it has no width.
+
+    values: the figure of each seed
+    """
+    return interval_of([np.tile(np.array(values), (3, 1))], 2)
+
+
 def recalls(runs, figure, weights):
     """A figure of each run, in percent, with images weighted by each draw: (draws, runs).
 

@@ -2,6 +2,9 @@
 
 import os
 
+import pytest
+from matplotlib.axes import Axes
+
 import reproduce
 from experiments import runner
 from experiments.presets import Model
@@ -73,3 +76,41 @@ def test_models_that_differ_in_alpha_and_epsilon_alone_make_a_heat_map(drawn, mo
     assert not os.path.exists("runs/reproduce_smoke/grid.png")
     reproduce.main([*FAST, "--losses", grid[1], grid[3], "--seeds", "0"])  # neither is in a pair
     assert f"| {grid[1]} - {grid[3]} |" in open("runs/reproduce_smoke/results.md").read()
+
+
+def test_models_made_each_of_a_flag_s_values_make_a_curve_with_intervals(drawn, monkeypatch):
+    lines, bands = {}, []
+    plot, fill = Axes.plot, Axes.fill_between
+
+    def noted_plot(axes, x, y, *rest, **kind):
+        if (kind.get("label") or "").startswith("mean"):
+            lines.setdefault(axes.get_gridspec().ncols, []).append((list(x), list(y)))
+        return plot(axes, x, y, *rest, **kind)
+
+    def noted_fill(axes, x, low, high, **kind):
+        bands.append((list(low), list(high)))
+        return fill(axes, x, low, high, **kind)
+
+    monkeypatch.setattr(Axes, "plot", noted_plot)
+    monkeypatch.setattr(Axes, "fill_between", noted_fill)
+    names = {value: f"mean {value} HAL" for value in (32, 8, 16)}
+    models = {
+        name: Model((), {"learning_rate": (0.001,), "batch_size": (value,)})
+        for value, name in names.items()
+    }
+    curves = {"batch_size": {"mean {batch_size} HAL": names}}
+    smoke_with(monkeypatch, models=models, curves=curves, trials=1)
+    reproduce.main([*FAST, "--seeds", "0", "2"])
+    assert open("runs/reproduce_smoke/curves.png", "rb").read(4) == b"\x89PNG"
+    # Seeds 0 and 2 have an rsum of 120 and 128; Student's t for one degree of freedom is 12.706.
+    half = 12.7062 * 4
+    assert bands[0][0] == pytest.approx([124 - half] * 3, abs=0.01)
+    assert bands[0][1] == pytest.approx([124 + half] * 3, abs=0.01)
+    # Corrected, dev prefers csls with seed 0 (+ 9) and nnn with seed 2 (+ 5).
+    means = [line for line in lines[3] if line[0] == [8, 16, 32]]
+    assert [line[1] for line in means] == [[124] * 3, [131] * 3, [2.5] * 3]
+    reproduce.main([*FAST, "--losses", names[8], names[32], "--seeds", "0"])
+    assert bands[-1] == ([1.5, 1.5], [1.5, 1.5])  # one seed: no width
+    smoke_with(monkeypatch, models=models, curves={}, trials=1)
+    reproduce.main([*FAST, "--seeds", "0", "2"])
+    assert not os.path.exists("runs/reproduce_smoke/curves.png")

@@ -170,6 +170,27 @@ def test_somebody_s_own_comparison_needs_a_file_alone(scripts):
             "ensembles.max has a model's name",
         ),
         ("trials = 1", "trials = ", "cannot be read"),
+        (
+            "tried.learning_rate = [0.0005]",
+            "each.learning_rate = [0.0005]",
+            r"models.max.each.learning_rate needs {learning_rate} in the model's name: add it",
+        ),
+        (
+            "[models.max]",
+            "[models.'max {margin}']\neach.margin = 0.1",
+            "models.max {margin}.each.margin is 0.1: give a list",
+        ),
+        (
+            "[models.max]",
+            "[models.'max {margin}']\ntried.margin = [0.1]\neach.margin = [0.2]",
+            "models.max {margin}.tried.margin is in each, too: leave one out",
+        ),
+        (
+            "[models.max]",
+            "[models.'my {margin}']\neach.margin = [0.2]\ntried.margin = [1]\n[models.'my 0.2']",
+            "tried.margin is in each, too|'my 0.2' twice",
+        ),
+        ("[models.max]", "[models.max]\neach = 3", "models.max.each is 3: give a table"),
     ],
 )
 def test_a_preset_s_mistake_is_one_sentence_with_file_and_key(tmp_path, old, new, says):
@@ -179,6 +200,38 @@ def test_a_preset_s_mistake_is_one_sentence_with_file_and_key(tmp_path, old, new
     with pytest.raises(InputError, match=f"^--preset {path}:? .*{says}") as error:
         reproduce.parse_args(["--preset", str(path)])
     assert "\n" not in str(error.value)
+
+
+def test_a_model_made_each_of_several_values_is_as_many_models(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        OWN
+        + """
+[models."a{local_alpha} e{local_ep}"]
+tried.learning_rate = [0.1, 0.2]
+each.local_alpha = [20, 30]
+each.local_ep = [0.5, 1]
+
+[models."batch {batch_size}"]
+flags = "--sum_violation"
+each.batch_size = [64, 8, 32]
+
+[models."margin {margin}"]
+each.margin = [0.1, 0.2]
+"""
+    )
+    preset = read_preset(str(path))
+    rates = {"learning_rate": (0.1, 0.2)}
+    assert {name: own for name, own in preset.models.items() if name[0] in "ae"} == {
+        "a20 e0.5": ((), {**rates, "local_alpha": (20,), "local_ep": (0.5,)}),
+        "a20 e1": ((), {**rates, "local_alpha": (20,), "local_ep": (1,)}),
+        "a30 e0.5": ((), {**rates, "local_alpha": (30,), "local_ep": (0.5,)}),
+        "a30 e1": ((), {**rates, "local_alpha": (30,), "local_ep": (1,)}),
+    }
+    assert preset.models["batch 8"] == (("--sum_violation",), {"batch_size": (8,)})
+    assert preset.curves == {
+        "batch_size": {"batch {batch_size}": {64: "batch 64", 8: "batch 8", 32: "batch 32"}}
+    }
 
 
 @pytest.mark.parametrize(
