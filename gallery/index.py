@@ -8,15 +8,16 @@ opq_ivf_pq64    FAISS: as before, but rows are rotated (Ge et al., "Optimized Pr
 FAISS's indexes find nearly all of the nearest in a small part of the time. What they find is ranked
 again by the exact rows.
 
-The last number of a row is a correction's shift (see `gallery.store`). The product quantizer gives
-it a separate part: mixed with other numbers, it would use up codes, although questions have the
-same number there.
+The last number of a row is minus a correction's shift (see `gallery.store`). FAISS gets the rows
+at one length: see `levelled`. The product quantizer gives these two numbers a separate part: mixed
+with others they would use up codes, although questions have the same numbers there.
 """
 
 from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from model import l2norm
 from retrieval.ranking import Best
@@ -71,6 +72,28 @@ def spread(rows, most):
     return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), dtype=torch.float64).long()]
 
 
+def longest(embeddings):
+    """The largest length of rows (n, D + 1), which may be memory-mapped."""
+    blocks = embeddings.split(BLOCK_ROWS)
+    return max((float(rows.norm(dim=1).max()) for rows in blocks), default=0.0)
+
+
+def levelled(rows, length):
+    """Rows (m, D + 1) -> (m, D + 2) of length 1, whose products with questions order as before.
+
+    A photo x with the shift s becomes [x, -s, sqrt(length^2 - |x|^2 - s^2)] / length, and a question
+    q becomes [q, 1, 0]: the new number fills each row up to one length and is never asked for, so
+    that inner product, cosine and Euclidean distance all order alike (Bachrach et al., "Speeding Up
+    the Xbox Recommender System Using a Euclidean Transformation for Inner-Product Spaces", RecSys
+    2014, equation 5). Centres and codes that are learned by distance then serve products, too.
+
+    length: at least that of the longest row of the gallery, see `longest`
+    """
+    own = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    rest = (length**2 - own.square()).clamp(min=0).sqrt()
+    return torch.cat([rows, rest.to(rows)], 1) / (length or 1)
+
+
 # FAISS ------------------------------------------------------------------------------------------
 
 
@@ -95,12 +118,14 @@ def build(kind, embeddings, queries, path):
 
     n, width = embeddings.shape
     check_count(kind, n)
+    length = longest(embeddings)
     lists = 2 ** round(np.log2(LISTS * n**0.5))
     sample = spread(embeddings, max(TRAINED_ON * lists, CODE_ROWS * (kind == PQ)))
-    found = (_scalar if kind == IVF else _product)(faiss, sample.numpy(), width, lists)
-    found.train(sample.numpy())
-    for start in range(0, n, BLOCK_ROWS):
-        found.add(embeddings[start : start + BLOCK_ROWS].numpy())
+    sample = levelled(sample, length).numpy()
+    found = (_scalar if kind == IVF else _product)(faiss, sample, width + 1, lists)
+    found.train(sample)
+    for rows in embeddings.split(BLOCK_ROWS):
+        found.add(levelled(rows, length).numpy())
     _choose_probes(Approximate(found, embeddings), queries)
     try:
         faiss.write_index(found, path)
@@ -130,13 +155,14 @@ def _set_rounds(clustering):
 
 
 def _product(faiss, sample, width, lists):
-    """An empty opq_ivf_pq64. All numbers but the last are rotated into parts.
+    """An empty opq_ivf_pq64. All numbers but the last two are rotated into parts.
 
-    The last number, padded with zeros, is a part by itself.
+    The last two, padded with zeros, are a part by themselves, or two if parts have one number each.
     """
-    width -= 1
+    width -= 2
     parts = min(PARTS, width)
     each = width // parts
+    tail = max(each, 2)
     rotation = faiss.OPQMatrix(width, parts, parts * each)
     rotation.niter, rotation.niter_pq_0, rotation.max_train_points = (
         ROTATION_ROUNDS,
@@ -147,14 +173,19 @@ def _product(faiss, sample, width, lists):
     _set_rounds(quantizer.cp)
     rotation.pq = quantizer
     rotation.train(np.ascontiguousarray(sample[:, :width]))
-    matrix = np.zeros((parts * each + each, width + 1), np.float32)
-    matrix[:-each, :-1] = faiss.vector_to_array(rotation.A).reshape(-1, width)
-    matrix[-each, -1] = 1
-    turned = faiss.LinearTransform(width + 1, len(matrix))
+    matrix = np.zeros((parts * each + tail, width + 2), np.float32)
+    matrix[:-tail, :-2] = faiss.vector_to_array(rotation.A).reshape(-1, width)
+    matrix[parts * each, -2] = matrix[parts * each + 1, -1] = 1
+    turned = faiss.LinearTransform(width + 2, len(matrix))
     faiss.copy_array_to_vector(matrix.ravel(), turned.A)
     turned.is_trained = True
     inner = faiss.IndexIVFPQ(
-        faiss.IndexFlatIP(len(matrix)), len(matrix), lists, parts + 1, 8, faiss.METRIC_INNER_PRODUCT
+        faiss.IndexFlatIP(len(matrix)),
+        len(matrix),
+        lists,
+        len(matrix) // each,
+        8,
+        faiss.METRIC_INNER_PRODUCT,
     )
     _set_rounds(inner.cp)
     _set_rounds(inner.pq.cp)
@@ -174,7 +205,10 @@ def _choose_probes(found, queries):
 
 
 class Approximate:
-    """FAISS's index of (n, D + 1) embeddings, with exact scores from the embeddings."""
+    """FAISS's index of (n, D + 1) embeddings, with exact scores from the embeddings.
+
+    Older ones have the embeddings as they are, not `levelled`.
+    """
 
     def __init__(self, found, embeddings):
         import faiss
@@ -189,7 +223,8 @@ class Approximate:
         self.lists.nprobe = min(
             self.lists.nlist, max(probes, -(-2 * count * self.lists.nlist // n))
         )
-        numbers = torch.from_numpy(self.faiss.search(queries.numpy(), min(count, n))[1])
+        asked = nn.functional.pad(queries, (0, self.faiss.d - queries.shape[1]))
+        numbers = torch.from_numpy(self.faiss.search(asked.numpy(), min(count, n))[1])
         self.lists.nprobe = probes
         found = [
             self._again(*pair, min(top, n))
@@ -231,7 +266,8 @@ def read(kind, path, embeddings):
     if (
         not isinstance(found.lists, own)
         or found.faiss.metric_type != faiss.METRIC_INNER_PRODUCT
-        or (found.faiss.ntotal, found.faiss.d) != tuple(embeddings.shape)
+        or found.faiss.ntotal != len(embeddings)
+        or found.faiss.d - embeddings.shape[1] not in (0, 1)
     ):
         raise InputError(
             f"{path} is not the {kind} index of this gallery: make it again with --rebuild_index"

@@ -105,6 +105,58 @@ def test_the_shift_counts_as_much_as_in_exact_search(rows, queries, kind, tmp_pa
     assert index.recall(numbers, best.expand(5, -1)) >= 0.9
 
 
+def test_levelled_rows_are_of_length_one_and_score_as_before(rows):
+    length = index.longest(rows)
+    assert length == pytest.approx(max(float(np.linalg.norm(row)) for row in rows.numpy()))
+    level = index.levelled(rows, length).double().numpy()
+    assert level.shape == (N, WIDTH + 2)
+    for row, own in zip(rows.double().numpy()[:50], level):
+        # The form for photos of length 1 and the largest shift c: [x, -s, sqrt(c^2 - s^2)].
+        c = np.sqrt(length**2 - 1)
+        rest = np.sqrt(max(c**2 - row[-1] ** 2, 0))
+        assert own == pytest.approx(np.append(row, rest) / np.sqrt(1 + c**2), abs=1e-6)
+    assert np.linalg.norm(level, axis=1) == pytest.approx(np.ones(N), abs=1e-6)
+    query = rows[7].double().numpy()
+    for corrected in (0.0, 1.0):
+        query[-1] = corrected
+        scores = rows.double().numpy() @ query
+        asked = np.append(query, 0)
+        assert length * level @ asked == pytest.approx(scores, abs=1e-5)
+        distances = np.linalg.norm(level - asked, axis=1)
+        assert (scores[distances.argsort()] >= np.sort(scores)[::-1] - 1e-5).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 30])
+def test_levelled_rows_of_any_length_score_as_before(rows, scale):
+    longer = rows * torch.linspace(0.1, scale, N).view(-1, 1)
+    length = index.longest(longer)
+    level = index.levelled(longer, length)
+    assert torch.allclose(level.norm(dim=1), torch.ones(N), atol=1e-5)
+    assert torch.allclose(length * level[:, :-1], longer, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("kind", FAISS)
+def test_an_older_index_of_the_rows_as_they_are_still_answers(rows, queries, tmp_path, kind):
+    faiss, width = pytest.importorskip("faiss"), WIDTH + 1
+    flat = faiss.IndexFlatIP(width)
+    if kind == index.IVF:
+        codes = faiss.ScalarQuantizer.QT_8bit
+        older = faiss.IndexIVFScalarQuantizer(flat, width, 8, codes, faiss.METRIC_INNER_PRODUCT)
+    else:
+        older = faiss.IndexIVFPQ(flat, width, 8, width, 8, faiss.METRIC_INNER_PRODUCT)
+    older.train(rows.numpy())
+    older.add(rows.numpy())
+    older.nprobe = 8
+    path = str(tmp_path / "index")
+    faiss.write_index(older, path)
+    scores, numbers = index.read(kind, path, rows)(queries, 10)
+    wanted, exactly = index.exact(rows, queries, 10)
+    assert index.recall(numbers, exactly) >= 0.95
+    assert torch.allclose(scores[:, 0], wanted[:, 0], atol=1e-6)
+    with pytest.raises(InputError, match="is not the .* index of this gallery"):
+        index.read(kind, path, rows[:, :-2])
+
+
 def test_the_recall_of_lists_is_the_share_of_the_wanted():
     assert (
         index.recall(torch.tensor([[1, 2, 3], [4, 5, -1]]), torch.tensor([[3, 9], [4, 5]])) == 0.75
