@@ -252,6 +252,12 @@ def add_change_flags(group):
         help="encode new and changed photos in this folder, which must lie in the gallery's "
         "photo folder",
     )
+    group.add_argument(
+        "--hub_alarm",
+        choices=["warn", "refuse", "off"],
+        help="with --add: what to do about a new photo that would come up for far more questions "
+        "than usual (default: warn)",
+    )
     group.add_argument("--prune", action="store_true", help="drop photos whose file is gone")
     group.add_argument(
         "--index_type",
@@ -360,6 +366,7 @@ def check_flags(options):
             "with --image or --query_embeddings alone: it orders what is found by words",
         ),
         (options.precomp is None, ["split"], "without --precomp"),
+        (options.add is None, ["hub_alarm"], "without --add"),
         (options.precomp is not None, ["captions", "add"], "with --precomp"),
         (options.encoder is None, ["pooling", "regions", "normalise"], "without --encoder"),
         (options.correction == "none", [*parameters, *bank], "with --correction none"),

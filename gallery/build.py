@@ -622,7 +622,8 @@ def build(options, loaded, folder, photo_folder):
 
 def change(options, loaded, folder):
     """Change an existing gallery by options.add, prune, rebuild_index, correction, index_type."""
-    found = store.Gallery(folder, with_index=not options.rebuild_index, whole=True)
+    asked = options.add is not None and options.hub_alarm != "off"
+    found = store.Gallery(folder, with_index=asked or not options.rebuild_index, whole=True)
     anew = options.rebuild_index and options.correction is not None
     correction = (
         gallery_hubs.choose_correction(options, loaded, found.own_captions)
@@ -644,10 +645,13 @@ def change(options, loaded, folder):
     contents = from_gallery(found, kept, shifted=not anew)
     if new:
         encoder, description = photo_encoder(loaded, found.description["features"], options)
-        contents = joined(
-            contents,
-            from_photos(loaded, encoder, description, folder, found.photo_folder, new, options),
-        )
+        added = from_photos(loaded, encoder, description, folder, found.photo_folder, new, options)
+        if options.hub_alarm != "off":
+            rows = gallery_hubs.watched(
+                added.rows, added.items, found, correction.bank, options.hub_alarm or "warn"
+            )
+            added = added._replace(rows=rows)
+        contents = joined(contents, added)
     write(
         folder,
         loaded,

@@ -6,11 +6,13 @@ Shifts are those of `compute_results.py --correction`: same bank, same parameter
 import sys
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from evaluation import bank_stride, embed_texts
 from gallery import index
 from gallery.other_models import OtherModel
+from gallery.store import shown
 from retrieval import corrections
 from retrieval.hubness import k_occurrence
 from retrieval.metrics import recall_of
@@ -18,6 +20,10 @@ from retrieval.ranking import rank_shifted
 from runtime.errors import InputError
 
 HUB_QUERIES, HUB_DEPTH = 10_000, 10  # hubs are counted by N_10 over at most 10,000 questions
+# A photo raises the hub alarm if its N_10 lies so many median deviations above the median, and if
+# it is among the ten nearest of so large a share of the questions.
+ALARM_Z, ALARM_SHARE = 15, 0.01
+POISSON_MAD = 0.6745  # median absolute deviation of counts by chance, in their standard deviations
 
 
 class Correction(NamedTuple):
@@ -141,3 +147,66 @@ def count_hubs(search, captions, bank, n):
     queries = index.spread(queries, HUB_QUERIES).float().cpu()
     numbers = search(torch.cat([queries, queries.new_zeros(len(queries), 1)], 1), HUB_DEPTH)[1]
     return k_occurrence(numbers[numbers >= 0], n).numpy(), f"{len(queries)} of {words}"
+
+
+# Alarm ------------------------------------------------------------------------------------------
+
+
+def alarm_scores(counts, usual):
+    """How far N_10 counts (m,) lie above the usual: z = (count - median) / MAD, (m,) float64.
+
+    The deviation is at least that of counts by chance, so that a gallery whose photos are all
+    alike, or so large that most are never found, does not take every count for unusual.
+
+    usual: (n,) N_10 of a gallery's photos, over the same questions
+    """
+    median = np.median(usual)
+    chance = POISSON_MAD * np.sqrt(max(usual.mean(), 1))
+    return (counts - median) / max(np.median(np.abs(usual - median)), chance)
+
+
+def is_alarming(counts, usual, n_queries):
+    """Which photos raise the alarm, (m,) bool; see `alarm_scores`, `ALARM_Z` and `ALARM_SHARE`."""
+    return (alarm_scores(counts, usual) > ALARM_Z) & (counts > ALARM_SHARE * n_queries)
+
+
+def watched(rows, names, found, bank, alarm):
+    """Yield the blocks (m, D) of new photos' embeddings, and raise the hub alarm after the last.
+
+    Each new photo is compared with the gallery as it is, so that many planted photos do not hide
+    one another, and without the gallery's correction, which would hide a hub.
+    Raises InputError, with `alarm` "refuse", if a photo raises the alarm.
+
+    names: of the new photos; found: the Gallery; bank: (q, D) questions of its correction or None
+    alarm: "warn" or "refuse"
+    """
+    queries = bank if bank is not None else found.own_captions
+    if queries is None:
+        print(
+            "note: new photos were not checked for hubs, because there are no captions to ask with",
+            file=sys.stderr,
+        )
+        yield from rows
+        return
+    queries = index.spread(queries, HUB_QUERIES).float().cpu()
+    scores, numbers = found.search(queries, HUB_DEPTH)
+    usual = k_occurrence(numbers[numbers >= 0], found.count).numpy()
+    counts = [np.zeros(0, np.int64)]
+    for block in rows:
+        ahead = queries @ block.float().cpu().t() > scores[:, -1:]
+        counts.append(ahead.sum(0).numpy())
+        yield block
+    counts = np.concatenate(counts)
+    alarming = is_alarming(counts, usual, len(queries))
+    if not alarming.any():
+        return
+    order = (-counts * alarming).argsort(kind="stable")[: alarming.sum()]
+    shares = (f"{shown(names[place])} ({counts[place] / len(queries):.0%})" for place in order[:5])
+    what = (
+        f"{len(order)} of {len(names)} new photos would be among the ten nearest of far more "
+        f"questions than usual (the median photo: {np.median(usual) / len(queries):.1%}), as a photo "
+        f"made to come first would: {', '.join(shares)}{', ...' if len(order) > 5 else ''}"
+    )
+    if alarm == "refuse":
+        raise InputError(f"{what}: take them out of the folder, or add --hub_alarm warn")
+    print(f"note: {what}", file=sys.stderr)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from features.encoders import encode_photo
+from gallery.hubs import HUB_DEPTH, is_alarming
 from gallery.store import shown
 from inputs.decoding import decode_image
 from inputs.tokenizer import MAX_CAPTION, tokenize
@@ -190,15 +191,17 @@ class Searcher:
         return [hit for hit in hits if hit.number != number][:top]
 
     def hubs(self, top):
-        """The photos most often among the ten best, [(number, how often), ...]; None if unknown.
+        """The photos most often among the ten best; None if unknown.
 
+        [(number, how often, whether that raises the hub alarm), ...]
         `gallery.description["hubs"]` says over which questions they were counted.
         """
         counts = self.gallery.hub_counts
         if counts is None:
             return None
         order = (-counts).argsort(kind="stable")[:top]
-        return list(zip(order.tolist(), counts[order].tolist()))
+        alarming = is_alarming(counts[order], counts, counts.sum() / HUB_DEPTH)
+        return list(zip(order.tolist(), counts[order].tolist(), alarming.tolist()))
 
     def _hits(self, scores, numbers):
         self._refuse_odd(scores[numbers >= 0])

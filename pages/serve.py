@@ -401,7 +401,7 @@ class Pages:
     def hubs(self):
         """GET /hubs: the photos that are most often among a question's first ten."""
         hubs = self._hubs
-        cards = None if hubs is None else [(self._card(number), count) for number, count in hubs]
+        cards = hubs and [(self._card(number), count, alarm) for number, count, alarm in hubs]
         return self._page(
             "search_hubs.html", hubs=cards, questions=self.gallery.description["hubs"]
         )

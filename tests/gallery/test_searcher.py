@@ -39,8 +39,8 @@ def test_more_like_one_and_the_hubs_are_those_of_loops(evaluated, loaded):
     for caption in captions:  # of six photos all are among the ten best
         for number in sorted(counts, key=lambda number: -np.dot(images[number], caption))[:10]:
             counts[number] += 1
-    assert dict(found.hubs(6)) == counts
-    assert found.hubs(2) == [(0, 30), (1, 30)]
+    assert {number: count for number, count, _ in found.hubs(6)} == counts
+    assert found.hubs(2) == [(0, 30, False), (1, 30, False)]
 
 
 @pytest.mark.parametrize("kind", ["exact", "ivf_sq8", "opq_ivf_pq64"])

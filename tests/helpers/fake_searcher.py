@@ -121,7 +121,7 @@ class FakeSearcher:
         return [hit for hit in hits if hit.number != number][:top]
 
     def hubs(self, top):
-        return [(0, 7), (5, 3)][:top]
+        return [(0, 7, True), (5, 3, False)][:top]
 
     def _share(self, question, number):
         words = question.split()

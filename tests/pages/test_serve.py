@@ -200,6 +200,7 @@ def test_the_hubs_have_a_page(client):
         and "N 10 7" in page.text
         and "Counted over: twelve captions." in page.text
     )
+    assert page.text.count("was this photo made to come first?") == 1  # of the two
 
 
 def test_unknown_hubs_are_said_to_be(client, searcher):
