@@ -1,8 +1,10 @@
 """The device that is chosen, and the precision of its products."""
 
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +176,32 @@ def test_equal_products_are_a_close_call_on_a_busy_machine(monkeypatch):
         for process in busy:
             process.kill()
             process.wait()
+
+
+COUNT_FAULTS = """
+import resource
+import torch
+import runtime.device
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+before = faults()
+torch.ones(2**24)  # 64 MB
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's huge pages")
+def test_large_tensors_lie_in_huge_pages():
+    """64 MB are 16,384 pages of 4 KB, and as many interruptions, or 32 huge ones."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("the system gives no huge pages")
+    plain = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}
+    own = {name: value for name, value in plain.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    few, many = (
+        int(subprocess.check_output([sys.executable, "-c", COUNT_FAULTS], env=environment))
+        for environment in (own, plain)
+    )
+    assert few < 3000
+    assert many > 12_000 or "[always]" in setting.read_text()  # a user's own setting stays
