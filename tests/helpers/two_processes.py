@@ -6,6 +6,7 @@ FOLDER/batch.pt holds the whole batch and the two encoders' weights. Each proces
 the pairs, runs both blocks and saves its losses and gradients as FOLDER/found<RANK>.pt.
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -49,7 +50,8 @@ def main(rank, folder):
         found[result] = names[result].detach()
         found[f"slopes of {result}"] = [one.grad.clone() for one in model.parameters()]
     torch.save(found, f"{folder}/found{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads may still run, and then end the interpreter's way out with SIGABRT
 
 
 if __name__ == "__main__":
