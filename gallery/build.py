@@ -622,8 +622,7 @@ def build(options, loaded, folder, photo_folder):
 
 def change(options, loaded, folder):
     """Change an existing gallery by options.add, prune, rebuild_index, correction, index_type."""
-    asked = options.add is not None and options.hub_alarm != "off"
-    found = store.Gallery(folder, with_index=asked or not options.rebuild_index, whole=True)
+    found = store.Gallery(folder, with_index=not options.rebuild_index, whole=True)
     anew = options.rebuild_index and options.correction is not None
     correction = (
         gallery_hubs.choose_correction(options, loaded, found.own_captions)

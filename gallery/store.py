@@ -408,10 +408,8 @@ class Gallery:
         self.hub_counts = (
             self._array("hubs", (self.count,), np.int64) if self.description["hubs"] else None
         )
-        if with_index:
-            self.find = index.read(
-                self.description["index"], os.path.join(self.files, INDEX), self.embeddings
-            )
+        kind = self.description["index"] if with_index else index.EXACT
+        self.find = index.read(kind, os.path.join(self.files, INDEX), self.embeddings)
         photos = self.description["folder"]
         self.photo_folder = (
             None if photos is None else os.path.realpath(os.path.join(folder, photos))

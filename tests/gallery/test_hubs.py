@@ -268,6 +268,27 @@ def test_adding_raises_the_alarm_as_asked(photos, monkeypatch, capsys, alarm):
     assert store.Gallery("g").count == count + 1
 
 
+def test_adding_while_the_index_is_built_again_asks_all_photos(
+    crowd, tmp_path, monkeypatch, capsys
+):
+    """A damaged index is no reason to leave the alarm out, and none to fail."""
+    photos, questions, _ = crowd
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "g"
+    np.save("photos.npy", photos)
+    np.save("bank.npy", questions)
+    flags = ["--embeddings", "photos.npy", "--index", str(folder), "--index_type", "ivf_sq8"]
+    ask(*flags, "--bank", "bank.npy", "--correction", "none")
+    (index_file,) = folder.glob("gallery-files-*/index.faiss")
+    index_file.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="make it again|index.faiss"):
+        store.Gallery(str(folder))
+    found = store.Gallery(str(folder), with_index=False)
+    planted = [unit(questions.mean(0, keepdim=True))]
+    list(gallery_hubs.watched(iter(planted), ["mean"], found, questions, "warn"))
+    assert names_in(capsys.readouterr().err) == ["mean"]
+
+
 def test_the_alarm_without_adding_is_refused():
     with pytest.raises(InputError, match="--hub_alarm does nothing without --add"):
         search.parse_args(["--index", "g", "--hub_alarm", "off"])
