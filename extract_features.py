@@ -13,6 +13,11 @@ goes on where it stopped. Under torchrun each process takes its share.
 makes a data set of bottom-up attention's regions, from tables (TSV) or HDF5 files (see
 features/bottom_up.py).
 
+    python3 extract_features.py --images photos/ --output part1 --part 1/2
+    python3 extract_features.py --merge part1 part2 --output data/mine_precomp
+
+divide the work between machines without a shared folder (see features/parts.py).
+
     python3 extract_features.py --texts data/f8k_precomp --text_encoder sentence_transformers/all-MiniLM-L6-v2
 
 writes a frozen text model's vectors of a data set's captions, for `train.py --text_features`.
@@ -24,7 +29,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Ctrl-C during the imports ends the script quietly; run_script restores the usual handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import contextlib
 import json
 import os
 import shutil
@@ -32,6 +36,7 @@ import sys
 
 import numpy as np
 
+from features import parts
 from features.blocks import (
     BLOCK_PHOTOS,
     BLOCKS,
@@ -44,21 +49,21 @@ from features.blocks import (
 from features.bottom_up import convert
 from features.description import read_features_json, refuse_other
 from features.encoders import add_flags, build_encoder
-from features.files import check_features
 from features.splits import (
     GALLERY,
+    OURS,
     check_splits,
     gallery_of,
+    install,
     on_one_line,
     splits_of,
     with_restval_in_train,
-    write_header,
     write_lines,
+    write_rows,
     write_texts,
 )
 from inputs.captions import (
     ASCII_SPACE,
-    SPLITS,
     is_precomputed,
     read_caption_texts,
     read_photo_captions,
@@ -67,14 +72,7 @@ from inputs.photos import image_path, photo_names
 from runtime import distributed
 from runtime.device import choose_device
 from runtime.errors import ArgumentParser, InputError, number, path_type, run_script
-from runtime.files import replacing
 
-SPLIT_FILES = [
-    f"{split}_{part}"
-    for split in {*SPLITS.values(), GALLERY} - {"restval"}
-    for part in ("ims.npy", "caps.txt", "ids.txt")
-]
-OURS = {"broken.txt", *SPLIT_FILES}  # what an extraction writes beside features.json
 MEETING_TIME = 30 * 24 * 3600  # seconds; a process may need long for its share
 
 
@@ -91,11 +89,17 @@ def parse_args(argv=None):
     add_text_flags(parser.add_argument_group("captions as vectors"))
     args = parser.parse_args(argv)
     check_text_flags(args)
-    for name in ("encoder", "encoder_weights", "pooling", "regions", "amp"):
-        if args.sources and getattr(args, name) != parser.get_default(name):
+    of_photos = ["encoder", "encoder_weights", "pooling", "regions", "amp"]
+    if args.merge:
+        of_photos += ["normalise", "dtype", "captions", "dev", "test", "seed"]
+    for name in of_photos if args.sources or args.merge else ():
+        if getattr(args, name) != parser.get_default(name):
             raise InputError(
-                f"--{name} is for photos, and --from has features already: leave it out"
+                f"--{name} is for photos, and {'--merge' if args.merge else '--from'} has features "
+                "already: leave it out"
             )
+    if args.part and args.images is None:
+        raise InputError("--part divides the photos of --images: leave it out")
     return args
 
 
@@ -118,6 +122,19 @@ def add_data_flags(group):
         type=path_type,
         metavar="FOLDER",
         help="a data set whose captions a text model turns into vectors",
+    )
+    source.add_argument(
+        "--merge",
+        type=path_type,
+        nargs="+",
+        metavar="FOLDER",
+        help="the parts that --part made, to be joined",
+    )
+    group.add_argument(
+        "--part",
+        type=parts.share_type,
+        metavar="i/n",
+        help="with --images: encode the i-th of n shares of the photos, for --merge",
     )
     group.add_argument(
         "--captions",
@@ -204,6 +221,8 @@ def carry_out(args):
         return convert(args)
     if args.texts:
         return write_text_vectors(args)
+    if args.merge:
+        return merge_parts(args)
     photos = find_photos(args)
     check_splits(args, photos)
     device = choose_device(args.device)
@@ -212,12 +231,28 @@ def carry_out(args):
     )
     description = {**encoder.description, "dtype": args.dtype, "amp": args.amp}
     check_output(args.output, description)
+    if args.part:
+        parts.refuse_output(args.output, args.part)
     with the_only_one(args.output):
         blocks = plan_blocks(args, photos, description)
+        blocks = parts.blocks_of(args.part, blocks) if args.part else blocks
         encode_blocks(args, photos, blocks, encoder)
         distributed.sync()
         if distributed.is_first():
             write_all(args, photos, blocks, encoder.row_shape, description)
+
+
+def merge_parts(args):
+    """Join parts that --part made."""
+    if distributed.is_first():
+        found = parts.read_parts(args.merge)
+        description = found[0].content["description"]
+        check_output(args.output, description)
+        parts.refuse_output(args.output)
+        done = parts.merge(found, args.output)
+        total = found[0].content["photos"]
+        report(args.output, done.splits, done.broken, total, done.small, description)
+    distributed.sync()
 
 
 def write_text_vectors(args):
@@ -321,29 +356,30 @@ def write_all(args, photos, blocks, row_shape, description):
     notes = [read_notes(block) for block in blocks]
     whole = [number for note in notes for number in note.numbers]
     broken = {number: why for note in notes for number, why in note.broken.items()}
+    small = sum(note.small for note in notes)
     scratch = os.path.join(args.output, BLOCKS)
-    if not whole:
+    if not whole and not args.part:
         shutil.rmtree(scratch)
         number, why = min(broken.items())
         raise InputError(
             f"none of {len(photos)} photos can be read, such as {photos[number].name} ({why}): "
             f"check --images {args.images}"
         )
-    splits = splits_of(args, photos, whole)
+    splits = splits_of(args, parts.undrawn(photos) if args.part else photos, whole)
+    chosen = {split: [photos[number] for number in own] for split, own in splits.items()}
     names = []
-    for split, numbers in splits.items():
-        names += write_texts(scratch, split, [photos[number] for number in numbers])
+    for split, own in chosen.items():
+        names += write_texts(scratch, split, own)
     names += write_features(args, splits, blocks, row_shape)
     if broken:
         names += write_lines(scratch, "broken.txt", broken_lines(photos, broken))
     names += write_lines(scratch, "features.json", [json.dumps(description, indent=1)])
-    for name in names:
-        os.replace(os.path.join(scratch, name), os.path.join(args.output, name))
-    for name in OURS - set(names):  # of an earlier extraction with other splits
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(args.output, name))
-    shutil.rmtree(scratch)
-    report(args, photos, splits, broken, sum(note.small for note in notes), description)
+    if args.part:
+        about = parts.about_features(args, photos, blocks, description, small, splits)
+        names += parts.write_part(scratch, about, names)
+    install(scratch, args.output, names)
+    total = blocks[-1].end - blocks[0].first
+    report(args.output, chosen, len(broken), total, small, description, args.part)
 
 
 def broken_lines(photos, broken):
@@ -359,57 +395,46 @@ def write_features(args, splits, blocks, row_shape):
 
     Raises InputError, and removes the blocks, if all of a split's features are zero.
     """
-    folder = os.path.join(args.output, BLOCKS)
-    names = {split: f"{split}_ims.npy" for split in splits}
-    split_of = np.empty(blocks[-1].end, f"<U{max(map(len, splits))}")
-    for split, photos in splits.items():
-        split_of[photos] = split
-    with contextlib.ExitStack() as files:
-        targets = {
-            split: files.enter_context(replacing(os.path.join(folder, name)))
-            for split, name in names.items()
-        }
-        for split, target in targets.items():
-            write_header(target, (len(splits[split]), *row_shape), args.dtype)
-        for block in blocks:
-            rows, in_split = read_rows(block), split_of[read_notes(block).numbers]
-            for split, target in targets.items():
-                target.write(rows[in_split == split].tobytes())
-    try:
-        for name in names.values():
-            features = np.load(os.path.join(folder, name), mmap_mode="c")
-            check_features(features, os.path.join(args.output, name))
-    except InputError:
-        shutil.rmtree(folder)
-        raise
-    return list(names.values())
-
-
-def report(args, photos, splits, broken, small, description):
-    """Print what was written, and what was left out."""
-    counts = ", ".join(f"{len(numbers)} {split}" for split, numbers in splits.items())
-    captions = sum(
-        len(photos[number].captions) for numbers in splits.values() for number in numbers
+    split_of = np.empty(blocks[-1].end, f"<U{max(map(len, splits), default=1)}")
+    for split, numbers in splits.items():
+        split_of[numbers] = split
+    return write_rows(
+        os.path.join(args.output, BLOCKS),
+        args.output,
+        {split: len(numbers) for split, numbers in splits.items()},
+        row_shape,
+        args.dtype,
+        ((read_rows(block), split_of[read_notes(block).numbers]) for block in blocks),
+        check=not args.part,
     )
+
+
+def report(output, splits, broken, total, small, description, part=None):
+    """Print what was written, and what was left out.
+
+    splits: {split: its CaptionedPhotos}; broken, total, small: numbers of photos
+    """
+    counts = ", ".join(f"{len(photos)} {split}" for split, photos in splits.items()) or "no"
+    captions = sum(len(photo.captions) for photos in splits.values() for photo in photos)
     print(
-        f"{args.output}: {counts} photos with {captions} captions, features of width "
-        f"{description['width']}"
+        f"{output}: {f'{part}, ' if part else ''}{counts} photos with {captions} captions, "
+        f"features of width {description['width']}"
     )
-    if GALLERY not in splits and not is_precomputed(os.path.abspath(args.output)):
+    if not part and GALLERY not in splits and not is_precomputed(os.path.abspath(output)):
         print(
             f"note: train.py takes a folder as features only if its name ends in precomp: rename "
-            f"{args.output} before training on it",
+            f"{output} before training on it",
             file=sys.stderr,
         )
     if broken:
         print(
-            f"{len(broken)} of {len(photos)} photos could not be read: "
-            f"{os.path.join(args.output, 'broken.txt')} lists them"
+            f"{broken} of {total} photos could not be read: {os.path.join(output, 'broken.txt')} "
+            "lists them"
         )
     if small:
         print(
             f"{small} photos are smaller than the {description['resize']} pixels to which "
-            f"{args.encoder} resizes them"
+            f"{description['encoder']} resizes them"
         )
 
 

@@ -1,24 +1,34 @@
-"""Splits of photos, and the text files of a data set made from them.
+"""Splits of photos, and the files of a data set made from them.
 
 `args` in these functions are extract_features.py's options, of which they read captions, dev, test
 and seed.
 """
 
+import contextlib
 import hashlib
 import os
 import re
+import shutil
 import sys
 
 import numpy as np
 
-from features.files import CAPTIONS_PER_IMAGE
-from inputs.captions import CaptionedPhoto
+from features.files import CAPTIONS_PER_IMAGE, check_features
+from inputs.captions import SPLITS, CaptionedPhoto
 from runtime.errors import InputError
 from runtime.files import replacing
 
 # dev and test get a tenth of the photos each, and at most 1,000.
 DEFAULT_SHARE, DEFAULT_MOST = 10, 1000
 GALLERY = "gallery"
+
+SPLIT_FILES = [
+    f"{split}_{part}"
+    for split in {*SPLITS.values(), GALLERY} - {"restval"}
+    for part in ("ims.npy", "caps.txt", "ids.txt")
+]
+# What an extraction writes beside features.json.
+OURS = {"broken.txt", "part.json", *SPLIT_FILES}
 
 
 def with_restval_in_train(photos):
@@ -79,7 +89,7 @@ def draw_splits(args, photos):
 def splits_of(args, photos, whole):
     """{split: numbers of its photos, in order}, for the photos that could be read."""
     names = [photos[number].split for number in whole]
-    if names[0] is None:
+    if names and names[0] is None:
         names = draw_splits(args, [photos[number].name for number in whole])
     splits = {}
     for photo, name in zip(whole, names):
@@ -124,3 +134,45 @@ def write_header(file, shape, dtype):
     kind = np.lib.format.dtype_to_descr(np.dtype(dtype))
     facts = {"descr": kind, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, facts)
+
+
+def write_rows(scratch, output, sizes, row_shape, dtype, blocks, check=True):
+    """Write all splits' features into the folder `scratch`; return the files' names.
+
+    output: the folder that they will go to, for messages
+    sizes: {split: how many rows it gets}
+    blocks: of (rows (m, *row_shape), each one's split (m,)), in order
+    check: raise InputError, and remove `scratch`, if all of a split's features are zero
+    """
+    names = {split: f"{split}_ims.npy" for split in sizes}
+    with contextlib.ExitStack() as files:
+        targets = {
+            split: files.enter_context(replacing(os.path.join(scratch, name)))
+            for split, name in names.items()
+        }
+        for split, target in targets.items():
+            write_header(target, (sizes[split], *row_shape), dtype)
+        for rows, in_split in blocks:
+            for split, target in targets.items():
+                target.write(rows[in_split == split].tobytes())
+    try:
+        for name in names.values() if check else ():
+            features = np.load(os.path.join(scratch, name), mmap_mode="c")
+            check_features(features, os.path.join(output, name))
+    except InputError:
+        shutil.rmtree(scratch)
+        raise
+    return list(names.values())
+
+
+def install(scratch, output, names):
+    """Move the named files to their places, and remove `scratch` and an earlier data set's files.
+
+    The last name is that of the file that says that all are there.
+    """
+    for name in names:
+        os.replace(os.path.join(scratch, name), os.path.join(output, name))
+    for name in OURS - set(names):  # of an earlier extraction with other splits
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(output, name))
+    shutil.rmtree(scratch)

@@ -1,0 +1,35 @@
+"""Runs that are killed (kill -9) at random moments, again and again, and then left alone."""
+
+import multiprocessing
+import random
+import shutil
+import signal
+import time
+
+
+def kill_at_random(run, output, kills, seed=0):
+    """Kill (kill -9) a forked process that calls run(), `kills` times, then let one come to its end.
+
+    The moments are spread over the time that an undisturbed call takes. output: the folder that
+    run() makes, and that is not there when the kills begin.
+    """
+    context, rng = multiprocessing.get_context("fork"), random.Random(seed)
+    started, killed = time.monotonic(), 0
+    finished(context.Process(target=run))
+    seconds = time.monotonic() - started
+    shutil.rmtree(output)
+    while killed < kills:
+        process = context.Process(target=run)
+        process.start()
+        process.join(rng.uniform(0, seconds))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL  # it may have been done
+    finished(context.Process(target=run))
+
+
+def finished(process):
+    """Let a process come to its end, which must be a good one."""
+    process.start()
+    process.join()
+    assert process.exitcode == 0
