@@ -22,6 +22,7 @@ import sys
 
 from evaluation import BANK_IMAGES
 from features import encoders
+from features.parts import share_type
 from gallery import build as build_gallery
 from gallery import index
 from gallery.open import DEFAULT_MODEL, RERANKED, find_places, open_searcher
@@ -52,6 +53,7 @@ def parse_args(argv=None):
     add_rerank_flags(parser.add_argument_group("reranking by SCAN, for questions in words"))
     add_serve_flags(parser.add_argument_group("the search page"))
     add_gallery_flags(parser.add_argument_group("the gallery"))
+    add_part_flags(parser.add_argument_group("a gallery in parts"))
     of_others = parser.add_argument_group("a gallery of embeddings that another model made")
     add_embeddings_flags(of_others)
     add_knowledge_flags(of_others)
@@ -166,6 +168,23 @@ def add_gallery_flags(group):
         help="build it from the precomputed features in there",
     )
     group.add_argument("--split", help="with --precomp: split to build it from (default: test)")
+
+
+def add_part_flags(group):
+    """Building a gallery on several machines."""
+    group.add_argument(
+        "--part",
+        type=share_type,
+        metavar="i/n",
+        help="with --images: build the gallery of the i-th of n shares of the photos, for --merge",
+    )
+    group.add_argument(
+        "--merge",
+        type=path_type,
+        nargs="+",
+        metavar="FOLDER",
+        help="join the galleries that --part built; with --images: the folder of the photos here",
+    )
 
 
 def add_embeddings_flags(group):
@@ -354,6 +373,7 @@ def check_flags(options):
     asks_in_words = options.question is not None or options.batch is not None or options.serve
     rules = (
         *rules_of_embeddings(options),
+        *rules_of_parts(options, [*parameters, *bank]),
         (not options.serve, ["host", "port", "allow_host"], "without --serve"),
         (
             options.rerank_model is None,
@@ -387,11 +407,28 @@ def check_flags(options):
             "a correction that is chosen on the dev split can't have that as --correction_bank, "
             "too: leave it out, or name a --correction without --tune_correction"
         )
+    if options.merge is not None and options.index is None:
+        raise InputError("--merge needs --index: name the folder of the merged gallery")
     if options.question is not None and options.batch is not None:
         raise InputError(
             "a question and --batch are given: write the question into that file, too, or leave "
             "one out"
         )
+
+
+def rules_of_parts(options, of_correction):
+    """As `refuse_useless` takes them: what does nothing with --part or --merge, or without.
+
+    of_correction: names of flags
+    """
+    others = options.precomp is not None or options.embeddings is not None
+    of_parts = ["part", "captions", "add", "prune", "rebuild_index", "correction", *of_correction]
+    return (
+        (options.images is None, ["part"], "without --images"),
+        (others, ["part", "merge"], "with --precomp or --embeddings"),
+        (options.part is not None, ["add", "prune", "rebuild_index"], "with --part"),
+        (options.merge is not None, of_parts, "with --merge"),
+    )
 
 
 def rules_of_embeddings(options):

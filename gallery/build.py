@@ -26,6 +26,7 @@ from features.blocks import (
 from features.description import read_features_json, refuse_other
 from features.files import open_features, read_ids
 from features.layout import first_of, numbered
+from features.parts import blocks_of, identity, write_part
 from features.texts import read_texts
 from gallery import hubs as gallery_hubs
 from gallery import index, store
@@ -56,6 +57,7 @@ class Contents(NamedTuple):
     features: dict | None  # what made the features (see `features.description`), or None
     facts: list | None = None  # for each photo, its file's (size, time of change)
     precomp: tuple | None = None  # (folder, split) of features with one row for each item
+    part: dict | None = None  # which part of the photos it is (see `gallery.parts`), or None
 
 
 def refuse_unsearchable(loaded):
@@ -304,7 +306,7 @@ def from_photos(loaded, encoder, description, output, folder, photos, options):
 
     encoder, description: as `photo_encoder` returns them
     folder: which the photos' names are relative to
-    options: batch_size, workers
+    options: batch_size, workers, part
     """
     links = links_outside(folder, [photo.name for photo in photos])
     whole = [photo for photo in photos if photo.name not in links]
@@ -319,12 +321,17 @@ def from_photos(loaded, encoder, description, output, folder, photos, options):
     )
     loaded.model.val_start()
     blocks = plan_blocks(args, whole, {**encoder.description, "model": hash_file(loaded.path)})
+    part, seen = None, photos
+    if options.part:
+        blocks = blocks_of(options.part, blocks)
+        part = identity(options.part, blocks, folder, whole)
+        seen = [*whole[part["first"] : part["end"]], *(one for one in photos if one.name in links)]
     encode_blocks(args, whole, blocks, encoder)
     notes = [read_notes(block) for block in blocks]
     broken = {whole[number].name: why for note in notes for number, why in note.broken.items()}
     broken |= dict.fromkeys(links, "it is a link that leads outside the folder")
     chosen = [whole[number] for note in notes for number in note.numbers]
-    write_broken(output, folder, broken, [photo.name for photo in photos])
+    write_broken(output, folder, broken, [photo.name for photo in seen])
     captions = [photo.captions for photo in chosen]
     rows = checked(
         (torch.from_numpy(read_rows(block)) for block, note in zip(blocks, notes) if note.numbers),
@@ -339,6 +346,7 @@ def from_photos(loaded, encoder, description, output, folder, photos, options):
         folder,
         description,
         [file_facts(os.path.join(folder, photo.name)) or (0, 0) for photo in chosen],
+        part=part,
     )
 
 
@@ -521,8 +529,14 @@ def write(folder, loaded, contents, correction, kind=None):
                     "bank_split": correction.bank_split,
                     "bank_images": correction.bank_images,
                 },
+                **about_part(contents.part, correction),
             },
         )
+
+
+def about_part(part, correction):
+    """What gallery.json says if a gallery is a part (see `gallery.parts`)."""
+    return {"part": {**part, "bank_sha256": correction.bank_sha256}} if part else {}
 
 
 def manifest(loaded, folder):
@@ -613,8 +627,12 @@ def build(options, loaded, folder, photo_folder):
             options,
         )
         if not contents.items:
+            count = len(names)
+            if contents.part:  # --merge goes on without it
+                write_part(folder, contents.part)
+                count = contents.part["end"] - contents.part["first"]
             raise InputError(
-                f"none of the {len(names)} photos in {photo_folder} can be read: "
+                f"none of the {count} photos in {photo_folder} can be read: "
                 f"{os.path.join(folder, BROKEN)} says why"
             )
     write(folder, loaded, contents, correction, options.index_type)

@@ -3,6 +3,7 @@
 Shifts are those of `compute_results.py --correction`: same bank, same parameters.
 """
 
+import itertools
 import sys
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from evaluation import bank_stride, embed_texts
+from features.text_description import hash_captions
 from gallery import index
 from gallery.other_models import OtherModel
 from gallery.store import shown
@@ -34,6 +36,7 @@ class Correction(NamedTuple):
     bank: Any = None  # (B, D) embeddings of captions, or None if they are not available
     bank_split: str = "train"
     bank_images: int | None = None  # as --correction_bank_images
+    bank_sha256: str | None = None  # of the bank's captions, if they are a checkpoint's data
 
     def shift(self, loaded, rows):
         """(m,): what is subtracted from the scores of photos with embeddings `rows` (m, D)."""
@@ -44,15 +47,21 @@ class Correction(NamedTuple):
 
 
 def load_bank(loaded, split, limit, captions=None):
-    """(B, D) embeddings of a split's captions, of at most `limit` images (see `bank_stride`).
+    """A Correction's bank: a split's captions, of at most `limit` images (see `bank_stride`).
+
+    Returns {"bank": their embeddings (B, D), "bank_sha256": of the captions, or None}.
 
     captions: the gallery's own embeddings of them, which serve an OtherModel without another bank
     """
     if isinstance(loaded, OtherModel):
-        return loaded.bank(captions)
+        return {"bank": loaded.bank(captions), "bank_sha256": None}
     dataset = loaded.loader(split).dataset
     chosen = dataset.image_of % bank_stride(loaded.opt, dataset.n_images, limit) == 0
-    return embed_texts(loaded.model, dataset.word_ids, loaded.opt.batch_size, chosen)
+    texts = list(itertools.compress(dataset.captions, chosen.tolist()))
+    return {
+        "bank": embed_texts(loaded.model, dataset.word_ids, loaded.opt.batch_size, chosen),
+        "bank_sha256": hash_captions(texts),
+    }
 
 
 def choose_correction(options, loaded, captions=None):
@@ -67,9 +76,7 @@ def choose_correction(options, loaded, captions=None):
         "none", {}, None, options.correction_bank or "train", options.correction_bank_images
     )
     try:
-        found = found._replace(
-            bank=load_bank(loaded, found.bank_split, found.bank_images, captions)
-        )
+        found = found._replace(**load_bank(loaded, found.bank_split, found.bank_images, captions))
         if options.correction is None or options.tune_correction:
             names = corrections.SHIFTS if options.correction is None else [options.correction]
             return found._replace(
@@ -119,7 +126,7 @@ def correction_of(found, loaded):
     )
     try:
         return own._replace(
-            bank=load_bank(loaded, own.bank_split, own.bank_images, found.own_captions)
+            **load_bank(loaded, own.bank_split, own.bank_images, found.own_captions)
         )
     except InputError as error:
         if own.method == "none":

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from evaluation import load_for_evaluation
 from features.texts import FrozenTexts
 from gallery import build as build_gallery
-from gallery import other_models
+from gallery import other_models, parts
 from gallery.build import refuse_unsearchable
 from gallery.rerank import Reranker
 from gallery.searcher import Searcher
-from gallery.store import Gallery, describe, is_whole, refuse_foreign, shown
+from gallery.store import Gallery, describe, is_whole, model_path, refuse_foreign, shown
 from inputs import sample_data
 from retrieval.corrections import ADJUSTABLE
 from runtime.errors import InputError
@@ -38,7 +38,8 @@ def open_searcher(options):
             build_gallery.change(options, loaded, folder)
     else:
         check_own(folder, options, loaded)
-        if any(one is not None for one in (options.images, options.precomp, options.embeddings)):
+        named = options.images, options.precomp, options.embeddings, options.merge
+        if any(one is not None for one in named):
             print(
                 f"note: the gallery {shown(folder)} is there, and is asked as it is: --add takes "
                 "up new photos, another --index builds one anew",
@@ -91,21 +92,19 @@ def find_places(options):
             raise InputError("--embeddings needs --index: name the folder of the gallery")
         return None, options.index
     if options.index is not None and options.model_path is None and is_whole(options.index):
-        model = describe(options.index)["model"]
-        if model is None:
-            return None, options.index
-        own = model["path"]
-        return os.path.normpath(os.path.join(os.path.realpath(options.index), own)), options.index
+        return model_path(options.index), options.index
+    if options.merge is not None and options.model_path is None:
+        return parts.model_of(options.merge), options.index
     if (
         options.index is not None
-        and options.model_path is options.images is options.precomp is None
+        and options.model_path is options.images is options.precomp is options.merge is None
     ):
         raise InputError(
             f"there is no whole gallery in {options.index}: build it with --images, --precomp or "
             "--embeddings"
         )
-    model_path = options.model_path or DEFAULT_MODEL
-    return model_path, options.index or os.path.join(os.path.dirname(model_path), "gallery")
+    path = options.model_path or DEFAULT_MODEL
+    return path, options.index or os.path.join(os.path.dirname(path), "gallery")
 
 
 @contextmanager
@@ -152,6 +151,9 @@ def build_named(options, loaded, folder):
             f"there is no whole gallery in {folder} to change: build it first, with --images or "
             "--precomp"
         )
+    if options.merge is not None:
+        print(f"Building the gallery {shown(folder)} from its parts", file=sys.stderr)
+        return parts.merge(options, loaded, folder)
     if options.embeddings is options.precomp is options.images is None:
         if loaded.opt.data_name != SAMPLE:
             raise InputError(
@@ -168,6 +170,7 @@ def build_named(options, loaded, folder):
 def check_own(folder, options, loaded):
     """Raise InputError unless a gallery is of the options' model, photos and correction."""
     found = describe(folder)
+    parts.check_same(folder, found, options)
     if isinstance(loaded, other_models.OtherModel):
         other_models.check_own(folder, options)
         check_correction(folder, found["correction"], options)

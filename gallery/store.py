@@ -39,7 +39,9 @@ OPENING_BYTES = 2**27  # checked whenever a gallery is opened, smallest files fi
 ANEW = "delete the gallery's folder and build it again"
 NAME, FILES, INDEX = "gallery.json", "gallery-files-", "index.faiss"
 MADE = re.compile(rf"{FILES}[a-z0-9_]{{8}}")  # folders as `new_files` names them
-OURS = re.compile(rf"{MADE.pattern}|gallery\.json(\..*)?|broken\.txt(\..*)?|\.lock|\.blocks")
+OURS = re.compile(
+    rf"{MADE.pattern}|gallery\.json(\..*)?|(broken\.txt|part\.json)(\..*)?|\.lock|\.blocks"
+)
 
 # The keys of gallery.json and the types of their values.
 KEYS = {
@@ -304,6 +306,12 @@ def describe(folder):
     if content["checksums"] is not None and content["checksums"].get(NAME) != own_checksum(content):
         raise InputError(f"{path} is not as it was written: {ANEW}")
     return content
+
+
+def model_path(folder):
+    """The path of the checkpoint that a gallery is of; None if another model made it."""
+    model = describe(folder)["model"]
+    return model and os.path.normpath(os.path.join(os.path.realpath(folder), model["path"]))
 
 
 def _check_keys(content, path):

@@ -5,7 +5,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import extract_features
 from features import blocks
 from features.encoders import encode_photo
 from runtime.errors import InputError
-from tests.helpers.killed import kill_at_random
+from tests.helpers.killed import kill_at_random, kill_commands
 from tests.helpers.made import ROOT, tree
 from tests.helpers.photos import SAMPLE, SMALL, build_once, draw_photo, extract, lines
 
@@ -342,24 +341,5 @@ def test_ten_kills_of_the_commands_end_in_the_same_bytes(tmp_path, monkeypatch, 
     wanted = tree("whole" if what == "merge" else "p2")
     flags = ["--images", "photos", *SAMPLE, "--part", "2/2"]
     flags = [*(["--merge", "p1", "p2"] if what == "merge" else flags), "--output", "out"]
-    started, process, works = time.monotonic(), command(*flags), None
-    while process.poll() is None:  # it imports, then it works
-        works = works or (Path("out").exists() and time.monotonic() - started)
-        time.sleep(0.005)
-    seconds, kills, rng = time.monotonic() - started, 0, random.Random(5)
-    shutil.rmtree("out")
-    while kills < 10:
-        process = command(*flags)
-        try:
-            process.wait(rng.uniform(works, seconds))
-            assert process.returncode == 0 and tree("out") == wanted
-            shutil.rmtree("out")  # it was done: begin again
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    print(
-        f"\n{kills} kills between {works:.1f} and {seconds:.1f} s of {what}: {tree('out').keys()}"
-    )
-    assert command(*flags).wait() == 0
+    print(f"\n{what}: {kill_commands(lambda: command(*flags), 'out')}")
     assert tree("out") == wanted

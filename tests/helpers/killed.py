@@ -1,9 +1,11 @@
 """Runs that are killed (kill -9) at random moments, again and again, and then left alone."""
 
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 
@@ -33,3 +35,29 @@ def finished(process):
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def kill_commands(start, output, kills=10, seed=5):
+    """As `kill_at_random`, of the processes that start() gives; those import for seconds first.
+
+    Returns, in words, between which seconds of a run they were killed.
+    """
+    started, process, works, rng = time.monotonic(), start(), None, random.Random(seed)
+    while process.poll() is None:
+        works = works or (os.path.exists(output) and time.monotonic() - started)
+        time.sleep(0.005)
+    seconds, killed = time.monotonic() - started, 0
+    assert process.returncode == 0
+    shutil.rmtree(output)
+    while killed < kills:
+        process = start()
+        try:
+            process.wait(rng.uniform(works, seconds))
+            assert process.returncode == 0
+            shutil.rmtree(output)  # it was done: begin again
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    assert start().wait() == 0
+    return f"{killed} kills between {works:.1f} and {seconds:.1f} s"
