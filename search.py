@@ -24,7 +24,7 @@ from evaluation import BANK_IMAGES
 from features import encoders
 from features.parts import share_type
 from gallery import build as build_gallery
-from gallery import index
+from gallery import export, index
 from gallery.open import DEFAULT_MODEL, RERANKED, find_places, open_searcher
 from gallery.store import check_whole, shown
 from inputs.captions import read_captions
@@ -58,6 +58,7 @@ def parse_args(argv=None):
     add_embeddings_flags(of_others)
     add_knowledge_flags(of_others)
     add_change_flags(parser.add_argument_group("changes to the gallery, and checks of it"))
+    add_store_flags(parser.add_argument_group("the gallery in a vector database (docs/scale.md)"))
     add_correction_flags(parser.add_argument_group("correction of hubs, for questions in words"))
     add_model_flags(parser.add_argument_group("the model"))
     encoders.add_flags(
@@ -301,6 +302,33 @@ def add_change_flags(group):
     )
 
 
+def add_store_flags(group):
+    """Vector databases: what they import, and one that is asked in place of the index."""
+    group.add_argument(
+        "--export",
+        type=path_type,
+        metavar="FOLDER",
+        help="write the gallery as Parquet files, which vector databases import, with a manifest",
+    )
+    group.add_argument(
+        "--rows_per_part",
+        type=number(int, 1),
+        help=f"with --export: photos in a file (default: {export.ROWS_PER_PART})",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=export.DTYPES,
+        help=f"with --export: type of the vectors' numbers (default: {export.DTYPES[0]})",
+    )
+    group.add_argument(
+        "--store",
+        type=path_type,
+        metavar="ADDRESS",
+        help="search there instead of in the gallery's index: lancedb://FOLDER/TABLE, "
+        "milvus://HOST:PORT/COLLECTION or milvus://FILE.db/COLLECTION",
+    )
+
+
 def add_correction_flags(group):
     """The hub correction, as in compute_results.py."""
     group.add_argument(
@@ -374,6 +402,7 @@ def check_flags(options):
     rules = (
         *rules_of_embeddings(options),
         *rules_of_parts(options, [*parameters, *bank]),
+        *rules_of_stores(options),
         (not options.serve, ["host", "port", "allow_host"], "without --serve"),
         (
             options.rerank_model is None,
@@ -402,6 +431,11 @@ def check_flags(options):
         ),
     )
     refuse_useless(options, rules)
+    refuse_contradictions(options)
+
+
+def refuse_contradictions(options):
+    """Raise InputError for flags that contradict each other."""
     if options.correction_bank == "dev" and (options.tune_correction or options.correction is None):
         raise InputError(
             "a correction that is chosen on the dev split can't have that as --correction_bank, "
@@ -409,6 +443,8 @@ def check_flags(options):
         )
     if options.merge is not None and options.index is None:
         raise InputError("--merge needs --index: name the folder of the merged gallery")
+    if options.question is not None and options.export is not None:
+        raise InputError("a question and --export are given: leave one out")
     if options.question is not None and options.batch is not None:
         raise InputError(
             "a question and --batch are given: write the question into that file, too, or leave "
@@ -451,6 +487,26 @@ def rules_of_embeddings(options):
         *rules,
         (True, ["model_path"], "with --embeddings"),
         (no_captions, ["captions", "ids"], "without --captions_embeddings"),
+    )
+
+
+def rules_of_stores(options):
+    """As `refuse_useless` takes them: what does nothing with --export or --store, or without."""
+    sources = ["images", "precomp", "embeddings", "part", "merge"]
+    building = [*sources, "add", "prune", "rebuild_index", "index_type"]
+    asking = ["image", "batch", "query_embeddings", "serve", "check", "recall_check", "store"]
+    return (
+        (options.export is None, ["rows_per_part", "dtype"], "without --export"),
+        (
+            options.export is not None,
+            [*building, *asking],
+            "with --export, which writes a gallery that is there and does nothing else",
+        ),
+        (
+            options.store is not None,
+            building,
+            "with --store, which holds the rows of a gallery that is there",
+        ),
     )
 
 
@@ -545,17 +601,35 @@ def check_files(options):
     print(f"{shown(folder)}: all {count} files, {size / 2**20:.1f} MiB, are as they were written")
 
 
-def check_recall(searcher):
-    """Print which share of up to 1,000 questions' ten nearest the index finds."""
-    share, n, words = build_gallery.recall_of(searcher.gallery)
-    print(
-        f"recall@10 of the {searcher.gallery.description['index']} index: {share:.4f} ({n} {words})"
+def export_gallery(options):
+    """Write the gallery as Parquet files; its model is not needed."""
+    written = export.export(
+        find_places(options)[1],
+        options.export,
+        options.rows_per_part or export.ROWS_PER_PART,
+        options.dtype or export.DTYPES[0],
     )
+    parts = written["parts"]
+    size = sum(part["bytes"] for part in parts)
+    print(
+        f"{shown(options.export)}: {written['rows']} photos in {len(parts)} files, "
+        f"{size / 2**20:.1f} MiB"
+    )
+
+
+def check_recall(searcher, store):
+    """Print which share of up to 1,000 questions' ten nearest the index, or the store, finds."""
+    share, n, words = build_gallery.recall_of(searcher.gallery, searcher.corrected)
+    searched = store or f"the {searcher.gallery.description['index']} index"
+    print(f"recall@10 of {searched}: {share:.4f} ({n} {words})")
 
 
 def main(argv=None):
     """Open, build or change a gallery, then answer from it."""
     options = parse_args(argv)
+    if options.export is not None:
+        export_gallery(options)
+        return
     questions = read_questions(options)
     by_others = options.image is not None or options.query_embeddings is not None
     if options.check:
@@ -573,7 +647,7 @@ def main(argv=None):
             return
     searcher = open_searcher(options)
     if options.recall_check:
-        check_recall(searcher)
+        check_recall(searcher, options.store)
     answer(options, questions, searcher)
     if options.serve:
         from pages.serve import serve

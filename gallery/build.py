@@ -577,15 +577,17 @@ def write_arrays(files, loaded, contents, correction, kind):
     return words
 
 
-def recall_of(found):
-    """How much of its queries' ten nearest a Gallery's index finds: (share, n queries, words)."""
+def recall_of(found, corrected=True):
+    """How much of its queries' ten nearest a Gallery's index finds: (share, n queries, words).
+
+    corrected: whether the gallery's hub correction is applied
+    """
     queries, words = found.embeddings[:, :-1], "of its own photos"
     if found.n_captions:
         queries, words = found.caption_embeddings, "of its own captions"
     queries = index.spread(queries, RECALL_QUERIES)
-    queries = torch.cat(
-        [queries, queries.new_full((len(queries), 1), float(found.correction != "none"))], 1
-    )
+    corrected = float(corrected and found.correction != "none")
+    queries = torch.cat([queries, queries.new_full((len(queries), 1), corrected)], 1)
     numbers = (
         search(queries, index.DEPTH)[1]
         for search in (found.find, partial(index.exact, found.embeddings))

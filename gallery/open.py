@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from evaluation import load_for_evaluation
 from features.texts import FrozenTexts
 from gallery import build as build_gallery
-from gallery import other_models, parts
+from gallery import other_models, parts, remote
 from gallery.build import refuse_unsearchable
 from gallery.rerank import Reranker
 from gallery.searcher import Searcher
@@ -45,7 +45,9 @@ def open_searcher(options):
                 "up new photos, another --index builds one anew",
                 file=sys.stderr,
             )
-    gallery = Gallery(folder)
+    gallery = Gallery(folder, with_index=options.store is None)
+    if options.store is not None:
+        gallery.find = remote.opened(options.store, gallery)
     known, reranker = gallery.description["features"], None
     if options.rerank_model is not None:
         reranker = Reranker(
