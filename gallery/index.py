@@ -14,6 +14,7 @@ with others they would use up codes, although questions have the same numbers th
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,26 +73,43 @@ def spread(rows, most):
     return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), dtype=torch.float64).long()]
 
 
-def longest(embeddings):
-    """The largest length of rows (n, D + 1), which may be memory-mapped."""
+class Level(NamedTuple):
+    """How rows come to one length, see `levelled`."""
+
+    middle: float  # mean of minus the shifts
+    length: float  # of the longest row once `middle` is subtracted
+
+
+def level_of(embeddings):
+    """The Level of rows (n, D + 1), which may be memory-mapped."""
     blocks = embeddings.split(BLOCK_ROWS)
-    return max((float(rows.norm(dim=1).max()) for rows in blocks), default=0.0)
+    middle = sum(float(rows[:, -1].double().sum()) for rows in blocks) / max(len(embeddings), 1)
+    lengths = (float(_centred(rows, middle).norm(dim=1).max()) for rows in blocks if len(rows))
+    return Level(middle, max(lengths, default=0.0))
 
 
-def levelled(rows, length):
+def _centred(rows, middle):
+    """Rows (m, D + 1) in float64, with `middle` subtracted from their last number."""
+    rows = rows.to(torch.float64, copy=True)
+    rows[:, -1] -= middle
+    return rows
+
+
+def levelled(rows, level):
     """Rows (m, D + 1) -> (m, D + 2) of length 1, whose products with questions order as before.
 
-    A photo x with the shift s becomes [x, -s, sqrt(length^2 - |x|^2 - s^2)] / length, and a question
-    q becomes [q, 1, 0]: the new number fills each row up to one length and is never asked for, so
+    A photo x with the shift s becomes [x, -t, sqrt(length^2 - |x|^2 - t^2)] / length, where t is s
+    less the mean of all shifts, and a question q becomes [q, 1, 0]. The mean takes the same from all
+    scores of a question. The last number fills each row up to one length and is never asked for, so
     that inner product, cosine and Euclidean distance all order alike (Bachrach et al., "Speeding Up
     the Xbox Recommender System Using a Euclidean Transformation for Inner-Product Spaces", RecSys
     2014, equation 5). Centres and codes that are learned by distance then serve products, too.
 
-    length: at least that of the longest row of the gallery, see `longest`
+    level: the Level of all rows of the gallery
     """
-    own = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-    rest = (length**2 - own.square()).clamp(min=0).sqrt()
-    return torch.cat([rows, rest.to(rows)], 1) / (length or 1)
+    whole = _centred(rows, level.middle)
+    rest = (level.length**2 - whole.square().sum(1, keepdim=True)).clamp(min=0).sqrt()
+    return (torch.cat([whole, rest], 1) / (level.length or 1)).to(rows.dtype)
 
 
 # FAISS ------------------------------------------------------------------------------------------
@@ -118,14 +136,14 @@ def build(kind, embeddings, queries, path):
 
     n, width = embeddings.shape
     check_count(kind, n)
-    length = longest(embeddings)
+    level = level_of(embeddings)
     lists = 2 ** round(np.log2(LISTS * n**0.5))
     sample = spread(embeddings, max(TRAINED_ON * lists, CODE_ROWS * (kind == PQ)))
-    sample = levelled(sample, length).numpy()
+    sample = levelled(sample, level).numpy()
     found = (_scalar if kind == IVF else _product)(faiss, sample, width + 1, lists)
     found.train(sample)
     for rows in embeddings.split(BLOCK_ROWS):
-        found.add(levelled(rows, length).numpy())
+        found.add(levelled(rows, level).numpy())
     _choose_probes(Approximate(found, embeddings), queries)
     try:
         faiss.write_index(found, path)

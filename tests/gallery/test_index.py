@@ -105,34 +105,48 @@ def test_the_shift_counts_as_much_as_in_exact_search(rows, queries, kind, tmp_pa
     assert index.recall(numbers, best.expand(5, -1)) >= 0.9
 
 
-def test_levelled_rows_are_of_length_one_and_score_as_before(rows):
-    length = index.longest(rows)
-    assert length == pytest.approx(max(float(np.linalg.norm(row)) for row in rows.numpy()))
-    level = index.levelled(rows, length).double().numpy()
-    assert level.shape == (N, WIDTH + 2)
-    for row, own in zip(rows.double().numpy()[:50], level):
+def test_levelled_rows_are_of_length_one_and_order_as_before(rows):
+    level = index.level_of(rows)
+    double = rows.double().numpy()
+    middle = double[:, -1].mean()
+    assert level.middle == pytest.approx(middle)
+    centred = double - middle * np.eye(WIDTH + 1)[-1]
+    assert level.length == pytest.approx(np.linalg.norm(centred, axis=1).max())
+    stored = index.levelled(rows, level).double().numpy()
+    assert stored.shape == (N, WIDTH + 2)
+    for row, own in zip(centred[:50], stored):
         # The form for photos of length 1 and the largest shift c: [x, -s, sqrt(c^2 - s^2)].
-        c = np.sqrt(length**2 - 1)
+        c = np.sqrt(level.length**2 - 1)
         rest = np.sqrt(max(c**2 - row[-1] ** 2, 0))
         assert own == pytest.approx(np.append(row, rest) / np.sqrt(1 + c**2), abs=1e-6)
-    assert np.linalg.norm(level, axis=1) == pytest.approx(np.ones(N), abs=1e-6)
-    query = rows[7].double().numpy()
+    assert np.linalg.norm(stored, axis=1) == pytest.approx(np.ones(N), abs=1e-6)
+    query = double[7].copy()
     for corrected in (0.0, 1.0):
         query[-1] = corrected
-        scores = rows.double().numpy() @ query
+        scores = double @ query
         asked = np.append(query, 0)
-        assert length * level @ asked == pytest.approx(scores, abs=1e-5)
-        distances = np.linalg.norm(level - asked, axis=1)
+        assert level.length * stored @ asked + corrected * middle == pytest.approx(scores, abs=1e-5)
+        distances = np.linalg.norm(stored - asked, axis=1)
         assert (scores[distances.argsort()] >= np.sort(scores)[::-1] - 1e-5).all()
 
 
 @pytest.mark.parametrize("scale", [0.1, 30])
 def test_levelled_rows_of_any_length_score_as_before(rows, scale):
     longer = rows * torch.linspace(0.1, scale, N).view(-1, 1)
-    length = index.longest(longer)
-    level = index.levelled(longer, length)
-    assert torch.allclose(level.norm(dim=1), torch.ones(N), atol=1e-5)
-    assert torch.allclose(length * level[:, :-1], longer, atol=1e-5 * scale)
+    level = index.level_of(longer)
+    stored = index.levelled(longer, level)
+    assert torch.allclose(stored.norm(dim=1), torch.ones(N), atol=1e-5)
+    again = level.length * stored[:, :-1]
+    again[:, -1] += level.middle
+    assert torch.allclose(again, longer, atol=1e-5 * scale)
+
+
+def test_levelling_leaves_the_rows_as_they_are(rows):
+    for kind in (torch.float32, torch.float64):
+        own = rows.to(kind)
+        before = own.clone()
+        index.levelled(own, index.level_of(own))
+        assert torch.equal(own, before)
 
 
 @pytest.mark.parametrize("kind", FAISS)
