@@ -3,7 +3,8 @@
 A row is a photo: its number `id`, its `item`, its `captions`, its `shift`, and a `vector` that
 orders by inner product, cosine and Euclidean distance as the gallery does (`index.levelled`),
 padded with zeros. A question q is asked as [q, 1, 0, ...] for corrected scores and as [q, 0, 0, ...]
-for plain ones; its score is the inner product times the manifest's `length`.
+for plain ones. Its score is the inner product times the manifest's `length`, plus, if it is
+corrected, `middle`.
 
 `unfinished.json` lists the parts that are written, until `manifest.json` takes its place, last.
 """
@@ -65,11 +66,11 @@ def key_of(found):
 
 def stamp_of(plan):
     """The text by which a store of these rows is known, as parts carry it in their schema."""
-    return json.dumps({name: plan[name] for name in ("gallery", "width", "length")})
+    return json.dumps({name: plan[name] for name in ("gallery", "width", "middle", "length")})
 
 
-def length_in(stamp, count, found, shown):
-    """The `length` in the stamp of a store's table of `count` rows, text, bytes or None.
+def level_in(stamp, count, found, shown):
+    """The `index.Level` in the stamp of a store's table of `count` rows, text, bytes or None.
 
     Raises InputError, with `shown` for the store, unless the rows are a Gallery's.
     """
@@ -79,7 +80,7 @@ def length_in(stamp, count, found, shown):
             f"{shown} holds {count} rows of the gallery {said['gallery']}, but {found.folder} is "
             f"{key_of(found)} with {found.count}: import all of its export into a new table"
         )
-    return said["length"]
+    return index.Level(said["middle"], said["length"])
 
 
 def export(folder, output, rows_per_part=ROWS_PER_PART, dtype="float32"):
@@ -115,10 +116,8 @@ def export(folder, output, rows_per_part=ROWS_PER_PART, dtype="float32"):
 def plan_of(found, rows_per_part, dtype):
     """manifest.json's content without its parts, for a Gallery."""
     said = found.description
-    length = max(
-        index.longest(_rows(found, start, start + BLOCK_ROWS))
-        for start in range(0, found.count, BLOCK_ROWS)
-    )
+    starts = range(0, found.count, BLOCK_ROWS)
+    level = index.level_of(lambda: (_rows(found, start, start + BLOCK_ROWS) for start in starts))
     return {
         "format": FORMAT,
         "model": said["model"] and said["model"]["sha256"],
@@ -128,7 +127,7 @@ def plan_of(found, rows_per_part, dtype):
         "width": found.width,
         "padded_width": padded(found.width),
         "dtype": dtype,
-        "length": length,
+        **level._asdict(),
         "rows": found.count,
         "rows_per_part": rows_per_part,
     }
@@ -242,7 +241,7 @@ def _write_part(pa, folder, plan, output, name, first):
 def _batch(pa, schema, found, plan, numbers):
     """The photos of these numbers, a range, as a batch of the schema."""
     rows = _rows(found, numbers.start, numbers.stop)
-    vectors = index.levelled(rows, plan["length"])
+    vectors = index.levelled(rows, index.Level(plan["middle"], plan["length"]))
     vectors = nn.functional.pad(vectors, (0, plan["padded_width"] - vectors.shape[1]))
     flat = pa.array(vectors.numpy().astype(plan["dtype"]).ravel())
     columns = {

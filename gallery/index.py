@@ -80,19 +80,24 @@ class Level(NamedTuple):
     length: float  # of the longest row once `middle` is subtracted
 
 
-def level_of(embeddings):
-    """The Level of rows (n, D + 1), which may be memory-mapped."""
-    blocks = embeddings.split(BLOCK_ROWS)
-    middle = sum(float(rows[:, -1].double().sum()) for rows in blocks) / max(len(embeddings), 1)
-    lengths = (float(_centred(rows, middle).norm(dim=1).max()) for rows in blocks if len(rows))
+def level_of(blocks):
+    """The Level of the rows that `blocks()`, called twice, yields in blocks (m, D + 1)."""
+    count, total = 0, 0.0
+    for rows in blocks():
+        count, total = count + len(rows), total + float(rows[:, -1].double().sum())
+    middle = total / max(count, 1)
+    lengths = (float(_lengths(_centred(rows, middle)).max()) for rows in blocks() if len(rows))
     return Level(middle, max(lengths, default=0.0))
 
 
 def _centred(rows, middle):
-    """Rows (m, D + 1) in float64, with `middle` subtracted from their last number."""
-    rows = rows.to(torch.float64, copy=True)
-    rows[:, -1] -= middle
-    return rows
+    """Rows (m, D + 1) with `middle` subtracted from their last number."""
+    return torch.cat([rows[:, :-1], rows[:, -1:] - middle], 1)
+
+
+def _lengths(rows):
+    """(m, 1): the rows' lengths in float64."""
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
 
 
 def levelled(rows, level):
@@ -107,9 +112,9 @@ def levelled(rows, level):
 
     level: the Level of all rows of the gallery
     """
-    whole = _centred(rows, level.middle)
-    rest = (level.length**2 - whole.square().sum(1, keepdim=True)).clamp(min=0).sqrt()
-    return (torch.cat([whole, rest], 1) / (level.length or 1)).to(rows.dtype)
+    centred = _centred(rows, level.middle)
+    rest = (level.length**2 - _lengths(centred).square()).clamp(min=0).sqrt()
+    return torch.cat([centred, rest.to(rows)], 1) / (level.length or 1)
 
 
 # FAISS ------------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def build(kind, embeddings, queries, path):
 
     n, width = embeddings.shape
     check_count(kind, n)
-    level = level_of(embeddings)
+    level = level_of(partial(embeddings.split, BLOCK_ROWS))
     lists = 2 ** round(np.log2(LISTS * n**0.5))
     sample = spread(embeddings, max(TRAINED_ON * lists, CODE_ROWS * (kind == PQ)))
     sample = levelled(sample, level).numpy()

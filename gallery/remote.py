@@ -11,7 +11,7 @@ import re
 import torch
 
 from embeddings.files import missing
-from gallery.export import length_in, padded
+from gallery.export import level_in, padded
 from runtime.errors import InputError
 
 FORM = re.compile(r"(lancedb|milvus)://(.+)/([^/?]+)(?:\?probes=([1-9]\d{0,5}))?")
@@ -27,7 +27,7 @@ def opened(text, gallery):
         raise InputError(f"--store {text}: there is no {place}: import the gallery first")
     opening = _milvus if kind == "milvus" else _lancedb
     ask, stamp, count = _told(text, opening, place, name, int(probes))
-    length = length_in(stamp, count, gallery, f"--store {text}")
+    middle, length = level_in(stamp, count, gallery, f"--store {text}")
 
     def find(queries, top):
         asked = torch.nn.functional.pad(queries, (0, padded(gallery.width) - queries.shape[1]))
@@ -35,7 +35,7 @@ def opened(text, gallery):
         scores = numbers * torch.inf
         for row, (ids, own) in enumerate(_told(text, ask, asked, top)):
             numbers[row, : len(ids)], scores[row, : len(ids)] = torch.tensor(ids), torch.tensor(own)
-        return scores * length, numbers
+        return scores * length + middle * queries[:, -1:], numbers
 
     return find
 

@@ -207,7 +207,7 @@ def stored_by(monkeypatch, stamp, count, ask=None):
     "stamp, count, named",
     [
         (None, 300, "300 rows of the gallery no name"),
-        ('{"gallery": "f00d", "length": 1}', 300, "300 rows of the gallery f00d"),
+        ('{"gallery": "f00d", "middle": 0, "length": 1}', 300, "300 rows of the gallery f00d"),
         ("own", 299, "holds 299 rows of"),
         ("own", 301, "holds 301 rows of"),
     ],
@@ -215,29 +215,30 @@ def stored_by(monkeypatch, stamp, count, ask=None):
 def test_other_rows_than_the_gallery_s_are_refused(
     made, monkeypatch, tmp_path, stamp, count, named
 ):
-    own = {"gallery": export.key_of(made), "width": 12, "length": 2.0}
+    own = {"gallery": export.key_of(made), "width": 12, "middle": -0.5, "length": 2.0}
     stored_by(monkeypatch, export.stamp_of(own) if stamp == "own" else stamp, count)
     with pytest.raises(InputError, match=f"{named}.*: import all of its export into a new table"):
         remote.opened(f"lancedb://{tmp_path}/t", made)
 
 
 def test_a_store_that_finds_fewer_or_fails_later(made, monkeypatch, tmp_path):
-    """Rows that are lacking are -1 with the score -inf; scores are products times the length."""
+    """Rows that are lacking are -1 with the score -inf; scores are as the gallery's."""
     asked = []
 
     def ask(rows, top):
         asked.append(rows)
         if top == 7:
             raise OSError("the network is down\nas it often is")
-        return [([5, 3], [0.5, 0.25]), ([], [])]
+        return [([5, 3], [0.5, 0.25]), ([7], [0.5])]
 
-    stamp = {"gallery": export.key_of(made), "width": 12, "length": 2.0}
+    stamp = {"gallery": export.key_of(made), "width": 12, "middle": -0.5, "length": 2.0}
     stored_by(monkeypatch, export.stamp_of(stamp).encode(), 300, ask)
     find = remote.opened(f"lancedb://{tmp_path}/t", made)
     queries = torch.randn(2, 13)
+    queries[:, -1] = torch.tensor([1, 0])  # corrected, plain
     scores, numbers = find(queries, 3)
-    assert numbers.tolist() == [[5, 3, -1], [-1, -1, -1]]
-    assert scores.tolist() == [[1.0, 0.5, -np.inf], [-np.inf] * 3]
+    assert numbers.tolist() == [[5, 3, -1], [7, -1, -1]]
+    assert scores.tolist() == [[0.5, 0.0, -np.inf], [1.0, -np.inf, -np.inf]]
     assert asked[0].shape == (2, 16) and torch.equal(asked[0][:, :13], queries)
     assert not asked[0][:, 13:].any()
     with pytest.raises(InputError, match=r"does not answer \(the network is down\): check"):
