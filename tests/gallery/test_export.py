@@ -204,6 +204,7 @@ def test_ten_kills_of_the_command_end_in_the_same_bytes(tmp_path, monkeypatch):
     from benchmarks.search import build
 
     monkeypatch.chdir(tmp_path)
+    os.mkdir("made")
     build("made", 60_000, 256, "exact")
     flags = ["--index", "made/gallery", "--export", "out", "--rows_per_part", "10000"]
     command = [sys.executable, str(ROOT / "search.py"), *flags]
