@@ -188,10 +188,12 @@ def in_order(parts):
             f"{which} of {first.share.of} {'are' if others else 'is'} missing: name the folders of "
             "all parts after --merge"
         )
-    return [part for _, part in sorted(found.items())]
+    ordered = [part for _, part in sorted(found.items())]
+    _check_ranges(ordered)
+    return ordered
 
 
-def check_ranges(parts):
+def _check_ranges(parts):
     """Raise InputError unless each of the ordered Parts begins where the one before it ends."""
     ends = [0, *(part.content["end"] for part in parts)]
     for part, end in zip(parts, ends):
@@ -261,7 +263,6 @@ def read_parts(folders):
         check_description(part.content["description"], os.path.join(folder, PART))
         found.append(part)
     found = in_order(found)
-    check_ranges(found)
     for part in found[1:]:
         _check_alike(found[0], part)
     for part in found:
